@@ -76,8 +76,8 @@ class TeacherSettings(Settings):
     """number format while decoding; float32 makes greedy text exactly reproducible"""
     label_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """number format while it labels training text; auto: bfloat16 where the machine computes in it, else float32"""
-    quantization: Literal["none", "nf4"] = "none"
-    """nf4 loads the weights in 4 bits (bitsandbytes)"""
+    quantization: Literal["none", "nf4", "packed"] = "none"
+    """nf4: weights in 4 bits (bitsandbytes); packed: a .gguf file's own blocks"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
 
