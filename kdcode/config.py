@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ConfigError', 'within', 'listing', 'Settings', 'TeacherSettings', 'DataSettings', 'StudentSettings',
-           'LossSettings', 'TrainSettings', 'DecodeSettings', 'Config', 'config_parser', 'one_line', 'check_keys',
-           'read_yaml', 'make_config', 'resolve', 'load_config', 'save_config', 'home', 'run_folder', 'versions',
-           'machine', 'commit']
+           'LossSettings', 'TrainSettings', 'DecodeSettings', 'Config', 'add_config', 'one_line', 'check_keys',
+           'read_yaml', 'make_config', 'resolve', 'load_config', 'write_whole', 'save_config', 'home', 'run_folder',
+           'versions', 'machine', 'commit', 'provenance']
 
 # %% ../nbs/00_config.ipynb #764a932e
 import dataclasses
@@ -18,6 +18,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,14 +218,12 @@ class Config(Settings):
 # %% ../nbs/00_config.ipynb #999465af
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-def config_parser(
-    **options: Any,   # for `jsonargparse.ArgumentParser`
-) -> ArgumentParser:  # with `--config FILE` and one option for each field, such as `--loss.alpha`
-    """A parser for the command line and for YAML, made from the fields of `Config`."""
-    parser = ArgumentParser(exit_on_error=False, **options)
+def add_config(
+    parser: ArgumentParser,
+) -> None:
+    """Adds `--config FILE` and one option for each field of `Config`, such as `--loss.alpha`."""
     parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
     parser.add_class_arguments(Config)
-    return parser
 
 def one_line(error: Exception) -> str:
     """A parser's message on one line, in the words of this module."""
@@ -265,16 +264,18 @@ def make_config(
 ) -> Config:
     """A checked `Config`. Raises `ConfigError` for an unknown key, a wrong type or an impossible value."""
     check_keys(data or {})
-    parser = config_parser()
+    add_config(parser := ArgumentParser(exit_on_error=False))
     try: return resolve(parser, parser.parse_args(list(arguments), namespace=parser.parse_object(data or {})))
     except ArgumentError as error: raise ConfigError(one_line(error)) from None
 
 def resolve(
-    parser: ArgumentParser,  # that has the options of `config_parser`
+    parser: ArgumentParser,  # that has the options of `add_config`, or has a subcommand that does
     parsed: Any,             # the namespace that it returned
+    command: str | None = None,  # the subcommand
 ) -> Config:
     """The `Config` inside a parsed command line, checked."""
     built = parser.instantiate(parsed)
+    built = built[command] if command else built
     return Config(**{f.name: built[f.name] for f in dataclasses.fields(Config)})
 
 # %% ../nbs/00_config.ipynb #30f8d5a8
@@ -285,9 +286,15 @@ def load_config(
     """A checked `Config` from a YAML file. Raises `ConfigError`, also for a file that can't be read."""
     return make_config(read_yaml(path), arguments)
 
+def write_whole(path: str | Path, text: str) -> None:
+    """Writes a file so that a crash leaves the old one or the new one, never a part."""
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the whole resolved configuration as YAML."""
-    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 # %% ../nbs/00_config.ipynb #eaae094c
 def home() -> Path:
@@ -327,3 +334,7 @@ def commit() -> str | None:
     def git(*words): return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout.strip()
     try: return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError, NameError): return None
+
+def provenance(config: Config) -> dict[str, Any]:
+    """What is recorded beside every result: date, commit, machine, versions and the resolved configuration."""
+    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), "machine": machine(), "versions": versions(), "config": config.to_dict()}

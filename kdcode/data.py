@@ -155,7 +155,7 @@ def read_source(settings: DataSettings, seed: int) -> Iterator[Document]:
     return SOURCES[settings.source](settings, seed)
 
 # %% ../nbs/01_data.ipynb #572aff9f
-GENERATED = re.compile(r"generated (by|from)|auto-?generated|automatically generated|@generated|do not edit", re.IGNORECASE)
+GENERATED = re.compile(r"(?<!be )generated (by|from)|auto-?generated|automatically generated|@generated|do not edit", re.IGNORECASE)
 UNDECODABLE = re.compile("[\x00\ufffd\ud800-\udfff]")
 
 def reject_reason(
