@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ConfigError', 'within', 'listing', 'Settings', 'TeacherSettings', 'DataSettings', 'StudentSettings',
-           'LossSettings', 'TrainSettings', 'DecodeSettings', 'Config', 'add_config', 'one_line', 'check_keys',
-           'read_yaml', 'make_config', 'resolve', 'load_config', 'write_whole', 'save_config', 'home', 'run_folder',
-           'versions', 'machine', 'commit', 'provenance']
+           'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'Config', 'add_config', 'one_line',
+           'check_keys', 'read_yaml', 'make_config', 'resolve', 'load_config', 'write_whole', 'save_config', 'home',
+           'run_folder', 'versions', 'machine', 'commit', 'provenance']
 
 # %% ../nbs/00_config.ipynb #764a932e
 import dataclasses
@@ -125,6 +125,18 @@ class StudentSettings(Settings):
             raise ConfigError(f"student.layers is {self.layers!r}; the classic dialect cannot copy the teacher's layers, so give their number, for example 3")
 
 @dataclass
+class TargetsSettings(Settings):
+    """the teacher's soft labels: read while training, or computed once and cached"""
+    kind: Literal["online", "top_k", "sampled"] = "online"
+    """online (the teacher reads each batch while training), or cached once: top_k (its likeliest ids) or sampled (ids drawn from its law)"""
+    k: int = within(1, default=64)
+    """ids kept for each token, for kind top_k"""
+    samples: int = within(1, 255, default=12)
+    """ids drawn for each token, for kind sampled"""
+    shard_blocks: int = within(1, default=64)
+    """blocks in one file of the cache"""
+
+@dataclass
 class LossSettings(Settings):
     """the distillation loss: alpha * CE + (1 - alpha) * T^2 * KL"""
     alpha: float = within(0, 1, default=0.1)
@@ -196,6 +208,7 @@ class Config(Settings):
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     data: DataSettings = field(default_factory=DataSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
+    targets: TargetsSettings = field(default_factory=TargetsSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     decode: DecodeSettings = field(default_factory=DecodeSettings)

@@ -346,7 +346,7 @@ def text_pieces(
     yield text()[len(text(read)):]
 
 # %% ../nbs/07_speculative.ipynb #8663836e
-@dataclass
+@dataclass(repr=False)
 class SpeculativeResult:
     """A decoded text; shows itself in a notebook with its drafted tokens in colour."""
     prompt: list[int]
@@ -364,7 +364,7 @@ class SpeculativeResult:
         if self.tokenizer is None: raise ValueError("this result has no tokenizer; give one to speculative_generate to read its text")
         return "".join(text_pieces(self.tokenizer, self.tokens, self.prompt))
 
-    def __str__(self): return self.text if self.tokenizer else str(self.tokens)
+    def __repr__(self): return self.text if self.tokenizer else str(self.tokens)
 
     def _repr_html_(self):
         if self.tokenizer is None: return f"<code>{self.tokens}</code>"

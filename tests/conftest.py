@@ -1,0 +1,33 @@
+"""What several tests share: the repository's root, a tiny teacher in a folder, and the command as a process."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    """A random Llama of two layers with SmolLM2's tokenizer, saved as safetensors."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from kdcode.teacher import load_tokenizer
+    folder, tokenizer = tmp_path_factory.mktemp("teacher"), load_tokenizer("smollm2")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=512, initializer_range=.1, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def kdcode(tmp_path):
+    """Runs the command in an empty working folder; returns the finished process."""
+    def run(*words, timeout=300, **variables):
+        environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | variables
+        return subprocess.run([sys.executable, "-m", "kdcode.cli", *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
+    return run

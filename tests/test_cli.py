@@ -1,0 +1,101 @@
+"""The command as a person runs it: a process, its streams, its exit status, and what is left after it was killed."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def settings(teacher):
+    """A run that takes seconds."""
+    return ["--teacher.name", teacher, "--data.tokens", 4096, "--data.validation_tokens", 512, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
+            "--train.batch_size", 4, "--train.eval_steps", 2, "--train.logging_steps", 1, "--decode.problems", 2, "--decode.max_new_tokens", 12]
+
+
+def test_demo_leaves_everything(kdcode, tiny_teacher, tmp_path):
+    done = kdcode("demo", "--name", "trial", *settings(tiny_teacher), HF_TOKEN="hf_a_secret_that_must_not_be_saved")
+    assert done.returncode == 0, done.stderr
+    assert [f"[{i}/4]" in done.stderr for i in range(1, 5)] == [True] * 4
+    assert "teacher with student" in done.stdout and "Warning" not in done.stderr
+    run = tmp_path/"runs"/"trial"
+    for name in ("config.yaml", "run.json", "report.json", "report.md", "loss.png", "acceptance.png", "history.json", "student/model.safetensors", "corpus/corpus.json"):
+        assert (run/name).stat().st_size > 0, name
+    assert list((run/"tensorboard").glob("events*"))
+    report = json.loads((run/"report.json").read_text())
+    assert {"command", "date", "commit", "machine", "versions", "config", "figures", "rows"} <= set(report)
+    assert {"identical", "acceptance_rate", "tokens_per_call", "speedup", "teacher_tokens_per_second", "speculative_tokens_per_second"} <= set(report["figures"])
+    assert report["figures"]["identical"] == 1.0
+    assert report["command"].startswith("kdcode demo --name trial")
+    for path in run.rglob("*"):
+        if path.is_file(): assert b"hf_a_secret" not in path.read_bytes(), path
+
+
+def test_tensorboard_holds_curves_and_text(kdcode, tiny_teacher, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert kdcode("distill", "--name", "curves", *settings(tiny_teacher)).returncode == 0
+    events = EventAccumulator(str(tmp_path/"runs"/"curves"/"tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/ce", "train/kl", "train/perplexity", "train/learning_rate", "eval/ce", "eval/kl", "eval/acceptance_rate"} <= set(events.Tags()["scalars"])
+    assert "sample/text_summary" in events.Tags()["tensors"]
+
+
+def test_generate_streams_the_teachers_text(kdcode, tiny_teacher, tmp_path):
+    assert kdcode("distill", "--name", "pair", *settings(tiny_teacher)).returncode == 0
+    words = ("generate", "def quicksort(arr):", "--name", "pair", "--teacher.name", tiny_teacher, "--decode.max_new_tokens", 16)
+    drafted, alone = kdcode(*words), kdcode(*words, "--decode.gamma", 0)
+    assert drafted.returncode == 0, drafted.stderr
+    assert drafted.stdout.startswith("def quicksort(arr):")
+    assert drafted.stdout == alone.stdout  # gamma 0 is the teacher alone
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(kdcode, tiny_teacher, tmp_path):
+    from safetensors.torch import load_file
+    common = settings(tiny_teacher)
+    assert kdcode("distill", "--name", "whole", *common).returncode == 0
+    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "kdcode.cli", *map(str, ["distill", "--name", "killed", *common])]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path/"runs"/"killed"/"checkpoints"/"checkpoint-2"/"trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline: time.sleep(.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    again = kdcode("distill", "--name", "killed", *common)
+    assert (again.returncode, "--resume" in again.stderr) == (2, True)  # never silently over an earlier run
+    assert kdcode("distill", "--name", "killed", "--resume", *common).returncode == 0
+    whole, resumed = (load_file(tmp_path/"runs"/name/"student"/"model.safetensors") for name in ("whole", "killed"))
+    assert all((whole[key] == resumed[key]).all() for key in whole)
+
+
+def test_a_student_of_another_tokenizer_is_refused(kdcode, tiny_teacher, tmp_path):
+    import torch
+    from kdcode.student import Student, StudentConfig
+    other = StudentConfig(vocab_size=49152, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+                          max_position_embeddings=64, teacher="codellama/CodeLlama-7b-Python-hf", tokenizer_fingerprint="0123456789abcdef")
+    Student(other).save_pretrained(tmp_path/"other")
+    done = kdcode("generate", "x", "--draft", tmp_path/"other", "--teacher.name", tiny_teacher)
+    assert done.returncode == 2
+    assert "codellama/CodeLlama-7b-Python-hf" in done.stderr and str(tiny_teacher) in done.stderr
+
+
+@pytest.mark.parametrize("words, message", [
+    (["distill", "--data.source", "folder"], "data.path is None"),
+    (["distill", "--data.source", "folder", "--data.path", "nowhere"], "not a folder"),
+    (["distill", "--teacher.name", "nowhere/model.gguf"], "no such file"),
+    (["distill", "--teacher.name", "nobody/nothing"], "model hub"),
+    (["distill", "--teacher.device", "cuda:9"], "teacher.device"),
+    (["generate", "x", "--draft", "nowhere"], "no student"),
+    (["distill", "--out", "/dev/null/run"], "can't be made"),
+    (["distill", "--data.block_size", "1"], "data.block_size"),
+    (["distill", "--student.dialect", "classic"], "classic"),
+    (["distill", "--name", "../up"], "name is"),
+])
+def test_a_mistake_is_one_line(kdcode, words, message):
+    done = kdcode(*words)
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith("[")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("kdcode: ") and message in lines[0], done.stderr

@@ -1,0 +1,157 @@
+"""The repository itself: notebooks healthy, library in sync, settings that agree, nothing that should not be there."""
+import ast
+import configparser
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(path for path in (ROOT/"nbs").rglob("*.ipynb") if not {"_proc", ".ipynb_checkpoints"} & set(path.parts))
+SETTINGS = configparser.ConfigParser()
+SETTINGS.read(ROOT/"settings.ini")
+SETTINGS = SETTINGS["DEFAULT"]
+PROJECT = tomllib.loads((ROOT/"pyproject.toml").read_text())
+
+
+def code_cells(path):
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of what is exported and cleaned, on which both can be done again."""
+    folder = tmp_path_factory.mktemp("copy")/"kdcode"
+    folder.mkdir()
+    for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT/name, folder)
+    for name in ("nbs", "kdcode"): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", "_proc", ".ipynb_checkpoints"))
+    return folder
+
+
+def nbdev(command, folder):
+    subprocess.run([Path(sys.executable).parent/command], cwd=folder, check=True, capture_output=True)
+
+
+def differing(copy, name, pattern):
+    return [path.relative_to(copy).as_posix() for path in sorted((copy/name).rglob(pattern)) if path.read_bytes() != (ROOT/path.relative_to(copy)).read_bytes()]
+
+
+def test_library_is_what_the_notebooks_export(copy):
+    nbdev("nbdev_export", copy)
+    assert differing(copy, "kdcode", "*.py") == []
+    assert {path.name for path in (copy/"kdcode").glob("*.py")} == {path.name for path in (ROOT/"kdcode").glob("*.py")}
+
+
+def test_notebooks_are_clean(copy):
+    nbdev("nbdev_clean", copy)
+    assert differing(copy, "nbs", "*.ipynb") == []
+
+
+def test_readme_is_made_from_the_index(tmp_path):
+    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "WARN", "--to", "markdown", "--output-dir", tmp_path, "--output", "README", ROOT/"nbs"/"index.ipynb"], check=True)
+    assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_healthy(path):
+    notebook = json.loads(path.read_text())
+    kernel = notebook["metadata"]["kernelspec"]
+    assert (kernel["name"], kernel["language"]) == ("python3", "python")  # nbdev silently skips any other
+    assert "widgets" not in notebook["metadata"]
+    first = "".join(notebook["cells"][0]["source"]).splitlines()
+    assert notebook["cells"][0]["cell_type"] == "markdown" and first[0].startswith("# ") and first[2].startswith("> ")
+    for cell in code_cells(path):
+        imports_only_what_it_should(cell, path)
+        for output in cell["outputs"]: output_is_presentable(output, path)
+
+
+def imports_only_what_it_should(cell, path):
+    """A cell with an import at its top level holds only imports: a docs build executes import cells. A first cell may set the environment."""
+    body = [node for node in ast.parse(source(cell)).body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
+    if "os.environ" in source(cell) and "import os" in source(cell): return
+    assert all(imports) or not any(imports), f"{path.name}: {source(cell)[:80]}"
+
+
+def output_is_presentable(output, path):
+    data = output.get("data", {})
+    text = "".join(output.get("text", "")) + "".join("".join(value) for kind, value in data.items() if kind.startswith("text/"))
+    assert output["output_type"] != "error", path.name
+    assert "application/vnd.jupyter.widget-view+json" not in data, path.name
+    assert not re.search(r"it/s\]|Warning|(?<![\w.])/(home|root|tmp|work|Users)/", text), f"{path.name}: {text[:200]}"
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem[:2].isdigit()], ids=lambda path: path.stem)
+def test_module_notebook_has_outputs_and_tests(path):
+    cells = code_cells(path)
+    exported = [cell for cell in cells if source(cell).startswith("#| export")]
+    tests = [cell for cell in cells if "test_" in source(cell) or "assert " in source(cell)]
+    assert any(cell["outputs"] for cell in cells)
+    assert len(tests) >= len(exported) / 3
+    assert [cell["execution_count"] for cell in cells] == [None] * len(cells) or all(cell["execution_count"] for cell in cells if source(cell).strip())
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("kdcode/*.py")) + sorted(ROOT.glob("configs/*.yaml")) + [ROOT/"Makefile", ROOT/"README.md"], ids=lambda path: path.name)
+def test_no_absolute_path_and_no_secret(path):
+    text = path.read_text()
+    assert not re.search(r"""["'\s(=](/(home|root|tmp|work|usr|opt|Users)/|[A-Z]:\\\\)""", text)
+    assert not re.search(r"hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{12,}", text)
+
+
+def test_named_configurations_are_valid():
+    from kdcode.config import load_config
+    names = {path.stem: load_config(path).name for path in (ROOT/"configs").glob("*.yaml")}
+    assert names and all(stem == name for stem, name in names.items())
+
+
+def test_settings_agree_with_pyproject():
+    project, nbdev3 = PROJECT["project"], PROJECT["tool"]["nbdev"]
+    assert (SETTINGS["lib_name"], SETTINGS["description"]) == (project["name"], project["description"])
+    assert project["requires-python"] == f">={SETTINGS['min_python']}"
+    assert project["keywords"] == SETTINGS["keywords"].split()
+    assert SETTINGS["version"] == importlib.metadata.version("kdcode")
+    for key, value in nbdev3.items(): assert SETTINGS[key] == str(value), key
+
+
+def test_constraints_pin_every_requirement():
+    pins = {canonicalize_name(line.split("==")[0]): line for line in (ROOT/"constraints.txt").read_text().splitlines() if "==" in line}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for text in PROJECT["project"]["dependencies"] + [text for part in extras.values() for text in part]:
+        requirement = Requirement(text)
+        if requirement.name == "kdcode": continue
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{text} has no pin"
+        assert requirement.specifier.contains(pins[name].split("==")[1]), f"{text} and {pins[name]}"
+    assert {"torch==2.13.0", "nbdev==2.4.14"} <= set(pins.values())
+
+
+def test_library_runs_without_nbdev_and_fastcore():
+    needed, seen = ["kdcode"], set()
+    while needed:  # everything that `pip install kdcode` brings
+        name = canonicalize_name(needed.pop())
+        if name in seen: continue
+        seen.add(name)
+        try: requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError: continue
+        needed += [r.name for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert {"torch", "transformers"} <= seen and not {"nbdev", "fastcore", "execnb", "ghapi"} & seen
+    modules = [path.stem for path in (ROOT/"kdcode").glob("*.py") if path.stem != "_modidx"]
+    block = "import sys; sys.modules |= {'nbdev': None, 'fastcore': None}; " + "; ".join(f"import kdcode.{name}" for name in modules if name != "__init__")
+    subprocess.run([sys.executable, "-c", block], check=True, cwd=ROOT)
+
+
+def test_no_pickled_weights():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split() or [path.name for path in ROOT.rglob("*")]
+    assert not [name for name in tracked if name.endswith((".pt", ".pth", ".bin", ".pkl", ".ckpt"))]
+    assert "trust_remote_code" not in "".join(path.read_text() for path in (ROOT/"kdcode").glob("*.py"))
