@@ -32,13 +32,13 @@ class Steps:
 def bar(
     unit: str,   # what is counted
 ):               # a function of done and total
-    """A progress bar for functions that report how far they are."""
+    """A progress bar for functions that report how far they are; it appears with the first report."""
     from tqdm import tqdm
-    shown = tqdm(unit=unit, file=sys.stderr, leave=False)
+    shown = []
     def progress(done: int, total: int) -> None:
-        shown.total = total
-        shown.update(done - shown.n)
-        if done >= total: shown.close()
+        if not shown: shown.append(tqdm(total=total, unit=unit, file=sys.stderr, leave=False))
+        shown[0].update(done - shown[0].n)
+        if done >= total: shown[0].close()
     return progress
 
 # %% ../nbs/12_cli.ipynb #f21293b3
@@ -165,3 +165,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nkdcode: interrupted; what was finished is kept, and distill --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+# %% ../nbs/12_cli.ipynb #9af755ed
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # python -m kdcode.cli; a notebook has no __file__
