@@ -135,10 +135,10 @@ def write_shard(
 
 def check_shard(path: Path) -> None:
     """Raises `ConfigError` where a shard is missing or is not, byte for byte, what was written."""
-    again = "remove it, and start again with --resume to have it written anew"
     try: recorded, actual = path.with_suffix(".sha256").read_text().split()[0], file_hash(path)
-    except (OSError, IndexError): raise ConfigError(f"targets shard {path} is missing or unfinished; {again}") from None
-    if recorded != actual: raise ConfigError(f"targets shard {path} is damaged: its SHA-256 is {actual[:16]}…, and {recorded[:16]}… was written; {again}")
+    except (OSError, IndexError): raise ConfigError(f"targets shard {path} is missing or unfinished; start again with --resume to have it written") from None
+    if recorded == actual: return
+    raise ConfigError(f"targets shard {path} is damaged: its SHA-256 is {actual[:16]}…, and {recorded[:16]}… was written; remove it, and start again with --resume to have it written anew")
 
 # %% ../nbs/05_targets.ipynb #669546ac
 def targets_fingerprint(
