@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LLAMA_LIKE', 'StudentConfig', 'attend', 'angles', 'sinusoidal_table', 'rotary_table', 'rotate', 'KVCache',
            'Attention', 'SwiGLU', 'GELUNetwork', 'make_norm', 'StudentLayer', 'visible', 'StudentBody', 'Student',
-           'dense_weight', 'student_config', 'copy_module', 'teacher_layers', 'from_teacher', 'copy_ends', 'to_llama']
+           'dense_weight', 'student_config', 'copy_module', 'teacher_layers', 'check_draft_ids', 'from_teacher',
+           'copy_ends', 'to_llama']
 
 # %% ../nbs/02_student.ipynb #04352128
 import math
@@ -14,9 +15,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 # %% ../nbs/02_student.ipynb #f5a934c0
 class StudentConfig(PreTrainedConfig):
@@ -112,6 +114,7 @@ class KVCache:
         layer: int,
     ) -> tuple[Tensor, Tensor]:  # all keys and values of this layer: (batch, key_value_heads, length + new, dim)
         """Writes one layer's new positions behind the old ones. The length moves only when all layers are done, by `advance`."""
+        if keys.shape[0] != self.keys.shape[1]: raise ValueError(f"the cache is for {self.keys.shape[1]} rows, and {keys.shape[0]} came; make it with that batch_size")
         end = self.length + keys.shape[2]
         if end > self.capacity: raise ValueError(f"the cache holds {self.capacity} positions, and {end} are needed; make it with a larger capacity")
         self.keys[layer, :, :, self.length:end] = keys
@@ -222,8 +225,9 @@ class StudentBody(nn.Module):
         c, new = self.config, x.shape[1]
         if past + new > c.max_position_embeddings: raise ValueError(f"{past + new} positions are more than the student's context of {c.max_position_embeddings}")
         if self.table is None or self.table.device != x.device or self.table.dtype != x.dtype:
-            table = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta) if c.dialect == "llama" else sinusoidal_table(c.max_position_embeddings, c.hidden_size)
-            self.table = table.to(x.device, x.dtype)
+            with torch.inference_mode(False):  # decoding may come first, and training must be able to use the table
+                table = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta) if c.dialect == "llama" else sinusoidal_table(c.max_position_embeddings, c.hidden_size)
+                self.table = table.to(x.device, x.dtype)
         if position_ids is None: return self.table[..., past:past + new, :]
         return self.table[:, position_ids].unsqueeze(2) if c.dialect == "llama" else self.table[position_ids]
 
@@ -282,9 +286,11 @@ class Student(PreTrainedModel, GenerationMixin):
         rows = torch.searchsorted(self.draft_ids, labels).clamp(max=len(self.draft_ids) - 1)
         return torch.where(self.draft_ids[rows] == labels, rows, -100)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # the name until 5.24, as transformers' own models take it
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, cache=None,
                 use_cache: bool | None = None, logits_to_keep: int = 0, **kwargs) -> CausalLMOutputWithPast:
         """As any causal model of `transformers`: logits (batch, kept, vocab); `logits_to_keep` = 0 keeps all positions."""
+        if use_cache and cache is None: cache = DynamicCache(config=self.config)
         hidden = self.hidden_states(input_ids, cache, attention_mask, position_ids)
         return CausalLMOutputWithPast(logits=self.full_logits(self.draft_logits(hidden[:, -logits_to_keep:])), cache=cache)
 
@@ -304,7 +310,7 @@ def dense_weight(
     """The plain weight of a layer, however it is stored."""
     weight = module.weight
     if weight.is_floating_point() and type(module) in (nn.Linear, nn.Embedding): return weight.detach().float()
-    if isinstance(module, nn.Embedding):
+    if hasattr(module, "num_embeddings"):  # an embedding, also one of GGUF blocks
         ids = torch.arange(module.num_embeddings, device=weight.device)
         return torch.cat([module(part).float() for part in ids.split(rows)])
     identity = torch.eye(module.in_features, device=weight.device)
@@ -329,6 +335,7 @@ def student_config(
                  num_attention_heads=heads, num_key_value_heads=heads, head_dim=getattr(c, "head_dim", None) or c.hidden_size // heads, max_position_embeddings=c.max_position_embeddings)
     if dialect == "llama":
         if c.model_type not in LLAMA_LIKE: raise ValueError(f"teacher {c.model_type} has no layers of the llama dialect (only {', '.join(LLAMA_LIKE)}); use dialect classic with a number of new layers")
+        if c.hidden_act != "silu" or getattr(c, "mlp_bias", False): raise ValueError(f"the teacher's feed-forward network (hidden_act {c.hidden_act}, mlp_bias {getattr(c, 'mlp_bias', False)}) is not that of the llama dialect (silu, no bias); use dialect classic")
         if rope.get("rope_type", "default") != "default": raise ValueError(f"the teacher's rotary positions are scaled ({rope['rope_type']}), which the llama dialect does not do; use dialect classic")
         shape |= dict(num_key_value_heads=c.num_key_value_heads, rope_theta=float(rope["rope_theta"]), rms_norm_eps=c.rms_norm_eps,
                       attention_bias=model.base_model.layers[0].self_attn.q_proj.bias is not None)
@@ -358,6 +365,14 @@ def teacher_layers(
         if not -depth <= i < depth: raise ValueError(f"layer {i} is not one of the teacher's {depth}; allowed are {-depth} to {depth - 1}")
     return [i % depth for i in layers]
 
+def check_draft_ids(
+    draft_ids: Tensor,  # (draft vocabulary,)
+    vocab_size: int,
+) -> None:
+    """Raises `ValueError` unless the ids ascend and lie in the vocabulary; `to_draft` looks them up by bisection."""
+    if len(draft_ids) == 0 or draft_ids.min() < 0 or draft_ids.max() >= vocab_size: raise ValueError(f"draft_ids are {len(draft_ids)} ids, not all from 0 to {vocab_size - 1}; give at least one id of the vocabulary")
+    if (draft_ids.diff() <= 0).any(): raise ValueError(f"draft_ids do not ascend ({draft_ids[:3].tolist()}...); sort them, and keep each id once")
+
 # %% ../nbs/02_student.ipynb #b25529aa
 def from_teacher(
     teacher: PreTrainedModel,
@@ -374,8 +389,11 @@ def from_teacher(
     Raises `ValueError` for layers that the teacher lacks, or a teacher that the dialect can't follow.
     """
     if dialect == "classic" and not isinstance(layers, int): raise ValueError(f"layers is {list(layers)}, and the classic dialect can't copy a teacher's layers; give their number")
+    depth = layers if isinstance(layers, int) else len(layers)
+    if depth < 1: raise ValueError(f"layers is {layers!r}; allowed is a number of at least 1, or a list of the teacher's layers")
+    config = student_config(teacher, dialect, depth, 0 if draft_ids is None else len(draft_ids), teacher=teacher_name, tokenizer_fingerprint=tokenizer_fingerprint)
+    if draft_ids is not None: check_draft_ids(draft_ids, config.vocab_size)
     chosen = [] if isinstance(layers, int) else teacher_layers(layers, len(teacher.base_model.layers))
-    config = student_config(teacher, dialect, len(chosen) or layers, 0 if draft_ids is None else len(draft_ids), teacher=teacher_name, tokenizer_fingerprint=tokenizer_fingerprint)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = Student(config)
