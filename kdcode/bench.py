@@ -10,7 +10,6 @@ __all__ = ['Report', 'cell', 'markdown_table', 'Pair', 'decode_alone', 'timed', 
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from .config import Config, DecodeSettings, provenance, write_whole
-from .speculative import CachedModel, CachedStudent, SpeculativeResult, Statistics, complete, predicted_speedup, prompt_ids
+from .speculative import CachedModel, CachedStudent, SpeculativeResult, Statistics, clock, complete, predicted_speedup, prompt_ids
 from .student import Student
 from .teacher import Teacher
 
@@ -98,11 +97,8 @@ def decode_alone(teacher: Teacher, prompt: str, settings: DecodeSettings, seed: 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """What `work` returns, and the seconds it took, with the device's queue empty before and after."""
-    def now():
-        if device.type == "cuda": torch.cuda.synchronize(device)
-        return time.perf_counter()
-    start = now()
-    return work(), now() - start
+    start = clock(device)
+    return work(), clock(device) - start
 
 def decode_pairs(
     teacher: Teacher,

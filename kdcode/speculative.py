@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAFTED', 'OWN', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup', 'CachedModel',
            'CachedStudent', 'Draft', 'Drafter', 'ModelDrafter', 'Statistics', 'Round', 'clock', 'first_end',
-           'same_width', 'SpeculativeDecoder', 'text_pieces', 'SpeculativeResult', 'end_ids', 'make_decoder',
+           'same_width', 'judge', 'SpeculativeDecoder', 'text_pieces', 'SpeculativeResult', 'end_ids', 'make_decoder',
            'check_vocabularies', 'speculative_generate', 'single_row', 'collect', 'check_student', 'prompt_ids',
            'complete', 'stream', 'open_text']
 
@@ -236,6 +236,12 @@ class Statistics:
             for i in range(n): counts[i] += 1
         self.acceptance_sum += acceptance[:judged].sum().item()
 
+    def add_times(self, started: float, drafted: float, verified: float, ended: float) -> None:
+        """Adds the seconds of one round, from its four clock readings."""
+        self.student_seconds += drafted - started
+        self.teacher_seconds += verified - drafted
+        self.seconds += ended - started
+
     def __add__(self, other: "Statistics") -> "Statistics":
         def add(a, b):
             if not isinstance(a, list): return a + b
@@ -268,6 +274,19 @@ def same_width(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Two laws over as many ids: models pad their vocabularies differently, and an id that one of them lacks has probability 0."""
     width = max(p.shape[-1], q.shape[-1])
     return F.pad(p, (0, width - p.shape[-1])), F.pad(q, (0, width - q.shape[-1]))
+
+def judge(
+    draft: Draft,
+    p: Tensor,       # (drafted + 1, vocab), the teacher's laws
+    ends: set[int],  # end-of-text ids
+    generator: torch.Generator,
+) -> tuple[Round, Tensor]:  # what becomes text, and Σ min(p, q) at each drafted place
+    """Verifies a draft and cuts it at the end of text."""
+    p, q = same_width(p, draft.laws)
+    accepted, token = verify(torch.tensor(draft.tokens, dtype=torch.long, device=p.device), q, p, generator)
+    new = draft.tokens[:accepted] + [token]
+    new = new[:first_end(new, ends)]
+    return Round(new, min(accepted, len(new))), torch.minimum(p[:-1], q).sum(-1)
 
 # %% ../nbs/07_speculative.ipynb #1c8e2e72
 class SpeculativeDecoder:
@@ -313,28 +332,13 @@ class SpeculativeDecoder:
         times.append(clock(self.device))
         logits, hidden = self.teacher.feed(tokens[read:] + draft.tokens, len(draft.tokens) + 1, self.drafter.reads_hidden_states)
         times.append(clock(self.device))
-        new = self.judge(draft, self.law(logits))
+        new, acceptance = judge(draft, self.law(logits), self.ends, self.generator)
+        self.statistics.add_round(len(new.tokens), len(draft.tokens), new.accepted, acceptance)
         final = len(tokens) + len(new.tokens) - 1  # neither model has read the last new token
         self.teacher.crop(final)
         self.drafter.verified(final, None if hidden is None else hidden[:final - read])
-        self.add_times(*times, clock(self.device))
+        self.statistics.add_times(*times, clock(self.device))
         return new
-
-    def judge(self, draft: Draft, p: Tensor) -> Round:
-        """What becomes text, given the teacher's laws (drafted + 1, vocab)."""
-        p, q = same_width(p, draft.laws)
-        accepted, token = verify(torch.tensor(draft.tokens, dtype=torch.long, device=p.device), q, p, self.generator)
-        new = draft.tokens[:accepted] + [token]
-        new = new[:first_end(new, self.ends)]
-        accepted = min(accepted, len(new))
-        self.statistics.add_round(len(new), len(draft.tokens), accepted, torch.minimum(p[:-1], q).sum(-1))
-        return Round(new, accepted)
-
-    def add_times(self, started: float, drafted: float, verified: float, ended: float) -> None:
-        """Adds a round's seconds to the statistics."""
-        self.statistics.student_seconds += drafted - started
-        self.statistics.teacher_seconds += verified - drafted
-        self.statistics.seconds += ended - started
 
 # %% ../nbs/07_speculative.ipynb #b6a005e3
 def text_pieces(

@@ -10,7 +10,6 @@ __all__ = ['make_student', 'Validation', 'position_metrics', 'validate', 'NonFin
 # %% ../nbs/06_train.ipynb #393a34ce
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils.notebook import NotebookProgressCallback
 
 from .config import Config, ConfigError, provenance, save_config, write_whole
-from .data import Corpus, build_corpus, collate, most_used_ids, tokenizer_fingerprint
+from .data import Corpus, collate, most_used_ids, tokenizer_fingerprint
 from .loss import Chunk, LossSums, acceptance_probability, chunked_distillation_loss, forward_kl, log_probs, real_rows
 from .student import Student
 from .targets import TargetCache, TeacherLabels, targets_fingerprint, write_targets

@@ -72,7 +72,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(kdcode, tiny_teacher, tmp_path
 
 
 def test_a_student_of_another_tokenizer_is_refused(kdcode, tiny_teacher, tmp_path):
-    import torch
     from kdcode.student import Student, StudentConfig
     other = StudentConfig(vocab_size=49152, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
                           max_position_embeddings=64, teacher="codellama/CodeLlama-7b-Python-hf", tokenizer_fingerprint="0123456789abcdef")
