@@ -29,5 +29,6 @@ export: setup
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
+README := README.md
 readme: setup
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input --stdout nbs/index.ipynb | sed 's#(\.\./#(#' > $(README)

@@ -54,7 +54,9 @@ def sample(
     """Draws one token."""
     cumulative = law.double().cumsum(-1)
     place = torch.rand(1, generator=generator, device=law.device, dtype=torch.double) * cumulative[-1]
-    return int(torch.searchsorted(cumulative, place, right=True))
+    token = int(torch.searchsorted(cumulative, place, right=True))
+    if token == len(law): raise ValueError("a law to sample from holds values that are no finite numbers, or nothing above 0; use a wider number format (teacher.dtype float32)")
+    return token
 
 # %% ../nbs/07_speculative.ipynb #205a876b
 def residual(
@@ -316,6 +318,7 @@ class SpeculativeDecoder:
 
         Raises `ValueError` for a prompt that is empty or fills the teacher's context.
         """
+        if self.teacher.length: raise ValueError("this decoder has decoded a text already; make a new one for another text")
         if not prompt: raise ValueError("the prompt has no tokens; give at least one")
         if len(prompt) >= self.teacher.context_size: raise ValueError(f"the prompt has {len(prompt)} tokens, and the teacher's context ends at {self.teacher.context_size}")
         tokens, limit = list(prompt), min(len(prompt) + max_new_tokens, self.teacher.context_size)

@@ -10,7 +10,8 @@ __all__ = ['LLAMA_LIKE', 'StudentConfig', 'attend', 'angles', 'sinusoidal_table'
 
 # %% ../nbs/02_student.ipynb #04352128
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -288,8 +289,14 @@ class Student(PreTrainedModel, GenerationMixin):
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # the name until 5.24, as transformers' own models take it
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, cache=None,
-                use_cache: bool | None = None, logits_to_keep: int = 0, **kwargs) -> CausalLMOutputWithPast:
-        """As any causal model of `transformers`: logits (batch, kept, vocab); `logits_to_keep` = 0 keeps all positions."""
+                use_cache: bool | None = None, logits_to_keep: int = 0, head: Callable[[Tensor, Tensor], Any] | None = None, **kwargs) -> CausalLMOutputWithPast | Any:
+        """As any causal model of `transformers`: logits (batch, kept, vocab); `logits_to_keep` = 0 keeps all positions.
+
+        With `head`, what that function returns for the hidden states (batch, new, hidden) and the head's weight (vocab, hidden) instead:
+        a loss that never holds all logits, computed inside of the model, where wrappers for many devices have its weights together.
+        """
+        if head is not None: return head(self.hidden_states(input_ids, cache, attention_mask, position_ids), self.lm_head.weight)
+        if kwargs.get("labels") is not None: raise ValueError("a student's forward computes no loss from labels; use kdcode.loss.distillation_loss with its logits, or kdcode.train.distill")
         if use_cache and cache is None: cache = DynamicCache(config=self.config)
         hidden = self.hidden_states(input_ids, cache, attention_mask, position_ids)
         return CausalLMOutputWithPast(logits=self.full_logits(self.draft_logits(hidden[:, -logits_to_keep:])), cache=cache)

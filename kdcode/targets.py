@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TeacherLabels', 'top_k_law', 'sampled_law', 'shard_schema', 'to_row', 'from_row', 'shard_path', 'file_hash',
-           'write_shard', 'check_shard', 'targets_fingerprint', 'check_fingerprint', 'shard_generator', 'block_laws',
-           'write_targets', 'TargetCache']
+           'write_shard', 'check_shard', 'weights_fingerprint', 'targets_fingerprint', 'check_fingerprint',
+           'shard_generator', 'block_laws', 'write_targets', 'counted', 'TargetCache', 'draft_vocabulary',
+           'make_targets']
 
 # %% ../nbs/05_targets.ipynb #fdfb91a6
 import hashlib
@@ -22,9 +23,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from .config import Config, ConfigError, TargetsSettings, write_whole
-from .data import Corpus, tokenizer_fingerprint
+from .data import Corpus, most_used_ids, tokenizer_fingerprint
 from .loss import SparseLaw, log_probs
 from .student import dense_weight
 from .teacher import Teacher
@@ -70,16 +72,17 @@ def sampled_law(
     n: int,              # draws for each token, with replacement
     temperature: float,  # T > 0
     generator: torch.Generator,  # on the device of the logits
-) -> SparseLaw:          # (tokens, n), the most drawn first; each id once, with its share of the draws; then empty slots
+) -> SparseLaw:          # (tokens, n), the most drawn first; each id once, with its share of the draws; then empty slots; and the entropy
     """The law of `n` ids drawn from the teacher's law: its mean over many draws is the whole law.
 
     Source: Anshumann et al. 2025 (Sparse Logit Sampling), section 4.
     """
-    draws = torch.multinomial(log_probs(logits, temperature).exp(), n, replacement=True, generator=generator).sort(-1).values
+    law = log_probs(logits, temperature)
+    draws = torch.multinomial(law.exp(), n, replacement=True, generator=generator).sort(-1).values
     counts = (draws[:, :, None] == draws[:, None, :]).sum(-1)
     counts[:, 1:].masked_fill_(draws[:, 1:] == draws[:, :-1], 0)  # only the first of equal draws keeps the count
     counts, order = counts.sort(dim=-1, descending=True, stable=True)
-    return SparseLaw(draws.gather(-1, order).masked_fill(counts == 0, 0), (counts / n).log())
+    return SparseLaw(draws.gather(-1, order).masked_fill(counts == 0, 0), (counts / n).log(), torch.special.entr(law.exp()).sum(-1))
 
 # %% ../nbs/05_targets.ipynb #321dba9f
 def shard_schema(
@@ -88,7 +91,7 @@ def shard_schema(
 ) -> pa.Schema:
     """The columns of a shard; each row is a block, each value the list of all its positions' slots."""
     ids = {"ids": pa.uint16() if size <= 2**16 else pa.uint32()}
-    values = {"log_probs": pa.float16(), "log_rest": pa.float16()} if kind == "top_k" else {"counts": pa.uint8()}
+    values = {"log_probs": pa.float16(), "log_rest": pa.float16()} if kind == "top_k" else {"counts": pa.uint8(), "entropy": pa.float16()}
     return pa.schema([(name, pa.list_(dtype)) for name, dtype in (ids | values).items()])
 
 def to_row(
@@ -97,7 +100,7 @@ def to_row(
 ) -> pa.Table:          # one row
     """A block's laws as they are stored."""
     draws = law.log_probs.shape[-1]
-    columns = {"ids": law.ids, "log_probs": law.log_probs, "log_rest": law.rest.log(), "counts": (law.log_probs.exp() * draws).round()}
+    columns = {"ids": law.ids, "log_probs": law.log_probs, "log_rest": law.rest.log(), "counts": (law.log_probs.exp() * draws).round(), "entropy": law.entropy}
     arrays = {field.name: columns[field.name].flatten().numpy().astype(field.type.value_type.to_pandas_dtype()) for field in schema}
     return pa.table({name: [array] for name, array in arrays.items()}, schema=schema)
 
@@ -108,7 +111,7 @@ def from_row(
     """The laws of a stored block; each sums to one with its rest."""
     columns = {name: torch.from_numpy(row[name].combine_chunks().values.to_numpy(zero_copy_only=False).astype(np.float32)).view(time, -1) for name in row.column_names if name != "ids"}
     ids = torch.from_numpy(row["ids"].combine_chunks().values.to_numpy().astype(np.int64)).view(time, -1)
-    if "counts" in columns: return SparseLaw(ids, (columns["counts"] / columns["counts"].sum(-1, keepdim=True)).log())
+    if "counts" in columns: return SparseLaw(ids, (columns["counts"] / columns["counts"].sum(-1, keepdim=True)).log(), columns["entropy"][:, 0])
     total = torch.cat([columns["log_probs"], columns["log_rest"]], -1).logsumexp(-1, keepdim=True)
     return SparseLaw(ids, columns["log_probs"] - total)
 
@@ -141,6 +144,12 @@ def check_shard(path: Path) -> None:
     raise ConfigError(f"targets shard {path} is damaged: its SHA-256 is {actual[:16]}…, and {recorded[:16]}… was written; remove it, and start again with --resume to have it written anew")
 
 # %% ../nbs/05_targets.ipynb #669546ac
+def weights_fingerprint(teacher: Teacher) -> str:
+    """16 hexadecimal digits of the SHA-256 over the first rows of the teacher's head and its last norm, so that teachers of one name are told apart."""
+    norm = [weight for weight in teacher.model.parameters() if weight.dim() == 1][-1]
+    parts = (dense_weight(teacher.head)[:64], norm)
+    return hashlib.sha256(b"".join(part.detach().float().cpu().numpy().tobytes() for part in parts)).hexdigest()[:16]
+
 def targets_fingerprint(
     config: Config,
     teacher: Teacher,          # in the number format in which it labels
@@ -151,7 +160,8 @@ def targets_fingerprint(
     t = config.targets
     slots = {"k": t.k} if t.kind == "top_k" else {"samples": t.samples, "seed": config.seed}
     ids = "all" if draft_ids is None else hashlib.sha256(draft_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
-    return {"teacher": teacher.name, "dtype": str(teacher.model.dtype).removeprefix("torch."), "tokenizer": tokenizer_fingerprint(teacher.tokenizer), "draft_ids": ids,
+    return {"teacher": teacher.name, "dtype": str(teacher.model.dtype).removeprefix("torch."), "weights": weights_fingerprint(teacher), "quantization": config.teacher.quantization,
+            "tokenizer": tokenizer_fingerprint(teacher.tokenizer), "draft_ids": ids,
             "data": corpus.statistics["train"]["sha256"], "blocks": len(corpus.train), "block_size": len(corpus.train[0]["input_ids"]), "shard_blocks": t.shard_blocks,
             "temperature": config.loss.temperature, "kind": t.kind} | slots
 
@@ -210,8 +220,15 @@ def write_targets(
         path, end = shard_path(folder, shard), min(start + settings.shard_blocks, len(blocks))
         if not (path.exists() and path.with_suffix(".sha256").exists()):
             generator = shard_generator(seed, shard, labels.teacher.device)
-            write_shard(path, block_laws(labels, blocks.select(range(start, end)), settings, temperature, generator, batch_size), schema)
-        if progress: progress(end, len(blocks))
+            laws = block_laws(labels, blocks.select(range(start, end)), settings, temperature, generator, batch_size)
+            write_shard(path, counted(laws, start, len(blocks), progress), schema)
+        elif progress: progress(end, len(blocks))
+
+def counted(laws: Iterator[SparseLaw], done: int, total: int, progress: Callable[[int, int], None] | None) -> Iterator[SparseLaw]:
+    """The same laws, with a report after each."""
+    for number, law in enumerate(laws, done + 1):
+        yield law
+        if progress: progress(number, total)
 
 # %% ../nbs/05_targets.ipynb #0721759a
 class TargetCache:
@@ -227,6 +244,16 @@ class TargetCache:
         self.folder, self.shard_blocks, self.block_size = folder, fingerprint["shard_blocks"], fingerprint["block_size"]
         for shard in range(math.ceil(fingerprint["blocks"] / self.shard_blocks)): check_shard(shard_path(folder, shard))
 
+    @property
+    def tokens(self) -> int:
+        """Positions that have targets."""
+        return json.loads((self.folder/"targets.json").read_text())["blocks"] * self.block_size
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(path.stat().st_size for path in self.folder.glob("shard-*.parquet"))
+
     def block(self, number: int) -> SparseLaw:
         """The laws (time, slots) of a block, by its place in the training split."""
         shard, row = divmod(number, self.shard_blocks)
@@ -235,4 +262,33 @@ class TargetCache:
     def law(self, numbers: list[int]) -> SparseLaw:
         """The laws (blocks × time, slots) of a batch of blocks."""
         laws = [self.block(number) for number in numbers]
-        return SparseLaw(torch.cat([law.ids for law in laws]), torch.cat([law.log_probs for law in laws]))
+        return SparseLaw(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*((law.ids, law.log_probs, law.entropy) for law in laws))))
+
+# %% ../nbs/05_targets.ipynb #4eed2ba0
+def draft_vocabulary(
+    config: Config,
+    teacher: Teacher,
+    corpus: Corpus,
+) -> Tensor | None:  # (ids,), ascending; None: all of the teacher's
+    """The ids that the student of a configuration predicts. Raises `ConfigError` for an impossible number of them."""
+    size, tokenizer = config.student.draft_vocabulary, teacher.tokenizer
+    if not 0 < size < teacher.vocabulary_size: return None
+    special = {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
+    try: return most_used_ids(corpus.train, size, teacher.vocabulary_size, tuple(special))
+    except ValueError as error: raise ConfigError(f"student.draft_vocabulary: {error}") from None
+
+def make_targets(
+    config: Config,      # its targets.kind is not online
+    teacher: Teacher,    # in the number format in which it labels text
+    corpus: Corpus,
+    run: Path,           # folder of the run
+    progress: bool = True,  # shows a progress bar
+) -> TargetCache:
+    """The targets that a configuration asks for, after writing those that are missing. Raises `ConfigError` where its folder holds others."""
+    draft_ids = draft_vocabulary(config, teacher, corpus)
+    folder = Path(config.targets.folder).expanduser() if config.targets.folder else run/"targets"
+    fingerprint = targets_fingerprint(config, teacher, draft_ids, corpus)
+    with tqdm(total=len(corpus.train), unit="block", desc="targets", leave=False, disable=not progress) as bar:
+        write_targets(TeacherLabels(teacher, draft_ids), corpus.train, config.targets, config.loss.temperature, folder, fingerprint, config.seed,
+                      lambda done, total: bar.update(done - bar.n), config.train.batch_size)
+    return TargetCache(folder, fingerprint)

@@ -59,8 +59,11 @@ def test_notebooks_are_clean(copy):
 
 
 def test_readme_is_made_from_the_index(tmp_path):
-    subprocess.run([sys.executable, "-m", "nbconvert", "--log-level", "WARN", "--to", "markdown", "--output-dir", tmp_path, "--output", "README", ROOT/"nbs"/"index.ipynb"], check=True)
+    recipe = next(line for line in (ROOT/"Makefile").read_text().splitlines() if "nbconvert" in line)
+    command = recipe.strip().replace("$(BIN)", str(Path(sys.executable).parent)).replace("$(README)", str(tmp_path/"README.md"))
+    subprocess.run(command, shell=True, cwd=ROOT, check=True)
     assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text()
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT/"README.md").read_text()): assert (ROOT/image).exists(), image
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

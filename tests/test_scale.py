@@ -1,0 +1,148 @@
+"""Trainings that are stopped, spread over processes, or copied elsewhere: as processes, against a real S3 server."""
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+SETTINGS = ["--data.tokens", 4096, "--data.validation_tokens", 512, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
+            "--train.batch_size", 4, "--train.eval_steps", 4, "--train.logging_steps", 1]
+
+
+def start(folder, *words, **variables):
+    """The command as a process that is not waited for."""
+    environment = os.environ | {"KDCODE_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen([sys.executable, "-m", "kdcode.cli", *map(str, words)], cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(there, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not there() and process.poll() is None and time.monotonic() < deadline: time.sleep(.005)
+    assert there(), process.stderr.read() if process.poll() is not None else "it took too long"
+
+
+def same_weights(a, b):
+    one, other = (load_file(folder/"student"/"model.safetensors") for folder in (a, b))
+    return all((one[key] == other[key]).all() for key in one)
+
+
+def files(folder): return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".unfinished"}
+
+
+def test_targets_killed_and_continued_are_the_same_bytes(kdcode, tiny_teacher, tmp_path):
+    words = ["targets", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "sampled", "--targets.shard_blocks", 4]
+    done = kdcode(*words, "--name", "whole")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"targets of 4,096 tokens .*: [\d.]+ bytes for each", done.stdout)
+    process, cache = start(tmp_path, *words, "--name", "killed"), tmp_path/"runs"/"killed"/"targets"
+    wait_for((cache/"shard-00002.sha256").exists, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cache/"shard-00015.sha256").exists()  # it was really in the middle
+    assert kdcode(*words, "--name", "killed").returncode == 0
+    assert files(cache) == files(tmp_path/"runs"/"whole"/"targets")
+    # one cache for several trainings, and an error that names what differs
+    trained = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "sampled", "--targets.shard_blocks", 4, "--targets.folder", cache]
+    assert kdcode(*trained, "--name", "user").returncode == 0
+    refused = kdcode(*trained, "--name", "other", "--loss.temperature", 2)
+    assert refused.returncode == 2 and "another temperature 1.0 (now 2.0)" in refused.stderr
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(kdcode, tiny_teacher, tmp_path):
+    words = ["targets", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "top_k", "--targets.k", 900, "--targets.shard_blocks", 16]
+    assert kdcode(*words, "--name", "whole").returncode == 0
+    sizes = sorted(path.stat().st_size for path in (tmp_path/"runs"/"whole"/"targets").glob("*.parquet"))
+    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] // 2, sizes[0] // 2))
+    full = subprocess.run([sys.executable, "-m", "kdcode.cli", *map(str, words), "--name", "full"], cwd=tmp_path, env=environment, capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 1, full.stderr
+    assert full.stderr.rstrip().splitlines()[-1].startswith("kdcode: ") and "File too large" in full.stderr and "Traceback" not in full.stderr
+    assert kdcode(*words, "--name", "full").returncode == 0
+    assert files(tmp_path/"runs"/"full"/"targets") == files(tmp_path/"runs"/"whole"/"targets")
+
+
+def test_told_to_stop_it_writes_a_checkpoint_and_goes_on(kdcode, tiny_teacher, tmp_path):
+    words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--train.epochs", 2]
+    assert kdcode(*words, "--name", "whole", OMP_NUM_THREADS="1").returncode == 0
+    process, run = start(tmp_path, *words, "--name", "told"), tmp_path/"runs"/"told"
+    wait_for((run/"checkpoints"/"checkpoint-4"/"trainer_state.json").exists, process)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130 and "stopped after step" in told, told
+    step = int(re.search(r"stopped after step (\d+)", told)[1])
+    assert (run/"checkpoints"/f"checkpoint-{step}"/"trainer_state.json").exists() and not (run/"student").exists()
+    assert kdcode(*words, "--name", "told", "--resume", OMP_NUM_THREADS="1").returncode == 0
+    assert same_weights(run, tmp_path/"runs"/"whole")
+
+
+def losses(run): return [entry["loss"] for entry in json.loads((run/"history.json").read_text()) if "loss" in entry]
+
+
+def test_two_processes_train_as_one(kdcode, tiny_teacher, tmp_path):
+    words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "top_k"]
+    assert kdcode(*words, "--name", "one").returncode == 0
+    # --multi_gpu starts the processes; on a machine without a GPU they talk by gloo
+    launch = [Path(sys.executable).parent/"accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "kdcode.cli"]
+    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    two = subprocess.run([*map(str, launch), *map(str, words), "--train.batch_size", "2", "--name", "two"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    one, two = (losses(tmp_path/"runs"/name) for name in ("one", "two"))
+    assert len(one) == len(two) == 16 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4
+    assert max(abs(a - b) for a, b in zip(one, one[1:])) > 1e-3  # the losses do move
+
+
+@pytest.fixture
+def s3(tmp_path):
+    """A real S3 server on this machine, which can be stopped and started again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (bucket := tmp_path/"s3"/"bucket").mkdir(parents=True)
+    command = [Path(sys.executable).parent/"rclone", "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "ACCESSKEY0123456789,SECRETKEY0123456789", tmp_path/"s3"]
+    running = []
+    def up():
+        running.append(subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0: return
+            time.sleep(.05)
+    def down():
+        running[-1].kill()
+        running[-1].wait()
+    up()
+    keys = {"AWS_ACCESS_KEY_ID": "ACCESSKEY0123456789", "AWS_SECRET_ACCESS_KEY": "SECRETKEY0123456789", "AWS_DEFAULT_REGION": "us-east-1", "AWS_S3_ENDPOINT": f"http://127.0.0.1:{port}"}
+    yield bucket, keys, up, down
+    down()
+
+
+def test_checkpoints_go_to_s3(kdcode, tiny_teacher, tmp_path, s3):
+    bucket, keys, _, _ = s3
+    words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--train.upload", "s3://bucket/run"]
+    done = kdcode(*words, "--name", "copied", **keys)
+    assert done.returncode == 0 and "upload" not in done.stderr, done.stderr
+    for name in ("student/model.safetensors", "checkpoint-16/trainer_state.json"):
+        local = tmp_path/"runs"/"copied"/("" if name.startswith("student") else "checkpoints")/name
+        assert (bucket/"run"/name).read_bytes() == local.read_bytes()
+
+
+def test_a_refused_key_or_a_dead_server_never_ends_a_training(kdcode, tiny_teacher, tmp_path, s3):
+    bucket, keys, up, down = s3
+    words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--train.upload"]
+    refused = kdcode(*words, "s3://bucket/refused", "--name", "refused", **keys | {"AWS_SECRET_ACCESS_KEY": "another-secret-0123456789"})
+    assert refused.returncode == 0 and "upload of checkpoint-4 failed" in refused.stderr
+    assert "another-secret" not in refused.stderr and "Traceback" not in refused.stderr
+    down()
+    process, run = start(tmp_path, *words, "s3://bucket/back", "--name", "back", "--train.epochs", 6, **keys), tmp_path/"runs"/"back"
+    wait_for((run/"checkpoints"/"checkpoint-4"/"trainer_state.json").exists, process)
+    up()
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert (bucket/"back"/"student"/"model.safetensors").exists() and (bucket/"back"/"checkpoint-96"/"trainer_state.json").exists()
