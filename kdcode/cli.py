@@ -48,18 +48,26 @@ def corpus_and_teacher(config: Config, folder: Path, steps: Steps) -> tuple:
     import torch
     from accelerate import PartialState
     from kdcode.data import build_corpus
-    from kdcode.teacher import fastest_dtype, load_teacher, load_tokenizer, pick_device
-    steps(f"corpus: {config.data.tokens:,} tokens to train on, from {config.data.source}")
-    with PartialState(cpu=pick_device(config.teacher.device).type == "cpu").main_process_first():
-        corpus = build_corpus(config.data, load_tokenizer(config.teacher.name), folder/"corpus", config.seed, bar("token"))
-    steps(f"teacher: {config.teacher.name}")
-    teacher = load_teacher(config.teacher)
-    labels = fastest_dtype(teacher.device) if config.teacher.label_dtype == "auto" else getattr(torch, config.teacher.label_dtype)
-    return corpus, teacher, teacher.converted(labels)
+    from kdcode.teacher import fastest_dtype, load_teacher, load_tokenizer, pick_device, teacher_documents
+    def corpus_step(build):
+        steps(f"corpus: {config.data.tokens:,} tokens to train on, from {config.data.source}")
+        with PartialState(cpu=pick_device(config.teacher.device).type == "cpu").main_process_first(): return build()
+    def teacher_step():
+        steps(f"teacher: {config.teacher.name}")
+        teacher = load_teacher(config.teacher)
+        labels = fastest_dtype(teacher.device) if config.teacher.label_dtype == "auto" else getattr(torch, config.teacher.label_dtype)
+        return teacher, teacher.converted(labels)
+    if config.data.source != "teacher":
+        corpus = corpus_step(lambda: build_corpus(config.data, load_tokenizer(config.teacher.name), folder/"corpus", config.seed, bar("token")))
+        return corpus, *teacher_step()
+    teacher, labelling = teacher_step()
+    written = teacher_documents(labelling, config.data, config.seed, folder/"teacher-text.jsonl")
+    return corpus_step(lambda: build_corpus(config.data, teacher.tokenizer, folder/"corpus", config.seed, bar("token"), written, teacher.name)), teacher, labelling
 
 def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> tuple:
     """The first three steps of a run: corpus, teacher, training. Returns the teacher in its decoding format, and the student."""
-    from kdcode.train import distill
+    from kdcode.train import distill, remote_folder
+    if config.train.upload: remote_folder(config.train.upload)  # a mistake in it is told now, not after the corpus
     corpus, teacher, labelling = corpus_and_teacher(config, folder, steps)
     dtype = str(labelling.model.dtype).removeprefix("torch.")
     steps(f"training: the teacher labels in {dtype}, the student learns" + (" (an unfinished run goes on, a finished one is kept)" if resume else ""))

@@ -86,8 +86,16 @@ class TeacherSettings(Settings):
 @dataclass
 class DataSettings(Settings):
     """the corpus: documents, split and packed into blocks of tokens"""
-    source: Literal["stdlib", "folder", "humanized", "ds-coder", "the-stack"] = "stdlib"
-    """stdlib (Python's standard library), folder, or a data set of the model hub"""
+    source: Literal["stdlib", "folder", "humanized", "ds-coder", "the-stack", "teacher"] = "stdlib"
+    """stdlib (Python's standard library), folder, a data set of the model hub, or teacher (its own text, after beginnings from another source)"""
+    beginnings: Literal["stdlib", "folder", "humanized", "the-stack"] = "stdlib"
+    """where the beginnings come from that the teacher continues, for source teacher"""
+    beginning_tokens: int = within(1, default=32)
+    """tokens in a beginning at most, for source teacher"""
+    new_tokens: int = within(1, default=256)
+    """tokens that the teacher writes after a beginning at most, for source teacher"""
+    temperature: float = within(0, default=1.0)
+    """at which the teacher writes; 0: greedy, for source teacher"""
     path: str | None = None
     """folder to read, for source folder"""
     suffixes: list[str] = listing(".py")
@@ -155,7 +163,7 @@ class LossSettings(Settings):
     """weight of the teacher's law in the mixture of the divergence jsd"""
     share: float = within(0, 1, default=1.0, open_low=True)
     """train on this share of the tokens only: those where student and teacher differ most"""
-    chunk_size: int = within(1, default=512)
+    chunk_size: int = within(1, default=256)
     """tokens whose logits exist at the same time"""
 
     def __post_init__(self):

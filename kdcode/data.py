@@ -7,7 +7,7 @@ __all__ = ['SOURCES', 'GENERATED', 'UNDECODABLE', 'Document', 'list_files', 'rea
            'folder_documents', 'value', 'humanized_documents', 'instruction_documents', 'content_documents', 'hub_rows',
            'stack_rows', 'read_source', 'reject_reason', 'text_hash', 'usable_documents', 'split_of',
            'tokenizer_fingerprint', 'check_same_tokenizer', 'end_of_text', 'encode', 'Packer', 'SplitWriter',
-           'write_splits', 'check_filled', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'count_ids',
+           'write_splits', 'patiently', 'check_filled', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'count_ids',
            'most_used_ids', 'humaneval_problems']
 
 # %% ../nbs/01_data.ipynb #0415152c
@@ -45,7 +45,9 @@ class Document:
     prompt: str = ""
     """what stands before it, read but not learned"""
     origin: str = ""
-    """relative path or row number in the source"""
+    """relative path in the source, or place in the order of reading"""
+    family: str = ""
+    """what documents share that must be on one side of the split; empty: the text itself"""
 
 # %% ../nbs/01_data.ipynb #32695f62
 def list_files(
@@ -151,6 +153,7 @@ SOURCES: dict[str, Callable[[DataSettings, int], Iterator[Document]]] = {
 
 def read_source(settings: DataSettings, seed: int) -> Iterator[Document]:
     """The documents of `settings.source`, in the same order for the same seed. Raises `ConfigError` where it is unknown or can't be read."""
+    if settings.source == "teacher": raise ConfigError("data.source is teacher: its documents are written, not read; give them to build_corpus, as kdcode distill does")
     if settings.source not in SOURCES: raise ConfigError(f"data.source is {settings.source!r}; allowed are {', '.join(SOURCES)}")
     return SOURCES[settings.source](settings, seed)
 
@@ -305,13 +308,14 @@ def write_splits(
     folder: Path,                        # gets train.arrow and validation.arrow
     seed: int,                           # decides the order of the documents
     progress: Callable[[int, int], None] | None = None,  # called with tokens written and tokens wanted
+    documents: Iterable[Document] | None = None,  # instead of those of `settings.source`
 ) -> dict:                               # statistics: `train`, `validation` and `rejected`
     """Reads a source until both splits are full, or it has no more. Raises `ConfigError` where either gets no block."""
     wanted = {"train": settings.tokens, "validation": settings.validation_tokens}
     writers = {split: SplitWriter(folder/f"{split}.arrow", settings.block_size, tokens) for split, tokens in wanted.items()}
     total, rejected = sum(writer.wanted for writer in writers.values()) * settings.block_size, Counter()
-    for document in usable_documents(read_source(settings, seed), settings, rejected):
-        writer = writers[split_of(document.text, settings.validation_share)]
+    for document in usable_documents(read_source(settings, seed) if documents is None else patiently(documents, rejected), settings, rejected):
+        writer = writers[split_of(document.family or document.text, settings.validation_share)]
         if writer.full: continue
         writer.add(document, *encode(document, tokenizer))
         if progress: progress(sum(writer.blocks for writer in writers.values()) * settings.block_size, total)
@@ -319,6 +323,12 @@ def write_splits(
     statistics = {split: writer.close() for split, writer in writers.items()} | {"rejected": dict(rejected)}
     check_filled(statistics, settings)
     return statistics
+
+def patiently(documents: Iterable[Document], rejected: Counter) -> Iterator[Document]:
+    """Documents of an author who may write without end, until almost none of them can be used."""
+    for number, document in enumerate(documents, 1):
+        yield document
+        if rejected.total() > max(500, .95 * number): return
 
 def check_filled(statistics: dict, settings: DataSettings) -> None:
     """Raises `ConfigError` where a split has no block: with what was read, and what was left out and why."""
@@ -363,20 +373,22 @@ def build_corpus(
     folder: str | Path,                  # for the corpus; made if it is missing
     seed: int,                           # decides the order of the documents
     progress: Callable[[int, int], None] | None = None,  # called with tokens written and tokens wanted
+    documents: Iterable[Document] | None = None,  # instead of those of `settings.source`
+    author: str = "",                    # who wrote those documents: a corpus by another is not taken for this one
 ) -> Corpus:
     """Builds a corpus in `folder`, or takes the one that is there if it has the same settings, seed and tokenizer.
 
     Raises `ConfigError` where the source can't be read or has no text for one block of each split, or the tokenizer has no end of text.
     """
     folder = Path(folder)
-    recipe = {"settings": asdict(settings), "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    recipe = {"settings": asdict(settings), "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)} | ({"author": author} if author else {})
     if corpus := load_corpus(folder, recipe): return corpus
     for key in ("tokens", "validation_tokens"):
         if getattr(settings, key) < settings.block_size:
             raise ConfigError(f"data.{key} is {getattr(settings, key)}, less than one block; give at least data.block_size ({settings.block_size})")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as place:
-        statistics = write_splits(settings, tokenizer, Path(place), seed, progress)
+        statistics = write_splits(settings, tokenizer, Path(place), seed, progress, documents)
         sizes = {path.name: path.stat().st_size for path in sorted(Path(place).iterdir())}
         (folder/"corpus.json").unlink(missing_ok=True)  # from here to the last line, the folder holds no corpus
         Path(place, "corpus.json").write_text(json.dumps({"recipe": recipe, "files": sizes, "statistics": statistics}, indent=1))

@@ -28,6 +28,6 @@ def tiny_teacher(tmp_path_factory):
 def kdcode(tmp_path):
     """Runs the command in an empty working folder; returns the finished process."""
     def run(*words, timeout=300, **variables):
-        environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | variables
+        environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
         return subprocess.run([sys.executable, "-m", "kdcode.cli", *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
     return run

@@ -49,13 +49,16 @@ def test_generate_streams_the_teachers_text(kdcode, tiny_teacher, tmp_path):
     assert drafted.returncode == 0, drafted.stderr
     assert drafted.stdout.startswith("def quicksort(arr):")
     assert drafted.stdout == alone.stdout  # gamma 0 is the teacher alone
+    measured = kdcode("bench", "decode", "--name", "pair", "--teacher.name", tiny_teacher, "--decode.problems", 2, "--decode.max_new_tokens", 12)
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())["figures"]["identical"] == 1.0
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(kdcode, tiny_teacher, tmp_path):
     from safetensors.torch import load_file
-    common = settings(tiny_teacher)
+    common = [*settings(tiny_teacher), "--train.epochs", 2]
     assert kdcode("distill", "--name", "whole", *common).returncode == 0
-    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "kdcode.cli", *map(str, ["distill", "--name", "killed", *common])]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path/"runs"/"killed"/"checkpoints"/"checkpoint-2"/"trainer_state.json"
@@ -63,7 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(kdcode, tiny_teacher, tmp_path
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline: time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoint.exists()
+    assert checkpoint.exists() and not (tmp_path/"runs"/"killed"/"student").exists()  # it was really in the middle
     again = kdcode("distill", "--name", "killed", *common)
     assert (again.returncode, "--resume" in again.stderr) == (2, True)  # never silently over an earlier run
     assert kdcode("distill", "--name", "killed", "--resume", *common).returncode == 0
@@ -92,6 +95,11 @@ def test_a_student_of_another_tokenizer_is_refused(kdcode, tiny_teacher, tmp_pat
     (["distill", "--data.block_size", "1"], "data.block_size"),
     (["distill", "--student.dialect", "classic"], "classic"),
     (["distill", "--name", "../up"], "name is"),
+    (["distill", "--name", ".."], "name is"),
+    (["targets"], "targets.kind is online"),
+    (["distill", "--targets.kind", "sampled", "--loss.divergence", "jsd"], "allows forward_kl only"),
+    (["distill", "--loss.divergence", "kl"], "loss.divergence"),
+    (["distill", "--train.upload", "nosuch://bucket"], "train.upload"),
 ])
 def test_a_mistake_is_one_line(kdcode, words, message):
     done = kdcode(*words)

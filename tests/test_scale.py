@@ -60,7 +60,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(kdcode, tiny_teacher, tmp_pat
     words = ["targets", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "top_k", "--targets.k", 900, "--targets.shard_blocks", 16]
     assert kdcode(*words, "--name", "whole").returncode == 0
     sizes = sorted(path.stat().st_size for path in (tmp_path/"runs"/"whole"/"targets").glob("*.parquet"))
-    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] // 2, sizes[0] // 2))
     full = subprocess.run([sys.executable, "-m", "kdcode.cli", *map(str, words), "--name", "full"], cwd=tmp_path, env=environment, capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 1, full.stderr
@@ -146,3 +146,13 @@ def test_a_refused_key_or_a_dead_server_never_ends_a_training(kdcode, tiny_teach
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert (bucket/"back"/"student"/"model.safetensors").exists() and (bucket/"back"/"checkpoint-96"/"trainer_state.json").exists()
+
+
+def test_the_teachers_own_text_as_data(kdcode, tiny_teacher, tmp_path):
+    words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--data.source", "teacher", "--data.new_tokens", 12, "--data.min_characters", 1, "--data.tokens", 1024, "--data.validation_tokens", 128]
+    done = kdcode(*words, "--name", "own")
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path/"runs"/"own"/"teacher-text.jsonl").read_text().splitlines()
+    assert json.loads(written[0])["teacher"] == str(tiny_teacher) and all(len(json.loads(line)) == 16 for line in written[1:])
+    corpus = json.loads((tmp_path/"runs"/"own"/"corpus"/"corpus.json").read_text())
+    assert corpus["statistics"]["train"]["blocks"] == 16 and corpus["recipe"]["author"] == str(tiny_teacher)
