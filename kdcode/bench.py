@@ -247,9 +247,10 @@ def peak_memory(
     vocabulary: int,
     chunk_size: int,  # 0: plain
 ) -> float:           # MiB, beyond what was held before
-    """Peak memory of one `loss_step` on the CPU, in a process of its own."""
-    code = (f"import resource, torch; from kdcode.bench import loss_step, loss_tensors; tensors = loss_tensors({tokens}, {width}, {vocabulary}); "
-            f"peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); loss_step(tensors, {chunk_size}); print((peak() - before) / 1024)")
+    """Peak memory of one `loss_step` on the CPU, in a process of its own (Linux: it reads VmHWM, which begins anew with each program)."""
+    code = (f"from pathlib import Path; from kdcode.bench import loss_step, loss_tensors; tensors = loss_tensors({tokens}, {width}, {vocabulary}); "
+            "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); "
+            f"before = peak(); loss_step(tensors, {chunk_size}); print((peak() - before) / 1024)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode: raise MemoryError(f"the loss of {tokens} tokens with chunk size {chunk_size} did not fit into memory (exit status {done.returncode}); give fewer tokens")
     return float(done.stdout)
