@@ -295,7 +295,6 @@ def bench_loss(
 def train_step(trainer: Distiller, rows: list[dict]) -> float:
     """Seconds of one optimizer step on these blocks."""
     if trainer.optimizer is None: trainer.create_optimizer()
-    trainer.model_wrapped = trainer.model
     def step():
         batch = trainer.collate(rows)
         trainer.training_step(trainer.model, batch, (batch["labels"] != -100).sum())

@@ -116,6 +116,7 @@ def validate(
 class NonFiniteLoss(ArithmeticError):
     """A loss that is no finite number; the message names step, text and last checkpoint."""
 
+# %% ../nbs/06_train.ipynb #dc52d934
 class Distiller(Trainer):
     """A `Trainer` whose loss compares with a teacher."""
 
@@ -363,6 +364,7 @@ def train(trainer: Trainer) -> None:
     if uploader: uploader.finish()
     raise StopRequested(f"stopped after step {trainer.state.global_step}")
 
+# %% ../nbs/06_train.ipynb #5fbcbc93
 def make_trainer(config: Config, teacher: Teacher, corpus: Corpus, folder: Path, progress: bool) -> Distiller:
     """The loop with everything that listens to it."""
     student, validation = make_student(config, teacher, corpus), Validation.of(corpus.validation, teacher, config.train.batch_size)
@@ -390,6 +392,7 @@ def listener(trainer: Trainer, kind: type) -> TrainerCallback | None:
     """The trainer's callback of a class, or None."""
     return next((callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)), None)
 
+# %% ../nbs/06_train.ipynb #1be0f883
 def finish_run(trainer: Distiller, folder: Path) -> Student:
     """Saves the best student, the history and its plot."""
     student, weights = trainer.student.eval(), trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, where they are spread over devices
