@@ -6,7 +6,8 @@
 __all__ = ['Divergences', 'DIVERGENCES', 'PACKAGES', 'ConfigError', 'within', 'listing', 'Settings', 'TeacherSettings',
            'DataSettings', 'StudentSettings', 'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings',
            'Config', 'add_config', 'one_line', 'check_keys', 'read_yaml', 'make_config', 'resolve', 'load_config',
-           'write_whole', 'save_config', 'home', 'run_folder', 'versions', 'machine', 'commit', 'provenance']
+           'write_whole', 'save_config', 'with_values', 'Experiment', 'read_experiment', 'home', 'run_folder',
+           'versions', 'machine', 'commit', 'provenance']
 
 # %% ../nbs/00_config.ipynb #764a932e
 import dataclasses
@@ -347,6 +348,49 @@ def write_whole(path: str | Path, text: str) -> None:
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the whole resolved configuration as YAML."""
     write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+# %% ../nbs/00_config.ipynb #f2bf89ad
+def with_values(
+    config: Config,
+    values: dict[str, Any],  # by field, such as `{"loss.alpha": 0.4, "seed": 3}`
+) -> Config:
+    """The configuration with other values in some fields. Raises `ConfigError` for a field or a value that isn't allowed."""
+    data = config.to_dict()
+    for name, value in values.items():
+        section, _, field = str(name).rpartition(".")
+        part = data if not section else data.get(section)
+        if not isinstance(part, dict) or field not in part: check_keys({section: {field: value}} if section else {name: value})
+        part[field] = value
+    return make_config(data)
+
+# %% ../nbs/00_config.ipynb #d52f34d8
+@dataclass
+class Experiment:
+    """The same training with one thing changed."""
+    question: str
+    """in one sentence"""
+    config: Config
+    """what the variants share; its seed chooses the corpus of all of them"""
+    variants: dict[str, dict[str, Any]]
+    """by name, the fields that differ"""
+    seeds: list[int]
+    """of the trainings: each variant is trained once with each"""
+
+    def runs(self) -> list[tuple[str, int, Config]]:
+        """Variant, seed and configuration of each training; the first seed of all variants comes first."""
+        return [(name, seed, with_values(self.config, values | {"seed": seed})) for seed in self.seeds for name, values in self.variants.items()]
+
+def read_experiment(path: str | Path) -> Experiment:
+    """An experiment from a YAML file. Raises `ConfigError` for what is missing, unknown or not allowed in it."""
+    data, keys = read_yaml(path), [f.name for f in dataclasses.fields(Experiment)]
+    if not isinstance(data, dict) or sorted(data) != sorted(keys): raise ConfigError(f"experiment {path} has the keys {', '.join(map(str, data))}; needed are {', '.join(keys)}")
+    variants, seeds = data["variants"], data["seeds"]
+    if not isinstance(variants, dict) or not variants or not all(isinstance(values, dict) for values in variants.values()):
+        raise ConfigError(f"experiment {path} has the variants {variants!r}; give each a name and the fields that it changes, for example reverse KL: {{loss.divergence: reverse_kl}}")
+    if not isinstance(seeds, list) or not seeds or len(set(seeds)) < len(seeds): raise ConfigError(f"experiment {path} has the seeds {seeds!r}; allowed is a list of different numbers")
+    experiment = Experiment(str(data["question"]), make_config(data["config"]), variants, seeds)
+    experiment.runs()  # a mistake in the last variant is told now
+    return experiment
 
 # %% ../nbs/00_config.ipynb #eaae094c
 def home() -> Path:
