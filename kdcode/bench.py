@@ -6,8 +6,8 @@
 __all__ = ['LOSS_SHAPE', 'METRICS', 'Report', 'cell', 'markdown_table', 'Pair', 'decode_alone', 'timed', 'decode_pairs',
            'step_costs', 'decode_figures', 'decode_rows', 'explain_speed', 'plot_acceptance', 'bench_decode',
            'loss_tensors', 'loss_step', 'plain_distillation_loss', 'peak_memory', 'largest_batches', 'bench_loss',
-           'train_step', 'step_seconds', 'bench_targets', 'shared_targets', 'best_validation', 'run_experiment',
-           'compare_runs', 'plot_runs', 'report_experiment']
+           'train_step', 'step_seconds', 'bench_targets', 'best_validation', 'report_training', 'shared_targets',
+           'run_experiment', 'compare_runs', 'plot_runs', 'report_experiment']
 
 # %% ../nbs/09_bench.ipynb #0cfcf16b
 import hashlib
@@ -37,7 +37,7 @@ from .loss import chunked_distillation_loss
 from .speculative import CachedModel, CachedStudent, SpeculativeResult, Statistics, clock, complete, predicted_speedup, prompt_ids
 from .student import Student
 from .teacher import Teacher
-from .train import Distiller, distill, history_table, make_trainer, validate
+from .train import Distiller, distill, make_trainer, validate
 
 # %% ../nbs/09_bench.ipynb #a1981ce0
 @dataclass
@@ -339,6 +339,30 @@ def bench_targets(
     report.save(folder)
     return report
 
+# %% ../nbs/09_bench.ipynb #7b4001e2
+def best_validation(run: Path) -> dict[str, float]:
+    """Of a finished run: `step` and metrics of the validation with the best acceptance rate (its student is the one that was kept), and the `seconds` that training took."""
+    history = json.loads((run/"history.json").read_text())
+    best = max((entry for entry in history if "eval_acceptance_rate" in entry), key=lambda entry: entry["eval_acceptance_rate"])
+    metrics = {key.removeprefix("eval_"): value for key, value in best.items() if key.startswith("eval_")}
+    return {"step": best["step"], "seconds": sum(entry.get("train_runtime", 0) for entry in history)} | metrics
+
+METRICS = {"acceptance_rate": "acceptance rate α", "agreement": "agreement", "perplexity": "perplexity"}
+
+def report_training(
+    config: Config,
+    run: Path,     # folder of the finished run; gets report.json and report.md
+    command: str,  # as typed
+) -> Report:
+    """The best validation of a run: over all held-out text, and by language."""
+    best = best_validation(run)
+    languages = [key.removeprefix("acceptance_rate_") for key in best if key.startswith("acceptance_rate_")]
+    rows = [{"held-out text": name or "all"} | {label: best[metric + (f"_{name}" if name else "")] for metric, label in METRICS.items()} for name in ["", *languages]]
+    notes = [f"At temperature 1, after {best['step']} optimizer steps of {config.train.batch_size * config.train.gradient_accumulation} × {config.data.block_size} tokens (the best checkpoint), in {best['seconds']:.0f} s of training."]
+    report = Report(command, config, {name: value for name, value in best.items() if name != "epoch"}, rows, notes, ("loss.png",))
+    report.save(run)
+    return report
+
 # %% ../nbs/09_bench.ipynb #2a1f80a4
 def shared_targets(config: Config, folder: Path) -> Config:
     """The configuration with a cache in `folder` for all runs with this teacher, this corpus, these draft ids and this temperature."""
@@ -346,12 +370,6 @@ def shared_targets(config: Config, folder: Path) -> Config:
     deciding = [asdict(config.teacher), asdict(config.data), asdict(config.targets), config.student.draft_vocabulary, config.loss.temperature]
     place = folder/f"targets-{hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]}"
     return replace(config, targets=replace(config.targets, folder=str(place)))
-
-def best_validation(run: Path) -> dict[str, float]:
-    """Of a finished run: the validation with the best acceptance rate (its student is the one that was kept), and the seconds that training took."""
-    history = json.loads((run/"history.json").read_text())
-    best = history_table(history).reset_index().sort_values("acceptance_rate", kind="stable").iloc[-1].to_dict()
-    return best | {"seconds": sum(entry.get("train_runtime", 0) for entry in history)}
 
 def run_experiment(
     experiment: Experiment,
@@ -373,8 +391,6 @@ def run_experiment(
     return report_experiment(experiment, pd.DataFrame(rows), folder, command)
 
 # %% ../nbs/09_bench.ipynb #530da8f0
-METRICS = {"acceptance_rate": "acceptance rate α", "agreement": "agreement", "perplexity": "perplexity"}
-
 def compare_runs(runs: pd.DataFrame) -> pd.DataFrame:  # one row for each training
     """Mean and standard deviation over the seeds, the variant with the best acceptance rate first."""
     groups = runs.groupby("variant")[list(METRICS)]

@@ -51,14 +51,14 @@ def corpus_and_teacher(config: Config, folder: Path, steps: Steps) -> tuple:
     from kdcode.data import build_corpus
     from kdcode.teacher import fastest_dtype, load_teacher, load_tokenizer, pick_device, teacher_documents
     def corpus_step(build):
-        steps(f"corpus: {config.data.tokens:,} tokens to train on, from {config.data.source}")
+        steps(f"corpus: {config.data.tokens:,} tokens to train on, from {', '.join(config.data.sources)}")
         with PartialState(cpu=pick_device(config.teacher.device).type == "cpu").main_process_first(): return build()
     def teacher_step():
         steps(f"teacher: {config.teacher.name}")
         teacher = load_teacher(config.teacher)
         labels = fastest_dtype(teacher.device) if config.teacher.label_dtype == "auto" else getattr(torch, config.teacher.label_dtype)
         return teacher, teacher.converted(labels)
-    if config.data.source != "teacher":
+    if "teacher" not in config.data.sources:
         corpus = corpus_step(lambda: build_corpus(config.data, load_tokenizer(config.teacher.name), folder/"corpus", config.seed, bar("token")))
         return corpus, *teacher_step()
     teacher, labelling = teacher_step()
@@ -76,9 +76,13 @@ def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> t
 
 def run_distill(config: Config, options) -> None:
     """`kdcode distill`: builds the corpus and trains a student."""
+    from accelerate import PartialState
+    from kdcode.bench import markdown_table, report_training
     folder = run_folder(config)
     train_student(config, folder, Steps(3), options.resume)
-    print(f"the student is in {shown(folder/'student')}, its curves in {shown(folder/'loss.png')}")
+    if not PartialState().is_main_process: return
+    report = report_training(config, folder, options.command_line)
+    print("\n".join([markdown_table(report.rows), *report.notes, f"\nthe student is in {shown(folder/'student')}, its curves in {shown(folder/'loss.png')}, this table in {shown(folder/'report.md')}"]))
 
 def run_targets(config: Config, options) -> None:
     """`kdcode targets`: lets the teacher label the corpus once, for all trainings that use it."""

@@ -148,11 +148,19 @@ def test_a_refused_key_or_a_dead_server_never_ends_a_training(kdcode, tiny_teach
     assert (bucket/"back"/"student"/"model.safetensors").exists() and (bucket/"back"/"checkpoint-96"/"trainer_state.json").exists()
 
 
-def test_the_teachers_own_text_as_data(kdcode, tiny_teacher, tmp_path):
-    words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--data.source", "teacher", "--data.new_tokens", 12, "--data.min_characters", 1, "--data.tokens", 1024, "--data.validation_tokens", 128]
-    done = kdcode(*words, "--name", "own")
+def test_several_sources_and_the_teachers_own_text(kdcode, tiny_teacher, tmp_path):
+    (web := tmp_path/"web").mkdir()
+    for i in range(120): (web/f"{i}.js").write_text(f"export const n{i} = {i};\n" * 30)
+    data = {"source": [{"source": "teacher"}, {"source": "folder", "path": str(web), "suffixes": [".js"], "weight": 3}], "new_tokens": 12, "min_characters": 1}
+    (tmp_path/"mix.yaml").write_text(json.dumps({"data": data}))
+    done = kdcode("distill", "--config", tmp_path/"mix.yaml", "--teacher.name", tiny_teacher, *SETTINGS, "--data.tokens", 1024, "--data.validation_tokens", 256, "--name", "mixed")
     assert done.returncode == 0, done.stderr
-    written = (tmp_path/"runs"/"own"/"teacher-text.jsonl").read_text().splitlines()
+    run = tmp_path/"runs"/"mixed"
+    written = (run/"teacher-text.jsonl").read_text().splitlines()
     assert json.loads(written[0])["teacher"] == str(tiny_teacher) and all(len(json.loads(line)) == 16 for line in written[1:])
-    corpus = json.loads((tmp_path/"runs"/"own"/"corpus"/"corpus.json").read_text())
-    assert corpus["statistics"]["train"]["blocks"] == 16 and corpus["recipe"]["author"] == str(tiny_teacher)
+    corpus = json.loads((run/"corpus"/"corpus.json").read_text())
+    assert corpus["statistics"]["train"]["languages"] == {"python by teacher": 4, "javascript": 12} and corpus["recipe"]["author"] == str(tiny_teacher)
+    report = json.loads((run/"report.json").read_text())
+    assert [row["held-out text"] for row in report["rows"]] == ["all", "python by teacher", "javascript"]
+    both = [report["figures"][f"acceptance_rate_{language}"] for language in ("python by teacher", "javascript")]
+    assert min(both) < report["figures"]["acceptance_rate"] < max(both)
