@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOSS_SHAPE', 'METRICS', 'Report', 'cell', 'markdown_table', 'Pair', 'decode_alone', 'timed', 'decode_pairs',
-           'step_costs', 'decode_figures', 'decode_rows', 'explain_speed', 'plot_acceptance', 'bench_decode',
-           'loss_tensors', 'loss_step', 'plain_distillation_loss', 'peak_memory', 'largest_batches', 'bench_loss',
-           'train_step', 'step_seconds', 'bench_targets', 'best_validation', 'report_training', 'shared_targets',
-           'run_experiment', 'compare_runs', 'plot_runs', 'report_experiment']
+           'step_costs', 'speedup_objective', 'decode_figures', 'decode_rows', 'explain_speed', 'plot_acceptance',
+           'bench_decode', 'loss_tensors', 'loss_step', 'plain_distillation_loss', 'peak_memory', 'largest_batches',
+           'bench_loss', 'train_step', 'step_seconds', 'bench_targets', 'report_training', 'run_experiment',
+           'compare_runs', 'plot_runs', 'report_experiment', 'report_search']
 
 # %% ../nbs/09_bench.ipynb #0cfcf16b
-import hashlib
 import json
 import math
 import re
@@ -19,11 +18,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import optuna
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -31,13 +31,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .config import Config, DecodeSettings, Experiment, LossSettings, TargetsSettings, provenance, write_whole
+from .config import Config, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, provenance, write_whole
 from .data import Corpus
 from .loss import chunked_distillation_loss
 from .speculative import CachedModel, CachedStudent, SpeculativeResult, Statistics, clock, complete, predicted_speedup, prompt_ids
 from .student import Student
+from .targets import shared_targets
 from .teacher import Teacher
-from .train import Distiller, distill, make_trainer, validate
+from .train import Distiller, best_validation, distill, make_trainer, trials_table, validate
 
 # %% ../nbs/09_bench.ipynb #a1981ce0
 @dataclass
@@ -156,6 +157,15 @@ def step_costs(
     return {"c": draft / one, "v": several / one, "draft_step_ms": draft, "teacher_step_ms": one, "verify_call_ms": several}
 
 # %% ../nbs/09_bench.ipynb #9bff3773
+def speedup_objective(teacher: PreTrainedModel, gamma: int) -> Callable[[PreTrainedModel, float], float]:
+    """The speedup that theory predicts for a student with an acceptance rate; the costs of its step are measured once for each shape."""
+    costs = {}
+    def predicted(student, acceptance_rate):
+        shape = tuple(weight.shape for weight in student.parameters())
+        if shape not in costs: costs[shape] = step_costs(teacher, student, gamma)
+        return predicted_speedup(acceptance_rate, gamma, costs[shape]["c"], costs[shape]["v"])
+    return predicted
+
 def decode_figures(
     pairs: list[Pair],
     costs: dict[str, float],   # of `step_costs`
@@ -340,13 +350,6 @@ def bench_targets(
     return report
 
 # %% ../nbs/09_bench.ipynb #7b4001e2
-def best_validation(run: Path) -> dict[str, float]:
-    """Of a finished run: `step` and metrics of the validation with the best acceptance rate (its student is the one that was kept), and the `seconds` that training took."""
-    history = json.loads((run/"history.json").read_text())
-    best = max((entry for entry in history if "eval_acceptance_rate" in entry), key=lambda entry: entry["eval_acceptance_rate"])
-    metrics = {key.removeprefix("eval_"): value for key, value in best.items() if key.startswith("eval_")}
-    return {"step": best["step"], "seconds": sum(entry.get("train_runtime", 0) for entry in history)} | metrics
-
 METRICS = {"acceptance_rate": "acceptance rate α", "agreement": "agreement", "perplexity": "perplexity"}
 
 def report_training(
@@ -364,13 +367,6 @@ def report_training(
     return report
 
 # %% ../nbs/09_bench.ipynb #2a1f80a4
-def shared_targets(config: Config, folder: Path) -> Config:
-    """The configuration with a cache in `folder` for all runs with this teacher, this corpus, these draft ids and this temperature."""
-    if config.targets.kind == "online": return config
-    deciding = [asdict(config.teacher), asdict(config.data), asdict(config.targets), config.student.draft_vocabulary, config.loss.temperature]
-    place = folder/f"targets-{hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]}"
-    return replace(config, targets=replace(config.targets, folder=str(place)))
-
 def run_experiment(
     experiment: Experiment,
     prepare: Callable[[Config], tuple[Corpus, Teacher]],  # gives corpus and labelling teacher of a configuration
@@ -420,5 +416,24 @@ def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, 
     figures = {f"{name}, {variant}": row[name] for variant, row in table.iterrows() for name in table.columns}
     notes = [experiment.question, f"Mean and standard deviation over {len(experiment.seeds)} seeds, on held-out text at temperature 1, of the best checkpoint of each training."]
     report = Report(command, experiment.config, figures, rows, notes, ("runs.png",))
+    report.save(folder)
+    return report
+
+# %% ../nbs/09_bench.ipynb #b13c78d9
+def report_search(
+    study: optuna.Study,
+    space: Space,
+    config: Config,
+    folder: Path,  # of the search; gets report.json and report.md
+    command: str,  # as typed
+) -> Report:
+    """The ten best trials of a search that `tune` made."""
+    objective = {"acceptance_alone": "acceptance rate α", "predicted": "predicted speedup"}[study.user_attrs["objective"]]
+    table = trials_table(study, space)
+    given_up = int(table["given up"].sum())
+    rows = [{"trial": number, objective: f"{row.pop('objective'):.4f}"} | {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+            for number, row in table[~table["given up"]].drop(columns="given up").head(10).to_dict("index").items()]
+    notes = [f"{len(table) - given_up} trials trained to the end, {given_up} given up on the way. On held-out text at temperature 1. The best configuration is best.yaml."]
+    report = Report(command, config, {"objective": study.best_value, "trials": len(table), "given_up": given_up}, rows, notes, ("tuning.png",))
     report.save(folder)
     return report

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['TeacherLabels', 'top_k_law', 'sampled_law', 'shard_schema', 'to_row', 'from_row', 'shard_path', 'file_hash',
            'write_shard', 'check_shard', 'weights_fingerprint', 'targets_fingerprint', 'check_fingerprint',
-           'shard_generator', 'block_laws', 'write_targets', 'counted', 'TargetCache', 'draft_vocabulary',
-           'make_targets']
+           'shard_generator', 'block_laws', 'write_targets', 'counted', 'TargetCache', 'shared_targets',
+           'draft_vocabulary', 'make_targets']
 
 # %% ../nbs/05_targets.ipynb #fdfb91a6
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,16 @@ class TargetCache:
         return SparseLaw(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*((law.ids, law.log_probs, law.entropy) for law in laws))))
 
 # %% ../nbs/05_targets.ipynb #4eed2ba0
+def shared_targets(
+    config: Config,
+    folder: Path,  # for the caches of several runs
+) -> Config:
+    """The configuration with a cache in `folder` for all runs with its teacher, corpus, draft ids and temperature; unchanged where it caches nothing, or names a folder."""
+    if config.targets.kind == "online" or config.targets.folder: return config
+    deciding = [asdict(config.teacher), asdict(config.data), asdict(config.targets), config.student.draft_vocabulary, config.loss.temperature]
+    place = folder/f"targets-{hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]}"
+    return replace(config, targets=replace(config.targets, folder=str(place)))
+
 def draft_vocabulary(
     config: Config,
     teacher: Teacher,
