@@ -244,9 +244,9 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """keep less of each layer for the backward pass and compute it again: less memory, more time"""
     auto_batch_size: bool = False
-    """halve the batch and start again where it doesn't fit into memory"""
+    """make the batch a tenth smaller and start again, until it fits into memory"""
     upload: str | None = None
-    """folder elsewhere that gets a copy of each checkpoint and of the student, such as s3://bucket/folder"""
+    """folder elsewhere that gets a copy of each checkpoint and of the student, such as s3://bucket/folder; a run that goes on elsewhere takes them from there"""
 
 @dataclass
 class DecodeSettings(Settings):

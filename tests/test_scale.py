@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from conftest import ROOT
 
 SETTINGS = ["--data.tokens", 4096, "--data.validation_tokens", 512, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
             "--train.batch_size", 4, "--train.eval_steps", 4, "--train.logging_steps", 1]
@@ -86,17 +89,38 @@ def test_told_to_stop_it_writes_a_checkpoint_and_goes_on(kdcode, tiny_teacher, t
 def losses(run): return [entry["loss"] for entry in json.loads((run/"history.json").read_text()) if "loss" in entry]
 
 
+def launch(folder, launcher, *words):
+    """The command on two processes, which talk by gloo where there is no GPU."""
+    environment = os.environ | {"KDCODE_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [Path(sys.executable).parent/"accelerate", "launch", "--num_processes", 2, *launcher, *words]
+    return subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def test_two_processes_train_as_one(kdcode, tiny_teacher, tmp_path):
     words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "top_k"]
     assert kdcode(*words, "--name", "one").returncode == 0
-    # --multi_gpu starts the processes; on a machine without a GPU they talk by gloo
-    launch = [Path(sys.executable).parent/"accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "kdcode.cli"]
-    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    two = subprocess.run([*map(str, launch), *map(str, words), "--train.batch_size", "2", "--name", "two"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert two.returncode == 0, two.stderr
-    one, two = (losses(tmp_path/"runs"/name) for name in ("one", "two"))
-    assert len(one) == len(two) == 16 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4
+    one, half = losses(tmp_path/"runs"/"one"), ["--train.batch_size", 2]
     assert max(abs(a - b) for a, b in zip(one, one[1:])) > 1e-3  # the losses do move
+    # each with the whole student; --multi_gpu is what starts several processes
+    whole = launch(tmp_path, ["--multi_gpu", "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "kdcode.cli"], *words, *half, "--name", "two")
+    assert whole.returncode == 0, whole.stderr
+    assert close(one, losses(tmp_path/"runs"/"two"))
+    # each with a part of it
+    shared = ["--config_file", ROOT/"configs"/"fsdp.yaml", ROOT/"tests"/"fsdp_on_cpu.py", *words, *half, "--name", "shared"]
+    parts, run = launch(tmp_path, shared), tmp_path/"runs"/"shared"
+    assert parts.returncode == 0, parts.stderr
+    assert close(one, losses(run)) and (run/"checkpoints"/"checkpoint-16"/"pytorch_model_fsdp_0").is_dir()
+    ends = [load_file(folder/"student"/"model.safetensors") for folder in (run, tmp_path/"runs"/"one")]
+    assert all((ends[0][key] - ends[1][key]).abs().max() < 1e-4 for key in ends[1])
+    shutil.rmtree(run/"student")
+    shutil.rmtree(run/"checkpoints"/"checkpoint-16")
+    (run/"history.json").unlink()
+    again = launch(tmp_path, [*shared, "--resume"])
+    assert again.returncode == 0, again.stderr
+    assert close(one, losses(run)) and "[3/3]" in again.stderr
+
+
+def close(a, b): return len(a) == len(b) == 16 and max(abs(x - y) for x, y in zip(a, b)) < 1e-4
 
 
 @pytest.fixture
