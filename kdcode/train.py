@@ -6,10 +6,11 @@
 __all__ = ['SHARDED', 'FREE', 'SPACE', 'QUARTERS', 'FINISHED', 'Objective', 'make_student', 'Validation', 'position_metrics',
            'validate', 'mean_metrics', 'NonFiniteLoss', 'Distiller', 'precision_flags', 'training_arguments',
            'SampleText', 'QuietProgress', 'StopRequested', 'StopAtSignal', 'remote_folder', 'Uploader',
-           'find_checkpoint', 'fetch_checkpoints', 'changed_fields', 'open_run', 'distill', 'train', 'make_trainer',
-           'listeners', 'listener', 'finish_run', 'best_validation', 'history_table', 'plot_history', 'suggest',
-           'in_quarters', 'Reporter', 'folder_number', 'try_again', 'open_study', 'acceptance_alone', 'run_trial',
-           'tune', 'chosen', 'trials_table', 'plot_search', 'save_search']
+           'find_checkpoint', 'changed_fields', 'check_same_run', 'fetch_checkpoints', 'fetch_checkpoint', 'open_run',
+           'distill', 'train', 'make_trainer', 'listeners', 'listener', 'finish_run', 'best_validation',
+           'history_table', 'plot_history', 'suggest', 'in_quarters', 'Reporter', 'folder_number', 'try_again',
+           'open_study', 'acceptance_alone', 'run_trial', 'tune', 'chosen', 'trials_table', 'plot_search',
+           'save_search']
 
 # %% ../nbs/06_train.ipynb #393a34ce
 import json
@@ -288,15 +289,19 @@ def remote_folder(url: str):  # such as s3://bucket/folder
 class Uploader(TrainerCallback):
     """Copies each new checkpoint to another place, beside the training."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, *files: Path):  # that are copied once, at the beginning
         self.files, self.root = remote_folder(url)
         self.waiting, self.thread = {}, None
+        self.first = files
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for file in self.first if state.is_world_process_zero else (): self.add(file)
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero: self.add(find_checkpoint(Path(args.output_dir)))
 
     def add(self, folder: Path) -> None:
-        """Puts a folder in the queue, and starts to work on it unless that is being done."""
+        """Puts a folder or a file in the queue, and starts to work on it unless that is being done."""
         self.waiting[folder.name] = folder
         if self.thread is None or not self.thread.is_alive():
             self.thread = threading.Thread(target=self.work, daemon=True)
@@ -315,6 +320,7 @@ class Uploader(TrainerCallback):
 
     def copy(self, folder: Path, place: str) -> None:
         """Copies a folder, the state of the run last, so that a part is never taken for the whole. One that was removed meanwhile is passed over."""
+        if folder.is_file(): return self.files.put_file(str(folder), place)
         files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == "trainer_state.json")
         for path in files: self.files.put_file(str(path), f"{place}/{path.relative_to(folder).as_posix()}")
 
@@ -333,23 +339,6 @@ def find_checkpoint(folder: Path) -> Path | None:
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if (path.parent/"model.safetensors").exists() or (path.parent/SHARDED).exists()]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
-def fetch_checkpoints(
-    url: str,      # where an `Uploader` copied to
-    folder: Path,  # for checkpoints
-) -> None:
-    """Copies the newest whole checkpoint, and the best one that it knows of, into a folder that has none. Raises `ConfigError` where the address can't be read."""
-    if find_checkpoint(folder): return
-    files, root = remote_folder(url)
-    try:
-        steps = [int(path.split("/")[-2].split("-")[1]) for path in files.glob(f"{root}/checkpoint-*/trainer_state.json")]
-        if not steps: return
-        state = json.loads(files.cat_file(f"{root}/checkpoint-{max(steps)}/trainer_state.json"))
-        for step in {state["best_global_step"] or max(steps), max(steps)} & set(steps): files.get(f"{root}/checkpoint-{step}/", f"{folder/f'checkpoint-{step}'}/", recursive=True)
-    except Exception as error:
-        raise ConfigError(f"train.upload is {url!r}, and its checkpoints can't be read ({type(error).__name__}: {str(error)[:200]}); mend that, or start anew without --resume") from None
-    if state["best_model_checkpoint"]: state["best_model_checkpoint"] = str(folder/f"checkpoint-{state['best_global_step']}")
-    write_whole(folder/f"checkpoint-{max(steps)}"/"trainer_state.json", json.dumps(state, indent=2))
-
 FREE = {"name", "out", "decode", "train.threads", "train.upload", "train.keep", "train.logging_steps", "teacher.device", "targets.folder"}
 
 def changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
@@ -361,18 +350,47 @@ def changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
         elif before != now: changed.append(name)
     return [name for name in changed if name not in FREE and name.split(".")[0] not in FREE]
 
+def check_same_run(saved: str, config: Config, place: str | Path) -> None:
+    """Raises `ConfigError` where a saved configuration (YAML) is of another run."""
+    if changed := changed_fields(yaml.safe_load(saved), config.to_dict()): raise ConfigError(f"{place} holds a run with another {', '.join(changed)}; choose another --name, or remove that folder")
+
+def fetch_checkpoints(
+    config: Config,  # its train.upload is where an `Uploader` copied to
+    folder: Path,    # for checkpoints
+) -> None:
+    """Copies the newest whole checkpoint, and the best one that it knows of, into a folder that has none. Raises `ConfigError` where the address can't be read, or holds another run."""
+    url, (files, root) = config.train.upload, remote_folder(config.train.upload)
+    try:
+        steps = [int(path.split("/")[-2].split("-")[1]) for path in files.glob(f"{root}/checkpoint-*/trainer_state.json")]
+        if not steps: return
+        check_same_run(files.cat_file(f"{root}/config.yaml").decode(), config, url)
+        best = json.loads(files.cat_file(f"{root}/checkpoint-{max(steps)}/trainer_state.json"))["best_global_step"]
+        for step in sorted({best, max(steps)} & set(steps)): fetch_checkpoint(files, f"{root}/checkpoint-{step}", folder, best)
+    except ConfigError: raise
+    except Exception as error:
+        raise ConfigError(f"train.upload is {url!r}, and its checkpoints can't be read ({type(error).__name__}: {str(error)[:200]}); mend that, or start anew without --resume") from None
+
+def fetch_checkpoint(files, place: str, folder: Path, best: int | None) -> None:
+    """Copies one checkpoint; its name appears when it is whole. Its state then tells where the best one is now."""
+    shutil.rmtree(unfinished := folder/"unfinished", ignore_errors=True)
+    files.get(f"{place}/", f"{unfinished}/", recursive=True)
+    state = json.loads((unfinished/"trainer_state.json").read_text())
+    if state["best_model_checkpoint"]: state["best_model_checkpoint"] = str(folder/f"checkpoint-{best}")
+    write_whole(unfinished/"trainer_state.json", json.dumps(state, indent=2))
+    unfinished.rename(folder/place.split("/")[-1])
+
 def open_run(
     config: Config,
     folder: Path,
     resume: bool,   # whether an earlier run in this folder goes on
 ) -> None:
-    """Prepares a run's folder. Raises `ConfigError` where it holds another run, or one that isn't to be continued."""
+    """Prepares a run's folder; where it has no checkpoint to go on from, those of `train.upload` are fetched. Raises `ConfigError` where it holds another run, or one that isn't to be continued."""
     saved = folder/"config.yaml"
     if saved.exists():
         if not resume: raise ConfigError(f"{folder} holds a run already; continue it with --resume, or choose another --name")
-        if changed := changed_fields(yaml.safe_load(saved.read_text()), config.to_dict()):
-            raise ConfigError(f"{folder} holds a run with another {', '.join(changed)}; choose another --name, or remove that folder")
+        check_same_run(saved.read_text(), config, folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if resume and config.train.upload and not (folder/"student").exists() and not find_checkpoint(folder/"checkpoints"): fetch_checkpoints(config, folder/"checkpoints")
     save_config(config, saved)
     write_whole(folder/"run.json", json.dumps(provenance(config) | {"seed": config.seed}, indent=1))
 
@@ -391,9 +409,7 @@ def distill(
     Raises `ConfigError` for settings that don't fit, `NonFiniteLoss` where training breaks down.
     """
     state = PartialState(cpu=teacher.device.type == "cpu")
-    if state.is_main_process:
-        open_run(config, folder, resume)
-        if resume and config.train.upload and not (folder/"student").exists(): fetch_checkpoints(config.train.upload, folder/"checkpoints")
+    if state.is_main_process: open_run(config, folder, resume)
     state.wait_for_everyone()
     if (folder/"student").exists(): return Student.from_pretrained(folder/"student").to(teacher.device).eval()
     if config.train.threads: torch.set_num_threads(config.train.threads)
@@ -430,7 +446,7 @@ def listeners(config: Config, teacher: Teacher, validation: Validation, folder: 
     found: list[TrainerCallback] = [StopAtSignal(), SampleText(writer, teacher, validation)]
     if writer: found.append(TensorBoardCallback(writer))
     if config.train.patience: found.append(EarlyStoppingCallback(config.train.patience))
-    if config.train.upload: found.append(Uploader(config.train.upload))
+    if config.train.upload: found.append(Uploader(config.train.upload, folder/"config.yaml"))
     return found
 
 def listener(trainer: Trainer, kind: type) -> TrainerCallback | None:
