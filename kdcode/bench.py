@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from .config import Config, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, provenance, write_whole
 from .data import Corpus
 from .loss import chunked_distillation_loss
-from .speculative import CachedModel, CachedStudent, SpeculativeResult, Statistics, clock, complete, predicted_speedup, prompt_ids
+from .speculative import CachedModel, CachedStudent, SpeculativeResult, Statistics, clock, complete, predicted_speedup, prompt_ids, word_ids
 from .student import Student
 from .targets import shared_targets
 from .teacher import Teacher
@@ -106,7 +106,9 @@ class Pair:
 def decode_alone(teacher: Teacher, prompt: str, settings: DecodeSettings, seed: int) -> list[int]:
     """The new tokens of the teacher alone, by `generate`; ends with the end-of-text token or at the limit."""
     ids = torch.tensor([prompt_ids(teacher, prompt)], device=teacher.device)
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p} if settings.temperature else {"do_sample": False}
+    sampling = {"do_sample": True} | {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "min_p")} if settings.temperature else {"do_sample": False}
+    sampling |= {"repetition_penalty": settings.repetition_penalty, "min_new_tokens": settings.min_new_tokens or None, "stop_strings": settings.stop or None, "tokenizer": teacher.tokenizer,
+                 "bad_words_ids": word_ids(settings.bad_words, teacher.tokenizer) or None}
     torch.manual_seed(seed)
     out = teacher.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens, pad_token_id=teacher.tokenizer.eos_token_id, **sampling)
     return out[0, ids.shape[1]:].tolist()

@@ -261,6 +261,20 @@ class DecodeSettings(Settings):
     """sample among the k likeliest tokens only; 0: all"""
     top_p: float = within(0, 1, default=1.0, open_low=True)
     """sample among the likeliest tokens that hold this share of the probability"""
+    min_p: float = within(0, 1, default=0.0)
+    """sample among the tokens that have at least this share of the likeliest token's probability; 0: all"""
+    repetition_penalty: float = within(0, default=1.0, open_low=True)
+    """above 1: tokens that are in the text already become less likely"""
+    bad_words: list[str] = listing()
+    """words that must not come"""
+    min_new_tokens: int = within(0, default=0)
+    """no end of text before so many new tokens"""
+    stop: list[str] = listing()
+    """the text stops when one of these strings is complete"""
+    drafter: Literal["student", "lookup", "hybrid"] = "student"
+    """who drafts: the student; lookup, which copies what followed the same tokens earlier in the text; hybrid, which looks up a long match and else asks the student"""
+    draft: Literal["sampled", "greedy"] = "sampled"
+    """how the student drafts where the text is sampled: from its law, or its best token; the text's law is the same"""
     problems: int = within(1, 164, default=10)
     """HumanEval prompts to decode in a demo or a benchmark"""
 

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['DRAFTED', 'OWN', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup', 'CachedModel',
-           'CachedStudent', 'Draft', 'Drafter', 'ModelDrafter', 'Statistics', 'Round', 'clock', 'first_end',
-           'same_width', 'judge', 'SpeculativeDecoder', 'text_pieces', 'SpeculativeResult', 'end_ids', 'make_decoder',
-           'check_vocabularies', 'speculative_generate', 'single_row', 'collect', 'check_student', 'prompt_ids',
-           'complete', 'stream', 'open_text']
+           'CachedStudent', 'Draft', 'Drafter', 'ModelDrafter', 'LookupDrafter', 'HybridDrafter', 'Statistics', 'Round',
+           'clock', 'Ends', 'same_width', 'judge', 'SpeculativeDecoder', 'text_pieces', 'SpeculativeResult', 'end_ids',
+           'history_processors', 'word_ids', 'stop_criteria', 'make_decoder', 'make_drafter', 'check_vocabularies',
+           'speculative_generate', 'single_row', 'collect', 'check_student', 'prompt_ids', 'complete', 'stream',
+           'open_text']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (DynamicCache, LogitsProcessor, LogitsProcessorList, MinNewTokensLengthLogitsProcessor, MinPLogitsWarper, NoBadWordsLogitsProcessor, PreTrainedModel,
+                          PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StopStringCriteria, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from .config import ConfigError, DecodeSettings
 from .data import tokenizer_fingerprint
@@ -36,15 +38,31 @@ class Law:
     """0: all tokens"""
     top_p: float = 1.0
     """1: all tokens"""
+    min_p: float = 0.0
+    """0: all tokens"""
+    processors: tuple[LogitsProcessor, ...] = ()
+    """what looks at the text so far, such as a penalty for repetition; they come before temperature and the rest"""
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Probabilities (positions, vocab), float32, of logits (positions, vocab)."""
+    def __call__(self, logits: Tensor, tokens: list[int] = ()) -> Tensor:
+        """Probabilities (positions, vocab), float32, of logits (positions, vocab), of which the last row follows `tokens`, the one before it all but the last of them, and so on."""
+        if self.processors: logits = self.processed(logits, tokens)
         if self.temperature == 0:
             return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.)
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
-        if self.top_k: warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1: warpers.append(TopPLogitsWarper(self.top_p))
-        return warpers(None, logits.float()).softmax(-1)
+        return self.warpers()(None, logits.float()).softmax(-1)
+
+    def processed(self, logits: Tensor, tokens: list[int]) -> Tensor:
+        """The logits after the processors, each row with its own text."""
+        ids, chain = torch.tensor([tokens], device=logits.device), LogitsProcessorList(self.processors)
+        before = range(len(tokens) - len(logits) + 1, len(tokens) + 1)
+        return torch.cat([chain(ids[:, :n], row[None].float()) for n, row in zip(before, logits)])
+
+    def warpers(self) -> LogitsProcessorList:
+        """What reshapes a law without looking at the text."""
+        chosen = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
+        if self.top_k: chosen.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1: chosen.append(TopPLogitsWarper(self.top_p))
+        if self.min_p: chosen.append(MinPLogitsWarper(self.min_p))
+        return chosen
 
 # %% ../nbs/07_speculative.ipynb #9f7fe323
 def sample(
@@ -170,15 +188,18 @@ class ModelDrafter:
         self,
         model: PreTrainedModel,
         capacity: int,   # tokens that prompt, text and draft may have together
+        greedy: bool = False,  # draft the best token, with certainty as its law, also where the text is sampled
     ):
+        self.greedy = greedy
         self.state = CachedStudent(model, capacity) if isinstance(model, Student) else CachedModel(model)
 
     def propose(self, tokens: list[int], gamma: int, law: Law, generator: torch.Generator) -> Draft:
         """Drafts token by token; fewer than `gamma` where the model's context ends."""
         drafted, laws, unread = [], [], tokens[self.state.length:]
+        if self.greedy: law = replace(law, temperature=0.)
         for _ in range(min(gamma, self.state.context_size - len(tokens) + 1)):
             logits, _ = self.state.feed(unread)
-            laws.append(law(logits))
+            laws.append(law(logits, tokens + drafted))
             unread = [sample(laws[-1][0], generator)]
             drafted += unread
         return Draft(drafted, torch.cat(laws) if laws else torch.empty(0, 0, device=self.state.model.device))
@@ -186,6 +207,47 @@ class ModelDrafter:
     def verified(self, length: int, hidden_states: Tensor | None) -> None:
         """Forgets drafted tokens that did not become text."""
         self.state.crop(length)
+
+# %% ../nbs/07_speculative.ipynb #df8ee4ad
+class LookupDrafter:
+    """Drafts what followed the last tokens when they stood in the text before. Source: Saxena, *Prompt Lookup Decoding*, 2023."""
+    reads_hidden_states = False
+
+    def __init__(
+        self,
+        vocabulary_size: int,  # of the teacher
+        device: torch.device | str = "cpu",
+        shortest: int = 2,     # tokens that must match
+        longest: int = 8,      # a longer match counts no more
+    ):
+        self.vocabulary_size, self.device, self.lengths = vocabulary_size, device, range(longest, shortest - 1, -1)
+        self.places, self.read = {}, 0  # n-gram: place of the token that followed it last
+
+    def propose(self, tokens: list[int], gamma: int, law: Law, generator: torch.Generator) -> Draft:
+        """What followed the longest match; nothing where there is none."""
+        for place in range(self.read, len(tokens)): self.places |= {tuple(tokens[place - n:place]): place for n in self.lengths if n <= place}
+        self.read = len(tokens)
+        found = [self.places[tuple(tokens[-n:])] for n in self.lengths if tuple(tokens[-n:]) in self.places]
+        draft = tokens[found[0]:found[0] + gamma] if found else []
+        return Draft(draft, F.one_hot(torch.tensor(draft, dtype=torch.long, device=self.device), self.vocabulary_size).float())
+
+    def verified(self, length: int, hidden_states: Tensor | None) -> None:
+        """Nothing to forget: only text is remembered."""
+
+class HybridDrafter:
+    """Looks up where it can, and asks a model otherwise."""
+
+    def __init__(self, lookup: LookupDrafter, model: Drafter):
+        self.lookup, self.model, self.reads_hidden_states = lookup, model, model.reads_hidden_states
+
+    def propose(self, tokens: list[int], gamma: int, law: Law, generator: torch.Generator) -> Draft:
+        """The look-up's draft, or the model's where it has none."""
+        draft = self.lookup.propose(tokens, gamma, law, generator)
+        return draft if draft.tokens or not gamma else self.model.propose(tokens, gamma, law, generator)
+
+    def verified(self, length: int, hidden_states: Tensor | None) -> None:
+        """Tells both."""
+        for drafter in (self.lookup, self.model): drafter.verified(length, hidden_states)
 
 # %% ../nbs/07_speculative.ipynb #9b2d22c1
 @dataclass
@@ -259,18 +321,33 @@ class Round:
     """new tokens of text, at least one"""
     accepted: int
     """how many of them, from the first, had been drafted"""
+    ended: bool = False
+    """whether the text stops here"""
 
 def clock(device: torch.device) -> float:
     """Seconds now, after all work queued on the device is done."""
     if device.type == "cuda": torch.cuda.synchronize(device)
     return time.perf_counter()
 
-def first_end(
-    tokens: list[int],
-    ends: set[int],   # end-of-text ids
-) -> int:             # how many tokens there are up to and with the first end, or all
-    """Where a text stops."""
-    return next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+class Ends:
+    """Where a text stops: with an end-of-text id, or with the token that completes a stop string."""
+
+    def __init__(
+        self,
+        ids: Iterable[int] = (),
+        strings: StopStringCriteria | None = None,  # of `transformers`
+    ):
+        self.ids, self.strings = set(ids), strings
+
+    def __call__(self, tokens: list[int], device: torch.device) -> bool:
+        """Whether a text stops with its last token."""
+        return tokens[-1] in self.ids or self.strings is not None and bool(self.strings(torch.tensor([tokens], device=device), None).any())
+
+    def cut(self, before: list[int], new: list[int], device: torch.device) -> tuple[list[int], bool]:
+        """The new tokens up to and with the first end, and whether there is one."""
+        for i in range(1, len(new) + 1):
+            if self(before + new[:i], device): return new[:i], True
+        return new, False
 
 def same_width(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Two laws over as many ids: models pad their vocabularies differently, and an id that one of them lacks has probability 0."""
@@ -278,17 +355,17 @@ def same_width(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(p, (0, width - p.shape[-1])), F.pad(q, (0, width - q.shape[-1]))
 
 def judge(
+    tokens: list[int],  # the text before
     draft: Draft,
-    p: Tensor,       # (drafted + 1, vocab), the teacher's laws
-    ends: set[int],  # end-of-text ids
+    p: Tensor,          # (drafted + 1, vocab), the teacher's laws
+    ends: Ends,
     generator: torch.Generator,
 ) -> tuple[Round, Tensor]:  # what becomes text, and Σ min(p, q) at each drafted place
     """Verifies a draft and cuts it at the end of text."""
     p, q = same_width(p, draft.laws)
     accepted, token = verify(torch.tensor(draft.tokens, dtype=torch.long, device=p.device), q, p, generator)
-    new = draft.tokens[:accepted] + [token]
-    new = new[:first_end(new, ends)]
-    return Round(new, min(accepted, len(new))), torch.minimum(p[:-1], q).sum(-1)
+    new, ended = ends.cut(tokens, draft.tokens[:accepted] + [token], p.device)
+    return Round(new, min(accepted, len(new)), ended), torch.minimum(p[:-1], q).sum(-1)
 
 # %% ../nbs/07_speculative.ipynb #1c8e2e72
 class SpeculativeDecoder:
@@ -300,10 +377,10 @@ class SpeculativeDecoder:
         drafter: Drafter,
         law: Law = Law(),    # that the text is sampled from
         gamma: int = 4,      # tokens drafted for each call of the teacher
-        ends: Iterable[int] = (),  # end-of-text ids
+        ends: Ends = Ends(),
         seed: int = 0,       # of the sampling
     ):
-        self.teacher, self.drafter, self.law, self.gamma, self.ends = CachedModel(teacher), drafter, law, gamma, set(ends)
+        self.teacher, self.drafter, self.law, self.gamma, self.ends = CachedModel(teacher), drafter, law, gamma, ends
         self.device = teacher.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.statistics = Statistics()
@@ -326,7 +403,7 @@ class SpeculativeDecoder:
             new = self.step(tokens, min(self.gamma, limit - len(tokens) - 1))
             tokens += new.tokens
             yield new
-            if new.tokens[-1] in self.ends: return
+            if new.ended: return
 
     def step(self, tokens: list[int], gamma: int) -> Round:
         """One round after `tokens`: draft at most `gamma`, verify in one call, cut both memories back."""
@@ -335,7 +412,7 @@ class SpeculativeDecoder:
         times.append(clock(self.device))
         logits, hidden = self.teacher.feed(tokens[read:] + draft.tokens, len(draft.tokens) + 1, self.drafter.reads_hidden_states)
         times.append(clock(self.device))
-        new, acceptance = judge(draft, self.law(logits), self.ends, self.generator)
+        new, acceptance = judge(tokens, draft, self.law(logits, tokens + draft.tokens), self.ends, self.generator)
         self.statistics.add_round(len(new.tokens), len(draft.tokens), new.accepted, acceptance)
         final = len(tokens) + len(new.tokens) - 1  # neither model has read the last new token
         self.teacher.crop(final)
@@ -400,21 +477,59 @@ def end_ids(model: PreTrainedModel) -> set[int]:
     ends = model.generation_config.eos_token_id
     return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
+def history_processors(
+    settings: DecodeSettings,  # repetition_penalty, bad_words, min_new_tokens
+    ends: set[int],            # end-of-text ids
+    prompt_length: int,
+    tokenizer: PreTrainedTokenizerBase | None,  # needed for bad_words
+    device: torch.device,
+) -> tuple[LogitsProcessor, ...]:
+    """What looks at the text so far, in the order of `generate`. Raises `ConfigError` where words are given and no tokenizer."""
+    chosen = []
+    if settings.repetition_penalty != 1: chosen.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.bad_words: chosen.append(NoBadWordsLogitsProcessor(word_ids(settings.bad_words, tokenizer), sorted(ends) or None))
+    if settings.min_new_tokens and ends: chosen.append(MinNewTokensLengthLogitsProcessor(prompt_length, settings.min_new_tokens, sorted(ends), device=str(device)))
+    return tuple(chosen)
+
+def word_ids(words: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """Token ids of each word, as it stands at the beginning of a text and after a space."""
+    if tokenizer is None: raise ConfigError(f"decode.bad_words is {words!r}, and words need a tokenizer; give one")
+    forms = [tokenizer(form, add_special_tokens=False).input_ids for word in words for form in (word, f" {word}")]
+    return [ids for i, ids in enumerate(forms) if ids not in forms[:i]]
+
+def stop_criteria(settings: DecodeSettings, tokenizer: PreTrainedTokenizerBase | None) -> StopStringCriteria | None:
+    """What sees a stop string. Raises `ConfigError` where there is one and no tokenizer."""
+    if not settings.stop: return None
+    if tokenizer is None: raise ConfigError(f"decode.stop is {settings.stop!r}, and strings need a tokenizer; give one")
+    return StopStringCriteria(tokenizer, settings.stop)
+
 def make_decoder(
     teacher: PreTrainedModel,
     student: PreTrainedModel | Drafter,
-    capacity: int,            # tokens that prompt, text and draft may have together
+    prompt_length: int,
     settings: DecodeSettings,
     seed: int = 0,
     ends: Iterable[int] | None = None,  # end-of-text ids; None: the teacher's
+    tokenizer: PreTrainedTokenizerBase | None = None,  # for bad words and stop strings
 ) -> SpeculativeDecoder:
-    """A decoder for one text. Raises `ValueError` for models whose vocabularies can't be the same tokenizer's."""
-    drafter = student
-    if isinstance(student, PreTrainedModel):
-        check_vocabularies(teacher, student)
-        drafter = ModelDrafter(student, capacity)
-    law = Law(settings.temperature, settings.top_k, settings.top_p)
-    return SpeculativeDecoder(teacher, drafter, law, settings.gamma, end_ids(teacher) if ends is None else ends, seed)
+    """A decoder for one text. Raises `ValueError` for models whose vocabularies can't be the same tokenizer's, `ConfigError` for words without a tokenizer."""
+    drafter = make_drafter(teacher, student, prompt_length + settings.max_new_tokens, settings)
+    ends = end_ids(teacher) if ends is None else set(ends)
+    law = Law(settings.temperature, settings.top_k, settings.top_p, settings.min_p, history_processors(settings, ends, prompt_length, tokenizer, teacher.device))
+    return SpeculativeDecoder(teacher, drafter, law, settings.gamma, Ends(ends, stop_criteria(settings, tokenizer)), seed)
+
+def make_drafter(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel | Drafter,
+    capacity: int,  # tokens that prompt, text and draft may have together
+    settings: DecodeSettings,
+) -> Drafter:
+    """The drafter that the settings name; a `student` that is one already is taken as it is."""
+    if not isinstance(student, PreTrainedModel): return student
+    check_vocabularies(teacher, student)
+    shortest = 2 if settings.drafter == "lookup" else 5  # beside a student, only a long match is worth more than its draft
+    lookup, model = LookupDrafter(teacher.config.vocab_size, teacher.device, shortest), ModelDrafter(student, capacity, settings.draft == "greedy")
+    return {"student": model, "lookup": lookup, "hybrid": HybridDrafter(lookup, model)}[settings.drafter]
 
 def check_vocabularies(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raises `ValueError` where the numbers of rows are too far apart to be padding."""
@@ -433,16 +548,17 @@ def speculative_generate(
     top_p: float = 1.0,         # 1: all tokens
     seed: int = 0,              # of the sampling
     ends: Iterable[int] | None = None,   # end-of-text ids; None: the teacher's
-    tokenizer: PreTrainedTokenizerBase | None = None,  # lets the result show its text
+    tokenizer: PreTrainedTokenizerBase | None = None,  # lets the result show its text; needed for bad_words and stop
+    **others: Any,              # other fields of `DecodeSettings`: min_p, repetition_penalty, bad_words, min_new_tokens, stop, draft
 ) -> SpeculativeResult:
     """Text that follows the teacher's law exactly, drafted by the student.
 
     Raises `ValueError` for an empty prompt, more than one row, or models of different vocabularies, and `ConfigError` for an impossible setting.
     Source: Leviathan et al. 2023; Chen et al. 2023.
     """
-    settings = DecodeSettings(gamma=gamma, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = DecodeSettings(gamma=gamma, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, **others)
     prompt = single_row(input_ids)
-    decoder = make_decoder(teacher, student, len(prompt) + max_new_tokens, settings, seed, ends)
+    decoder = make_decoder(teacher, student, len(prompt), settings, seed, ends, tokenizer)
     return collect(decoder, prompt, max_new_tokens, tokenizer)
 
 def single_row(input_ids: Tensor | list[int]) -> list[int]:
@@ -500,4 +616,4 @@ def open_text(teacher, student, prompt, settings, seed) -> tuple[SpeculativeDeco
     """A decoder for a prompt, and the prompt's ids."""
     if isinstance(student, PreTrainedModel): check_student(teacher, student)
     ids = prompt_ids(teacher, prompt)
-    return make_decoder(teacher.model, student, len(ids) + settings.max_new_tokens, settings, seed), ids
+    return make_decoder(teacher.model, student, len(ids), settings, seed, tokenizer=teacher.tokenizer), ids
