@@ -141,11 +141,11 @@ def run_bench(config: Config, options) -> None:
     print("\n\n".join([bench.markdown_table(report.rows), *report.notes, f"the report is in {shown(folder/'report.md')}"]))
 
 def bench_decoding(config: Config, folder: Path, command: str, draft: str | None):
-    """The teacher alone against the teacher with a student; gives the report."""
+    """The teacher alone against the teacher with a student, with other drafters, and with those of `transformers`; gives the report."""
     from kdcode.bench import bench_decode
     from kdcode.data import humaneval_problems
     problems = humaneval_problems(config.decode.problems)
-    return bench_decode(*load_pair(config, draft), problems, config, folder, command, bar("prompt"))
+    return bench_decode(*load_pair(config, draft), problems, config, folder, command, bar("prompt"), others=True)
 
 def bench_caching(config: Config, folder: Path, command: str):
     """Cached targets against a teacher in the loop; gives the report."""

@@ -51,7 +51,9 @@ def test_generate_streams_the_teachers_text(kdcode, tiny_teacher, tmp_path):
     assert drafted.stdout == alone.stdout  # gamma 0 is the teacher alone
     measured = kdcode("bench", "decode", "--name", "pair", "--teacher.name", tiny_teacher, "--decode.problems", 2, "--decode.max_new_tokens", 12)
     assert measured.returncode == 0, measured.stderr
-    assert json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())["figures"]["identical"] == 1.0
+    report = json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())
+    assert report["figures"]["identical"] == 1.0 and report["figures"]["ratio_to_assisted"] > 0
+    assert [row["identical texts"] for row in report["rows"]] == [None] + ["100%"] * 8
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(kdcode, tiny_teacher, tmp_path):
