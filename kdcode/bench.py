@@ -462,7 +462,8 @@ def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, 
     figure = plot_runs(runs)
     figure.savefig(folder/"runs.png", dpi=150)
     plt.close(figure)
-    rows = [{"variant": variant} | {label: f"{row[name]:.3f} ± {row[name + '_deviation']:.3f}" for name, label in METRICS.items()} for variant, row in table.iterrows()]
+    def spread(mean, deviation): return f"{mean:.3f} ± {deviation:.3f}" if mean < 10 else f"{mean:.1f} ± {deviation:.1f}"
+    rows = [{"variant": variant} | {label: spread(row[name], row[f"{name}_deviation"]) for name, label in METRICS.items()} for variant, row in table.iterrows()]
     figures = {f"{name}, {variant}": row[name] for variant, row in table.iterrows() for name in table.columns}
     notes = [experiment.question, f"Mean and standard deviation over {len(experiment.seeds)} seeds, on held-out text at temperature 1, of the best checkpoint of each training."]
     report = Report(command, experiment.config, figures, rows, notes, ("runs.png",))
