@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(kdcode, tiny_teacher, tmp_path):
     assert whole.returncode == 0, whole.stderr
     assert close(one, losses(tmp_path/"runs"/"two"))
     # each with a part of it
-    shared = ["--config_file", ROOT/"configs"/"fsdp.yaml", ROOT/"tests"/"fsdp_on_cpu.py", *words, *half, "--name", "shared"]
+    shared = ["--config_file", ROOT/"configs"/"accelerate"/"fsdp.yaml", ROOT/"tests"/"fsdp_on_cpu.py", *words, *half, "--name", "shared"]
     parts, run = launch(tmp_path, shared), tmp_path/"runs"/"shared"
     assert parts.returncode == 0, parts.stderr
     assert close(one, losses(run)) and (run/"checkpoints"/"checkpoint-16"/"pytorch_model_fsdp_0").is_dir()
