@@ -13,7 +13,6 @@ __all__ = ['ALONE', 'STUDENT', 'OTHERS', 'Method', 'LOSS_SHAPE', 'METRICS', 'Rep
 # %% ../nbs/09_bench.ipynb #0cfcf16b
 import json
 import math
-import re
 import shutil
 import statistics
 import subprocess
@@ -39,7 +38,7 @@ from .speculative import CachedModel, CachedStudent, SpeculativeResult, Statisti
 from .student import Student
 from .targets import shared_targets
 from .teacher import Teacher
-from .train import Distiller, best_validation, distill, make_trainer, trials_table, validate
+from .train import Distiller, Objective, best_validation, check_run, distill, make_trainer, trials_table, validate
 
 # %% ../nbs/09_bench.ipynb #a1981ce0
 @dataclass
@@ -80,7 +79,7 @@ class Report:
 def cell(value: Any) -> str:
     """A value as people read it in a table: two decimals, one from 10 on; – for nothing."""
     if value is None or isinstance(value, float) and math.isnan(value): return "–"
-    return f"{value:.{2 if abs(value) < 10 else 1}f}" if isinstance(value, float) else str(value)
+    return f"{value:.{2 if abs(value) < 10 else 1}f}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     """Rows with the same keys as a table in Markdown."""
@@ -203,13 +202,14 @@ def step_costs(
     return {"c": draft / one, "v": several / one, "draft_step_ms": draft, "teacher_step_ms": one, "verify_call_ms": several}
 
 # %% ../nbs/09_bench.ipynb #9bff3773
-def speedup_objective(teacher: PreTrainedModel, gamma: int) -> Callable[[PreTrainedModel, float], float]:
+def speedup_objective(teacher: PreTrainedModel, gamma: int) -> Objective:
     """The speedup that theory predicts for a student with an acceptance rate; the costs of its step are measured once for each shape."""
     costs = {}
     def predicted(student, acceptance_rate):
         shape = tuple(weight.shape for weight in student.parameters())
         if shape not in costs: costs[shape] = step_costs(teacher, student, gamma)
         return predicted_speedup(acceptance_rate, gamma, costs[shape]["c"], costs[shape]["v"])
+    predicted.__name__ = f"predicted speedup, γ = {gamma}"
     return predicted
 
 def decode_figures(
@@ -382,6 +382,7 @@ def bench_targets(
     command: str,       # as typed
 ) -> Report:
     """Bytes for each token, speed of a training step, and acceptance rate, with cached targets against a teacher in the loop."""
+    config = replace(config, train=replace(config.train, upload=None))
     online = replace(config, targets=TargetsSettings())
     ways = {"teacher in the loop": (online, folder/"online"), f"cached, {config.targets.kind}": (config, folder/"cached")}
     students = {name: distill(settings, teacher, corpus, run, resume=True) for name, (settings, run) in ways.items()}
@@ -425,10 +426,11 @@ def run_experiment(
     progress: Callable[[int, int], None] | None = None,  # called with trainings done and trainings in all
 ) -> Report:
     """Trains each variant with each seed, and reports acceptance rate, agreement and perplexity on held-out text."""
-    rows, trainings = [], experiment.runs()
-    for number, (variant, seed, config) in enumerate(trainings, 1):
+    trainings = [(name, seed, replace(config, train=replace(config.train, upload=None)), folder/Experiment.folder(name)/f"seed-{seed}") for name, seed, config in experiment.runs()]
+    for _, _, config, run in trainings: check_run(config, run, resume=True)  # before anything is written
+    rows = []
+    for number, (variant, seed, config, run) in enumerate(trainings, 1):
         corpus, teacher = prepare(replace(config, seed=experiment.config.seed))
-        run = folder/re.sub(r"\W+", "-", variant)/f"seed-{seed}"
         distill(shared_targets(config, folder), teacher, corpus, run, resume=True, progress=False)
         shutil.rmtree(run/"checkpoints", ignore_errors=True)
         rows.append({"variant": variant, "seed": seed} | best_validation(run))
@@ -462,7 +464,9 @@ def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, 
     figure = plot_runs(runs)
     figure.savefig(folder/"runs.png", dpi=150)
     plt.close(figure)
-    def spread(mean, deviation): return f"{mean:.3f} ± {deviation:.3f}" if mean < 10 else f"{mean:.1f} ± {deviation:.1f}"
+    def spread(mean, deviation):
+        digits = 3 if mean < 10 else 1
+        return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(experiment.seeds) > 1 else "")
     rows = [{"variant": variant} | {label: spread(row[name], row[f"{name}_deviation"]) for name, label in METRICS.items()} for variant, row in table.iterrows()]
     figures = {f"{name}, {variant}": row[name] for variant, row in table.iterrows() for name in table.columns}
     notes = [experiment.question, f"Mean and standard deviation over {len(experiment.seeds)} seeds, on held-out text at temperature 1, of the best checkpoint of each training."]
@@ -479,7 +483,7 @@ def report_search(
     command: str,  # as typed
 ) -> Report:
     """The ten best trials of a search that `tune` made."""
-    objective = {"acceptance_alone": "acceptance rate α", "predicted": "predicted speedup"}[study.user_attrs["objective"]]
+    objective = study.user_attrs["objective"]
     table = trials_table(study, space)
     given_up = int(table["given up"].sum())
     rows = [{"trial": number, objective: f"{row.pop('objective'):.4f}"} | {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in row.items()}

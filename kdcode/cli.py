@@ -67,8 +67,9 @@ def corpus_and_teacher(config: Config, folder: Path, steps: Steps) -> tuple:
 
 def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> tuple:
     """The first three steps of a run: corpus, teacher, training. Returns the teacher in its decoding format, and the student."""
-    from kdcode.train import distill, remote_folder
-    if config.train.upload: remote_folder(config.train.upload)  # a mistake in it is told now, not after the corpus
+    from kdcode.train import check_run, distill, remote_folder
+    check_run(config, folder, resume)  # a mistake is told now, not after the corpus
+    if config.train.upload: remote_folder(config.train.upload)
     corpus, teacher, labelling = corpus_and_teacher(config, folder, steps)
     dtype = str(labelling.model.dtype).removeprefix("torch.")
     steps(f"training: the teacher labels in {dtype}, the student learns" + (" (an unfinished run goes on, a finished one is kept)" if resume else ""))
@@ -97,10 +98,11 @@ def run_targets(config: Config, options) -> None:
 def run_tune(config: Config, options) -> None:
     """`kdcode tune`: searches for the best settings."""
     from kdcode.bench import markdown_table, report_search, speedup_objective
-    from kdcode.train import SPACE, acceptance_alone, tune
+    from kdcode.train import SPACE, acceptance_alone, check_search, tune
     space = check_space(read_yaml(options.space), config) if options.space else SPACE
     if options.trials < 1: raise ConfigError(f"--trials is {options.trials}; allowed is a number of at least 1")
     folder, steps = run_folder(config), Steps(3)
+    check_search(config, folder)
     corpus, teacher, labelling = corpus_and_teacher(config, folder, steps)
     steps(f"search over {', '.join(space)}: {options.trials} trials in all (those of an earlier call count; start the same command again to have two at a time)")
     objective = speedup_objective(teacher.model, config.decode.gamma) if options.objective == "speedup" else acceptance_alone
@@ -158,6 +160,7 @@ def bench_caching(config: Config, folder: Path, command: str):
 
 def run_experiment(config: Config, options) -> None:
     """`kdcode experiment FILE`: trains the variants of an experiment, and compares them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ConfigError("an experiment runs in one process; start it without accelerate launch")
     from kdcode import bench
     folder, prepared = run_folder(config), {}
     def prepare(variant):
@@ -256,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"kdcode: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was finished is kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"\nkdcode: {str(stop) or 'interrupted'}; what was finished is kept, and a training goes on with --resume", file=sys.stderr)
+        print(f"\nkdcode: {str(stop) or 'interrupted'}; what was finished is kept; start the same command again to go on (kdcode distill: with --resume)", file=sys.stderr)
         return 130
     return 0
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -272,7 +273,7 @@ def shared_targets(
 ) -> Config:
     """The configuration with a cache in `folder` for all runs with its teacher, corpus, draft ids and temperature; unchanged where it caches nothing, or names a folder."""
     if config.targets.kind == "online" or config.targets.folder: return config
-    deciding = [asdict(config.teacher), asdict(config.data), asdict(config.targets), config.student.draft_vocabulary, config.loss.temperature]
+    deciding = [asdict(config.teacher), asdict(config.data), asdict(config.targets), config.student.draft_vocabulary, config.loss.temperature, config.seed if config.targets.kind == "sampled" else None]
     place = folder/f"targets-{hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]}"
     return replace(config, targets=replace(config.targets, folder=str(place)))
 
@@ -299,7 +300,8 @@ def make_targets(
     draft_ids = draft_vocabulary(config, teacher, corpus)
     folder = Path(config.targets.folder).expanduser() if config.targets.folder else run/"targets"
     fingerprint = targets_fingerprint(config, teacher, draft_ids, corpus)
-    with tqdm(total=len(corpus.train), unit="block", desc="targets", leave=False, disable=not progress) as bar:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent/f".{folder.name}.lock"), tqdm(total=len(corpus.train), unit="block", desc="targets", leave=False, disable=not progress) as bar:
         write_targets(TeacherLabels(teacher, draft_ids), corpus.train, config.targets, config.loss.temperature, folder, fingerprint, config.seed,
                       lambda done, total: bar.update(done - bar.n), config.train.batch_size)
     return TargetCache(folder, fingerprint)

@@ -6,11 +6,11 @@
 __all__ = ['SHARDED', 'FREE', 'SPACE', 'QUARTERS', 'FINISHED', 'Objective', 'make_student', 'Validation', 'position_metrics',
            'validate', 'mean_metrics', 'NonFiniteLoss', 'Distiller', 'precision_flags', 'training_arguments',
            'SampleText', 'QuietProgress', 'StopRequested', 'StopAtSignal', 'remote_folder', 'Uploader',
-           'find_checkpoint', 'changed_fields', 'check_same_run', 'fetch_checkpoints', 'fetch_checkpoint', 'open_run',
-           'distill', 'train', 'make_trainer', 'listeners', 'listener', 'finish_run', 'best_validation',
-           'history_table', 'plot_history', 'suggest', 'in_quarters', 'Reporter', 'folder_number', 'try_again',
-           'open_study', 'acceptance_alone', 'run_trial', 'tune', 'chosen', 'trials_table', 'plot_search',
-           'save_search']
+           'find_checkpoint', 'changed_fields', 'check_same_run', 'fetch_checkpoints', 'fetch_checkpoint', 'check_run',
+           'open_run', 'describe_run', 'distill', 'train', 'make_trainer', 'listeners', 'listener', 'finish_run',
+           'best_validation', 'history_table', 'plot_history', 'suggest', 'in_quarters', 'Reporter', 'folder_number',
+           'try_again', 'open_study', 'acceptance_alone', 'check_search', 'run_trial', 'tune', 'chosen', 'trials_table',
+           'plot_search', 'save_search']
 
 # %% ../nbs/06_train.ipynb #393a34ce
 import json
@@ -282,7 +282,8 @@ class StopAtSignal(TrainerCallback):
 def remote_folder(url: str):  # such as s3://bucket/folder
     """The file system of an address, and the path in it. Raises `ConfigError` where the address is not understood, or its package is missing."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_S3_ENDPOINT")
-    options = {"client_kwargs": {"endpoint_url": endpoint if "://" in endpoint else f"https://{endpoint}"}} if url.startswith("s3:") and endpoint else {}
+    options = {"auto_mkdir": True} if "://" not in url or url.startswith("file:") else {}
+    if url.startswith("s3:") and endpoint: options = {"client_kwargs": {"endpoint_url": endpoint if "://" in endpoint else f"https://{endpoint}"}}
     try: return fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error: raise ConfigError(f"train.upload is {url!r}, which can't be opened ({error})") from None
 
@@ -329,6 +330,7 @@ class Uploader(TrainerCallback):
         for folder in folders: self.add(folder)
         if self.thread: self.thread.join()
         self.work()
+        if self.waiting: print(f"train.upload has no copy of {', '.join(self.waiting)}; they are here, in {os.path.relpath(next(iter(self.waiting.values())).parent)}", file=sys.stderr)
         return not self.waiting
 
 # %% ../nbs/06_train.ipynb #1ec47c04
@@ -355,19 +357,25 @@ def check_same_run(saved: str, config: Config, place: str | Path) -> None:
     if changed := changed_fields(yaml.safe_load(saved), config.to_dict()): raise ConfigError(f"{place} holds a run with another {', '.join(changed)}; choose another --name, or remove that folder")
 
 def fetch_checkpoints(
-    config: Config,  # its train.upload is where an `Uploader` copied to
+    config: Config,  # its train.upload is where an `Uploader` copied to, or will
     folder: Path,    # for checkpoints
+    resume: bool,    # whether the run goes on
 ) -> None:
-    """Copies the newest whole checkpoint, and the best one that it knows of, into a folder that has none. Raises `ConfigError` where the address can't be read, or holds another run."""
-    url, (files, root) = config.train.upload, remote_folder(config.train.upload)
+    """Where the address has a newer checkpoint than the folder, copies it, and the best one that it knows of.
+
+    Raises `ConfigError` where it holds another run, or a run that isn't to be continued; and where it can't be read, but is needed.
+    """
+    url, (files, root), here = config.train.upload, remote_folder(config.train.upload), find_checkpoint(folder)
     try:
         steps = [int(path.split("/")[-2].split("-")[1]) for path in files.glob(f"{root}/checkpoint-*/trainer_state.json")]
-        if not steps: return
-        check_same_run(files.cat_file(f"{root}/config.yaml").decode(), config, url)
+        if files.exists(f"{root}/config.yaml"): check_same_run(files.cat_file(f"{root}/config.yaml").decode(), config, url)
+        if steps and not resume: raise ConfigError(f"train.upload {url} holds the checkpoints of a run already; continue it with --resume, or choose another address")
+        if max(steps, default=0) <= (int(here.name.split("-")[1]) if here else 0): return
         best = json.loads(files.cat_file(f"{root}/checkpoint-{max(steps)}/trainer_state.json"))["best_global_step"]
         for step in sorted({best, max(steps)} & set(steps)): fetch_checkpoint(files, f"{root}/checkpoint-{step}", folder, best)
     except ConfigError: raise
     except Exception as error:
+        if here or not resume: return  # the training can do without; its copies are tried later
         raise ConfigError(f"train.upload is {url!r}, and its checkpoints can't be read ({type(error).__name__}: {str(error)[:200]}); mend that, or start anew without --resume") from None
 
 def fetch_checkpoint(files, place: str, folder: Path, best: int | None) -> None:
@@ -377,21 +385,35 @@ def fetch_checkpoint(files, place: str, folder: Path, best: int | None) -> None:
     state = json.loads((unfinished/"trainer_state.json").read_text())
     if state["best_model_checkpoint"]: state["best_model_checkpoint"] = str(folder/f"checkpoint-{best}")
     write_whole(unfinished/"trainer_state.json", json.dumps(state, indent=2))
-    unfinished.rename(folder/place.split("/")[-1])
+    shutil.rmtree(there := folder/place.split("/")[-1], ignore_errors=True)
+    unfinished.rename(there)
 
-def open_run(
+def check_run(
     config: Config,
     folder: Path,
     resume: bool,   # whether an earlier run in this folder goes on
 ) -> None:
-    """Prepares a run's folder; where it has no checkpoint to go on from, those of `train.upload` are fetched. Raises `ConfigError` where it holds another run, or one that isn't to be continued."""
+    """Raises `ConfigError` where a folder holds another run, a search, or a run that isn't to be continued. Writes nothing."""
     saved = folder/"config.yaml"
-    if saved.exists():
-        if not resume: raise ConfigError(f"{folder} holds a run already; continue it with --resume, or choose another --name")
-        check_same_run(saved.read_text(), config, folder)
+    if (folder/"study.db").exists(): raise ConfigError(f"{folder} holds a search (kdcode tune); choose another --name")
+    if not saved.exists(): return
+    if not resume: raise ConfigError(f"{folder} holds a run already; continue it with --resume, or choose another --name")
+    check_same_run(saved.read_text(), config, folder)
+
+def open_run(
+    config: Config,
+    folder: Path,
+    resume: bool,
+) -> None:
+    """Prepares a run's folder; where `train.upload` has a newer checkpoint, that is fetched. Raises what `check_run` and `fetch_checkpoints` raise."""
+    check_run(config, folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    if resume and config.train.upload and not (folder/"student").exists() and not find_checkpoint(folder/"checkpoints"): fetch_checkpoints(config, folder/"checkpoints")
-    save_config(config, saved)
+    if config.train.upload and not (folder/"student").exists(): fetch_checkpoints(config, folder/"checkpoints", resume)
+    describe_run(config, folder)
+
+def describe_run(config: Config, folder: Path) -> None:
+    """Writes the configuration, and where and with which versions it runs."""
+    save_config(config, folder/"config.yaml")
     write_whole(folder/"run.json", json.dumps(provenance(config) | {"seed": config.seed}, indent=1))
 
 # %% ../nbs/06_train.ipynb #aa3c0a3a
@@ -470,7 +492,7 @@ def finish_run(trainer: Distiller, folder: Path) -> Student:
 
 # %% ../nbs/06_train.ipynb #ae4d1c5a
 def best_validation(run: Path) -> dict[str, float]:
-    """Of a finished run: `step` and metrics of the validation with the best acceptance rate (its student is the one that was kept; never the untrained one), and the `seconds` that training took."""
+    """Of a finished run: `step` and metrics of the validation with the best acceptance rate (its student is the one that was kept; never the untrained one), and the `seconds` that training took (of a run that was continued, its last part)."""
     history = json.loads((run/"history.json").read_text())
     best = max((entry for entry in history if "eval_acceptance_rate" in entry and entry["step"]), key=lambda entry: entry["eval_acceptance_rate"])
     metrics = {key.removeprefix("eval_"): value for key, value in best.items() if key.startswith("eval_")}
@@ -551,8 +573,8 @@ def open_study(
 ) -> optuna.Study:
     """The search that is kept in a folder, begun or continued. Raises `ConfigError` where it is about something else."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    begun = (folder/"study.db").exists()
-    with FileLock(folder/"study.lock"), warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+    with FileLock(folder/".study.lock"), warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        begun = (folder/"study.db").exists()
         storage = optuna.storages.RDBStorage(f"sqlite:///{folder/'study.db'}", heartbeat_interval=30, grace_period=60, heartbeat_stale_trial_callback=try_again)
         study = optuna.create_study(storage=storage, study_name="kdcode", direction="maximize", load_if_exists=True, sampler=optuna.samplers.TPESampler(seed=None if begun else seed),
                                     pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
@@ -567,6 +589,15 @@ Objective = Callable[[Student, float], float]  # of a student and its acceptance
 def acceptance_alone(student: Student, acceptance_rate: float) -> float:
     """The objective that is the acceptance rate itself."""
     return acceptance_rate
+
+acceptance_alone.__name__ = "acceptance rate α"  # as reports call it
+
+def check_search(config: Config, folder: Path) -> None:
+    """Raises `ConfigError` where a folder holds a run, or a search with another configuration, or where there are several processes. Writes nothing."""
+    if PartialState().num_processes > 1: raise ConfigError("a search can't be spread by accelerate launch; start kdcode tune several times with the same --name instead")
+    if not (folder/"config.yaml").exists(): return
+    if not (folder/"study.db").exists(): raise ConfigError(f"{folder} holds a run and no search; choose another --name")
+    check_same_run((folder/"config.yaml").read_text(), config, folder)
 
 def run_trial(
     trial: optuna.Trial,
@@ -599,12 +630,19 @@ def tune(
     tell: Callable[[optuna.Study, FrozenTrial], None] | None = None,  # is called after each trial
 ) -> optuna.Study:
     """Searches for the settings with the greatest objective. Raises `ConfigError` for a space that isn't allowed or another search in the folder, and what a training raises."""
-    check_space(space, config)
-    open_run(config, folder, resume=True)
+    space = check_space(space, config)
+    check_search(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     study = open_study(folder, config.seed, {"space": space, "objective": objective.__name__})
+    describe_run(config, folder)
     def attempt(trial):
-        tried = in_quarters(with_values(config, {"train.upload": None} | suggest(trial, space)), len(corpus.train))
-        return run_trial(trial, shared_targets(tried, folder), teacher, corpus, folder/f"trial-{folder_number(trial):04d}", objective)
+        values = suggest(trial, space)
+        try:
+            tried = in_quarters(with_values(config, {"train.upload": None} | values), len(corpus.train))
+            return run_trial(trial, shared_targets(tried, folder), teacher, corpus, folder/f"trial-{folder_number(trial):04d}", objective)
+        except ConfigError as error:
+            print(f"trial {trial.number} is given up: {error}", file=sys.stderr)
+            raise optuna.TrialPruned from None
     if len(study.get_trials(states=FINISHED)) < trials:
         study.optimize(attempt, callbacks=[MaxTrialsCallback(trials, FINISHED), *([tell] if tell else [])])
     save_search(study, config, space, corpus, folder)
@@ -639,7 +677,7 @@ def plot_search(study: optuna.Study, space: Space) -> Figure:
 def save_search(study: optuna.Study, config: Config, space: Space, corpus: Corpus, folder: Path) -> None:
     """Writes the best trial's configuration, the table and the plot. Raises `ConfigError` where no trial came to its end."""
     if not study.get_trials(states=(TrialState.COMPLETE,)): raise ConfigError(f"no trial of the search in {folder} came to its end; give more --trials, or a space with lower learning rates")
-    best = in_quarters(with_values(config, chosen(study.best_trial, space)), len(corpus.train))
+    best = in_quarters(with_values(config, {"train.upload": None} | chosen(study.best_trial, space)), len(corpus.train))
     save_config(replace(best, name=f"{config.name}-best", out=None), folder/"best.yaml")
     write_whole(folder/"trials.csv", trials_table(study, space).to_csv())
     figure = plot_search(study, space)
