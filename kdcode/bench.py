@@ -442,7 +442,7 @@ def run_experiment(
 def compare_runs(runs: pd.DataFrame) -> pd.DataFrame:  # one row for each training
     """Mean and standard deviation over the seeds, the variant with the best acceptance rate first."""
     groups = runs.groupby("variant")[list(METRICS)]
-    both = groups.mean().join(groups.std(ddof=1), rsuffix="_deviation")
+    both = groups.mean().join(groups.std(ddof=1).add_suffix("_deviation"))
     return both.sort_values("acceptance_rate", ascending=False)
 
 def plot_runs(runs: pd.DataFrame) -> Figure:
