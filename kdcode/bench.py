@@ -115,6 +115,7 @@ def decode_assisted(
     try: return decode_alone(teacher, prompt, settings, seed, assistant_model=student)
     finally: student.generation_config.update(**before)
 
+# %% ../nbs/09_bench.ipynb #630a8923
 Method = Callable[[str], list[int] | SpeculativeResult]  # from a prompt to new tokens
 
 def decode_methods(
@@ -135,6 +136,7 @@ def decode_methods(
     fixed_numbers = {f"{OTHERS['assisted']}, {n} tokens": assisted(num_assistant_tokens=n, **fixed) for n in sorted({2, max(settings.gamma, 1)})}
     return methods | kinds | fixed_numbers | {f"{OTHERS['assisted']}, by itself": assisted()} | {f"{OTHERS['lookup']}, {n} tokens": lookup(n) for n in sorted({max(settings.gamma, 1), 10})}
 
+# %% ../nbs/09_bench.ipynb #2426bac2
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """What `work` returns, and the seconds it took, with the device's queue empty before and after."""
     start = clock(device)
@@ -172,9 +174,8 @@ def decode_in_turns(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,  # called with prompts done and prompts in all
 ) -> dict[str, Decoded]:
-    """Decodes each prompt by every method before the next prompt; the first prompt once more before, to warm up."""
+    """Decodes each prompt by every method before the next prompt."""
     decoded = {name: Decoded() for name in methods}
-    for method in methods.values(): method(problems[0]["prompt"])
     for i, problem in enumerate(problems, 1):
         for name, method in methods.items(): decoded[name].add(*timed(lambda: method(problem["prompt"]), device))
         if progress: progress(i, len(problems))
@@ -267,7 +268,9 @@ def bench_decode(
     others: bool = False,   # whether to compare with the other drafters and with those of `transformers`
 ) -> Report:
     """The teacher alone against the teacher with the student, on the same prompts."""
-    decoded = decode_in_turns(decode_methods(teacher, student, config.decode, config.seed, others), problems, teacher.device, progress)
+    def methods(settings): return decode_methods(teacher, student, settings, config.seed, others)
+    decode_in_turns(methods(replace(config.decode, max_new_tokens=8)), problems[:1], teacher.device)  # warms up
+    decoded = decode_in_turns(methods(config.decode), problems, teacher.device, progress)
     figures = decode_figures(decoded, step_costs(teacher.model, student, config.decode.gamma), config.decode.gamma)
     figure = plot_acceptance(decoded[STUDENT].statistics, config.decode.gamma)
     figure.savefig(folder/"acceptance.png", dpi=150)

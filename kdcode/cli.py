@@ -75,6 +75,7 @@ def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> t
     steps(f"training: the teacher labels in {dtype}, the student learns" + (" (an unfinished run goes on, a finished one is kept)" if resume else ""))
     return teacher, distill(config, labelling, corpus, folder, resume=resume)
 
+# %% ../nbs/12_cli.ipynb #aa5424fc
 def run_distill(config: Config, options) -> None:
     """`kdcode distill`: builds the corpus and trains a student."""
     from accelerate import PartialState
@@ -95,6 +96,7 @@ def run_targets(config: Config, options) -> None:
     cache = make_targets(config, labelling, corpus, folder)
     print(f"the targets of {cache.tokens:,} tokens are in {shown(cache.folder)}: {cache.bytes / cache.tokens:.1f} bytes for each")
 
+# %% ../nbs/12_cli.ipynb #510976b7
 def run_tune(config: Config, options) -> None:
     """`kdcode tune`: searches for the best settings."""
     from kdcode.bench import markdown_table, report_search, speedup_objective
@@ -112,6 +114,7 @@ def run_tune(config: Config, options) -> None:
     report = report_search(study, space, config, folder, options.command_line)
     print("\n".join([markdown_table(report.rows), *report.notes, f"\nthe best configuration is in {shown(folder/'best.yaml')}, history and importances in {shown(folder/'tuning.png')}"]))
 
+# %% ../nbs/12_cli.ipynb #dac8b042
 def run_demo(config: Config, options) -> None:
     """`kdcode demo`: the main job from end to end."""
     from kdcode.bench import bench_decode, markdown_table
@@ -133,6 +136,7 @@ def run_generate(config: Config, options) -> None:
     for piece in stream(teacher, student, prompt, config.decode, config.seed): print(piece, end="", flush=True)
     print()
 
+# %% ../nbs/12_cli.ipynb #886be595
 def run_bench(config: Config, options) -> None:
     """`kdcode bench decode | loss | targets`: measures, and writes a report."""
     from kdcode import bench
@@ -158,6 +162,7 @@ def bench_caching(config: Config, folder: Path, command: str):
     steps("two trainings: with the teacher in the loop, and from the cache (finished ones are kept)")
     return bench_targets(config, labelling, corpus, folder, command)
 
+# %% ../nbs/12_cli.ipynb #0566aa07
 def run_experiment(config: Config, options) -> None:
     """`kdcode experiment FILE`: trains the variants of an experiment, and compares them."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ConfigError("an experiment runs in one process; start it without accelerate launch")
@@ -171,6 +176,7 @@ def run_experiment(config: Config, options) -> None:
     report = bench.run_experiment(options.experiment, prepare, folder, options.command_line, bar("training"))
     print("\n\n".join([*report.notes, bench.markdown_table(report.rows), f"the report is in {shown(folder/'report.md')}"]))
 
+# %% ../nbs/12_cli.ipynb #cf418a19
 def load_pair(
     config: Config,
     draft: str | None,  # folder of a student; None: that of the run

@@ -87,6 +87,7 @@ class TeacherSettings(Settings):
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
 
+# %% ../nbs/00_config.ipynb #daa94b21
 Sources = Literal["stdlib", "folder", "humanized", "ds-coder", "the-stack", "teacher"]
 
 @dataclass
@@ -250,6 +251,7 @@ class TrainSettings(Settings):
     upload: str | None = None
     """folder elsewhere that gets a copy of each checkpoint and of the student, such as s3://bucket/folder; a run that goes on elsewhere takes them from there"""
 
+# %% ../nbs/00_config.ipynb #11c88fb0
 @dataclass
 class DecodeSettings(Settings):
     """speculative decoding"""
@@ -350,8 +352,8 @@ def check_keys(
             raise ConfigError(f"unknown key {prefix}{key} (value {value!r}); {allowed}")
         section = fields[key].default_factory
         if isinstance(section, type): check_keys(value, section, f"{prefix}{key}.")
-        for item in value if isinstance(value, list) else []:
-            if isinstance(item, dict): check_keys(item, SourceSettings, f"{prefix}{key}.")  # the only list of mappings there is
+        for item in value if (settings, key) == (DataSettings, "source") and isinstance(value, list) else []:
+            if isinstance(item, dict): check_keys(item, SourceSettings, "data.source.")
 
 # %% ../nbs/00_config.ipynb #fca795c0
 def read_yaml(path: str | Path) -> Any:

@@ -195,14 +195,14 @@ class ModelDrafter:
 
     def propose(self, tokens: list[int], gamma: int, law: Law, generator: torch.Generator) -> Draft:
         """Drafts token by token; fewer than `gamma` where the model's context ends."""
-        drafted, laws, unread = [], [], tokens[self.state.length:]
+        text, laws, unread = list(tokens), [], tokens[self.state.length:]
         if self.greedy: law = replace(law, temperature=0.)
         for _ in range(min(gamma, self.state.context_size - len(tokens) + 1)):
             logits, _ = self.state.feed(unread)
-            laws.append(law(logits, tokens + drafted))
+            laws.append(law(logits, text))
             unread = [sample(laws[-1][0], generator)]
-            drafted += unread
-        return Draft(drafted, torch.cat(laws) if laws else torch.empty(0, 0, device=self.state.model.device))
+            text += unread
+        return Draft(text[len(tokens):], torch.cat(laws) if laws else torch.empty(0, 0, device=self.state.model.device))
 
     def verified(self, length: int, hidden_states: Tensor | None) -> None:
         """Forgets drafted tokens that did not become text."""
@@ -339,14 +339,10 @@ class Ends:
     ):
         self.ids, self.strings = set(ids), strings
 
-    def __call__(self, tokens: list[int], device: torch.device) -> bool:
-        """Whether a text stops with its last token."""
-        return tokens[-1] in self.ids or self.strings is not None and bool(self.strings(torch.tensor([tokens], device=device), None).any())
-
     def cut(self, before: list[int], new: list[int], device: torch.device) -> tuple[list[int], bool]:
         """The new tokens up to and with the first end, and whether there is one."""
-        for i in range(1, len(new) + 1):
-            if self(before + new[:i], device): return new[:i], True
+        for i, token in enumerate(new, 1):
+            if token in self.ids or self.strings and self.strings(torch.tensor([before + new[:i]], device=device), None).any(): return new[:i], True
         return new, False
 
 def same_width(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -503,6 +499,7 @@ def stop_criteria(settings: DecodeSettings, tokenizer: PreTrainedTokenizerBase |
     if tokenizer is None: raise ConfigError(f"decode.stop is {settings.stop!r}, and strings need a tokenizer; give one")
     return StopStringCriteria(tokenizer, settings.stop)
 
+# %% ../nbs/07_speculative.ipynb #6799e097
 def make_decoder(
     teacher: PreTrainedModel,
     student: PreTrainedModel | Drafter,
@@ -527,9 +524,10 @@ def make_drafter(
     """The drafter that the settings name; a `student` that is one already is taken as it is."""
     if not isinstance(student, PreTrainedModel): return student
     check_vocabularies(teacher, student)
-    shortest = 2 if settings.drafter == "lookup" else 5  # beside a student, only a long match is worth more than its draft
-    lookup, model = LookupDrafter(teacher.config.vocab_size, teacher.device, shortest), ModelDrafter(student, capacity, settings.draft == "greedy")
-    return {"student": model, "lookup": lookup, "hybrid": HybridDrafter(lookup, model)}[settings.drafter]
+    if settings.drafter == "lookup": return LookupDrafter(teacher.config.vocab_size, teacher.device)
+    model = ModelDrafter(student, capacity, settings.draft == "greedy")
+    if settings.drafter == "student": return model
+    return HybridDrafter(LookupDrafter(teacher.config.vocab_size, teacher.device, shortest=5), model)  # only a long match is worth more than the student's draft
 
 def check_vocabularies(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raises `ValueError` where the numbers of rows are too far apart to be padding."""
