@@ -256,7 +256,9 @@ class TrainSettings(Settings):
 class DecodeSettings(Settings):
     """speculative decoding"""
     gamma: int = within(0, 64, default=4)
-    """tokens drafted for each call of the teacher"""
+    """tokens drafted for each call of the teacher; with an adaptive gamma, at most"""
+    adaptive: bool | None = None
+    """draft as many tokens as pay, none where none do; null: where the text is greedy. A sampled text repeats under its seed only where this is off, because the clock decides then"""
     max_new_tokens: int = within(1, default=128)
     """tokens to write, at most"""
     temperature: float = within(0, default=0.0)

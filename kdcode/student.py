@@ -89,51 +89,59 @@ def rotate(
 
 # %% ../nbs/02_student.ipynb #884dc1f7
 class KVCache:
-    """Keys and values of the positions read so far."""
+    """Keys and values of the positions read so far, each row with its own length; for a student, or as `cache` of a causal model of `transformers`."""
 
     def __init__(
         self,
-        config: StudentConfig,
-        batch_size: int,
-        capacity: int,        # positions at most
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        batch_size: int = 1,
+        capacity: int = 512,  # positions at most
     ):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.length, self.capacity = 0, capacity
-
-    @classmethod
-    def for_model(cls, student: "Student", batch_size: int = 1, capacity: int | None = None) -> "KVCache":
-        """An empty cache on the student's device; for its whole context if no capacity is given."""
-        return cls(student.config, batch_size, capacity or student.config.max_position_embeddings, student.device, student.dtype)
+        self.lengths, self.capacity = [0] * batch_size, capacity
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values; space is taken at first use, in the model's shape
 
     def update(
         self,
         keys: Tensor,    # (batch, key_value_heads, new, dim)
         values: Tensor,
         layer: int,
-    ) -> tuple[Tensor, Tensor]:  # all keys and values of this layer: (batch, key_value_heads, length + new, dim)
-        """Writes one layer's new positions behind the old ones. The length moves only when all layers are done, by `advance`."""
-        if keys.shape[0] != self.keys.shape[1]: raise ValueError(f"the cache is for {self.keys.shape[1]} rows, and {keys.shape[0]} came; make it with that batch_size")
-        end = self.length + keys.shape[2]
+        **others: Any,   # what some models hand to a cache of `transformers`
+    ) -> tuple[Tensor, Tensor]:  # all keys and values of this layer: (batch, key_value_heads, longest + new, dim)
+        """Writes one layer's new positions behind each row's old ones. The lengths move only when all layers are done, by `advance`."""
+        if len(keys) != len(self.lengths): raise ValueError(f"the cache is for {len(self.lengths)} rows, and {len(keys)} came; make it with that batch_size")
+        new, end = keys.shape[2], self.get_seq_length() + keys.shape[2]
         if end > self.capacity: raise ValueError(f"the cache holds {self.capacity} positions, and {end} are needed; make it with a larger capacity")
-        self.keys[layer, :, :, self.length:end] = keys
-        self.values[layer, :, :, self.length:end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        if layer == len(self.layers): self.layers.append(tuple(x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in (keys, values)))
+        for space, x in zip(self.layers[layer], (keys, values)): self.write(space, x, end - new, new)
+        return tuple(space[:, :, :end] for space in self.layers[layer])
+
+    def write(self, space: Tensor, x: Tensor, longest: int, new: int) -> None:
+        """Puts the new positions of each row behind its old ones."""
+        if min(self.lengths) == longest: space[:, :, longest:longest + new] = x
+        else: space[torch.arange(len(x), device=x.device)[:, None], :, self.places(new, x.device)] = x.transpose(1, 2)
+
+    def places(self, new: int, device: torch.device | str = "cpu") -> Tensor:
+        """(batch, new): the positions that come next in each row."""
+        return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(new, device=device)
 
     def advance(self, new: int) -> None:
-        """Counts `new` positions as read."""
-        self.length += new
+        """Counts `new` positions of each row as read."""
+        self.lengths = [length + new for length in self.lengths]
 
-    def crop(self, length: int) -> None:
-        """Keeps exactly the first `length` positions. Raises `ValueError` where there are fewer."""
-        if not 0 <= length <= self.length: raise ValueError(f"the cache holds {self.length} positions and can't be cut back to {length}")
-        self.length = length
+    def crop(self, lengths: int | list[int]) -> None:
+        """Keeps exactly the first positions of each row: as many for all, or a number for each. Raises `ValueError` where there are fewer."""
+        if isinstance(lengths, int): lengths = [lengths] * len(self.lengths)
+        for held, length in zip(self.lengths, lengths, strict=True):
+            if not 0 <= length <= held: raise ValueError(f"the cache holds {held} positions and can't be cut back to {length}")
+        self.lengths = lengths
+
+    def keep(self, rows: list[int]) -> None:
+        """Keeps only these rows, in this order."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.layers = [tuple(space[rows] for space in pair) for pair in self.layers]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Positions read so far, under the name that `transformers` gives it."""
-        return self.length
+        """Positions of the longest row, under the name that `transformers` gives it."""
+        return max(self.lengths)
 
 # %% ../nbs/02_student.ipynb #c145d7b9
 class Attention(nn.Module):
@@ -200,10 +208,11 @@ class StudentLayer(GradientCheckpointingLayer):
 def visible(
     new: int,    # positions that are read now
     past: int,   # positions in the cache
-    padding: Tensor | None,  # (batch, past + new), 0 where there is padding
+    padding: Tensor | None,  # (batch, past + new), 0 where there is padding; or a mask that is made already, (batch, 1, new, past + new)
     device: torch.device,
-) -> Tensor | None:  # (batch or 1, 1, new, past + new), True where a position may look; None: causal says it all
+) -> Tensor | None:  # (batch or 1, 1, new, past + new), True where a position may look, or numbers to be added to the scores; None: causal says it all
     """Who may look at whom."""
+    if padding is not None and padding.dim() == 4: return padding
     padded = padding is not None and not bool(padding.all())
     if not padded and (new == 1 or past == 0): return None
     causal = torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)[None, None]
@@ -224,7 +233,7 @@ class StudentBody(nn.Module):
     def positions(self, x: Tensor, past: int, position_ids: Tensor | None) -> Tensor:
         """The table's entries for the new positions; the table is made at first use, on the device and in the format of `x`."""
         c, new = self.config, x.shape[1]
-        if past + new > c.max_position_embeddings: raise ValueError(f"{past + new} positions are more than the student's context of {c.max_position_embeddings}")
+        if position_ids is None and past + new > c.max_position_embeddings: raise ValueError(f"{past + new} positions are more than the student's context of {c.max_position_embeddings}")
         if self.table is None or self.table.device != x.device or self.table.dtype != x.dtype:
             with torch.inference_mode(False):  # decoding may come first, and training must be able to use the table
                 table = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta) if c.dialect == "llama" else sinusoidal_table(c.max_position_embeddings, c.hidden_size)
@@ -265,7 +274,7 @@ class Student(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,   # (batch, new)
         cache=None,          # a `KVCache`, or one of `transformers`
-        attention_mask: Tensor | None = None,  # (batch, past + new), 0 where there is padding
+        attention_mask: Tensor | None = None,  # (batch, past + new), 0 where there is padding; or (batch, 1, new, past + new), added to the scores
         position_ids: Tensor | None = None,    # (batch, new); None: they follow the cache
     ) -> Tensor:             # (batch, new, hidden)
         """States after the final norm. Raises `ValueError` past the end of the context or of the cache."""
@@ -289,8 +298,8 @@ class Student(PreTrainedModel, GenerationMixin):
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # the name until 5.24, as transformers' own models take it
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, cache=None,
-                use_cache: bool | None = None, logits_to_keep: int = 0, head: Callable[[Tensor, Tensor], Any] | None = None, **kwargs) -> CausalLMOutputWithPast | Any:
-        """As any causal model of `transformers`: logits (batch, kept, vocab); `logits_to_keep` = 0 keeps all positions.
+                use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, head: Callable[[Tensor, Tensor], Any] | None = None, **kwargs) -> CausalLMOutputWithPast | Any:
+        """As any causal model of `transformers`: logits (batch, kept, vocab); `logits_to_keep` = 0 keeps all positions, n the last n, a tensor those places.
 
         With `head`, what that function returns for the hidden states (batch, new, hidden) and the head's weight (vocab, hidden) instead:
         a loss that never holds all logits, computed inside of the model, where wrappers for many devices have its weights together.
@@ -299,7 +308,8 @@ class Student(PreTrainedModel, GenerationMixin):
         if kwargs.get("labels") is not None: raise ValueError("a student's forward computes no loss from labels; use kdcode.loss.distillation_loss with its logits, or kdcode.train.distill")
         if use_cache and cache is None: cache = DynamicCache(config=self.config)
         hidden = self.hidden_states(input_ids, cache, attention_mask, position_ids)
-        return CausalLMOutputWithPast(logits=self.full_logits(self.draft_logits(hidden[:, -logits_to_keep:])), cache=cache)
+        kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        return CausalLMOutputWithPast(logits=self.full_logits(self.draft_logits(kept)), cache=cache)
 
     def get_input_embeddings(self) -> nn.Module: return self.model.embed_tokens
     def set_input_embeddings(self, value: nn.Module) -> None: self.model.embed_tokens = value
