@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Steps', 'bar', 'corpus_and_teacher', 'train_student', 'run_distill', 'run_targets', 'run_tune',
-           'run_demo', 'run_generate', 'run_bench', 'bench_decoding', 'bench_caching', 'run_experiment', 'load_pair',
-           'shown', 'make_parser', 'quiet', 'parse', 'configuration', 'main']
+           'run_demo', 'run_generate', 'run_bench', 'bench_decoding', 'bench_forms', 'bench_caching', 'run_experiment',
+           'load_pair', 'shown', 'make_parser', 'quiet', 'parse', 'configuration', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import os
@@ -138,20 +138,27 @@ def run_generate(config: Config, options) -> None:
 
 # %% ../nbs/12_cli.ipynb #886be595
 def run_bench(config: Config, options) -> None:
-    """`kdcode bench decode | loss | targets`: measures, and writes a report."""
+    """`kdcode bench decode | steps | loss | targets`: measures, and writes a report."""
     from kdcode import bench
     (folder := run_folder(config)/f"bench-{options.what}").mkdir(exist_ok=True)
     if options.what == "loss": report = bench.bench_loss(config, folder, options.command_line)
+    elif options.what == "steps": report = bench_forms(config, folder, options.command_line)
     elif options.what == "targets": report = bench_caching(config, folder, options.command_line)
-    else: report = bench_decoding(config, folder, options.command_line, options.draft)
+    else: report = bench_decoding(config, folder, options)
     print("\n\n".join([bench.markdown_table(report.rows), *report.notes, f"the report is in {shown(folder/'report.md')}"]))
 
-def bench_decoding(config: Config, folder: Path, command: str, draft: str | None):
+def bench_decoding(config: Config, folder: Path, options):
     """The teacher alone against the teacher with a student, with other drafters, and with those of `transformers`; gives the report."""
     from kdcode.bench import bench_decode
     from kdcode.data import humaneval_problems
     problems = humaneval_problems(config.decode.problems)
-    return bench_decode(*load_pair(config, draft), problems, config, folder, command, bar("prompt"), others=True)
+    return bench_decode(*load_pair(config, options.draft), problems, config, folder, options.command_line, bar("prompt"), options.compare)
+
+def bench_forms(config: Config, folder: Path, command: str):
+    """A call of the teacher over n tokens, in its forms; gives the report."""
+    from kdcode.bench import bench_steps
+    from kdcode.teacher import load_teacher
+    return bench_steps(config, load_teacher(config.teacher), folder, command)
 
 def bench_caching(config: Config, folder: Path, command: str):
     """Cached targets against a teacher in the loop; gives the report."""
@@ -217,9 +224,10 @@ def make_parser() -> ArgumentParser:
             part.add_argument("--space", type=str, default=None, help="YAML file with the fields to search over; default: learning rate, schedule, batch size, alpha")
             part.add_argument("--objective", choices=["acceptance_rate", "speedup"], default="acceptance_rate", help="acceptance_rate, or the speedup that theory predicts from it and from the measured costs of a step")
         if name == "generate": part.add_argument("prompt", type=str, help="text to continue; - reads it from the standard input")
-        if name == "bench": part.add_argument("what", choices=["decode", "loss", "targets"], help="decode: speculative decoding against the teacher alone; loss: memory and time of the chunked loss; targets: cached targets against a teacher in the loop")
+        if name == "bench": part.add_argument("what", choices=["decode", "steps", "loss", "targets"], help="decode: speculative decoding against the teacher alone; steps: a call of the teacher over n tokens, in its forms; loss: memory and time of the chunked loss; targets: cached targets against a teacher in the loop")
         if name == "experiment": part.add_argument("file", type=str, help="YAML file with question, config, variants and seeds")
         if name == "experiment": part.add_argument("--out", type=str, default=None, help="folder for the files; default: runs/NAME, with the name in the file")
+        if name == "bench": part.add_argument("--compare", choices=["pair", "loop", "all"], default="all", help="of bench decode; pair: the teacher alone and the drafter of the settings; loop: our loop without drafts too; all: other drafters and those of transformers too")
         if name in ("generate", "bench"): part.add_argument("--draft", type=str, default=None, help="folder of the student; default: the one of the run --name")
         if name != "experiment": add_config(part)
         commands.add_subcommand(name, part, help=summary)

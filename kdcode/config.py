@@ -281,6 +281,10 @@ class DecodeSettings(Settings):
     """who drafts: the student; lookup, which copies what followed the same tokens earlier in the text; hybrid, which looks up a long match and else asks the student"""
     draft: Literal["sampled", "greedy"] = "sampled"
     """how the student drafts where the text is sampled: from its law, or its best token; the text's law is the same"""
+    student_weights: Literal["plain", "int8"] = "plain"
+    """int8: the student drafts with weights of 8 bits (CPU only); what it drafts is judged as ever"""
+    compile: bool = False
+    """compile the layers of both models: the first texts wait for it"""
     problems: int = within(1, 164, default=10)
     """HumanEval prompts to decode in a demo or a benchmark"""
 

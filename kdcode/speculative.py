@@ -8,8 +8,8 @@ __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', '
            'HybridDrafter', 'Times', 'Adaptive', 'Round', 'same_width', 'judge', 'SpeculativeDecoder', 'check_prompts',
            'limited', 'text_pieces', 'SpeculativeResult', 'end_ids', 'history_processors', 'word_ids', 'stop_criteria',
            'running_times', 'make_texts', 'make_drafter', 'is_adaptive', 'make_decoder', 'check_vocabularies',
-           'speculative_generate', 'prompt_rows', 'collect', 'check_student', 'prompt_ids', 'complete', 'stream',
-           'open_texts']
+           'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate', 'check_student',
+           'prompt_ids', 'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
@@ -29,7 +29,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .config import ConfigError, DecodeSettings
 from .data import tokenizer_fingerprint
-from .steps import CachedModel, clock, few_rows
+from .steps import CachedModel, clock, int8
 from .student import Student
 from .teacher import Teacher
 
@@ -261,9 +261,10 @@ class ModelDrafter(Drafter):
         capacity: int,   # tokens that a text and its draft may have together
         batch_size: int = 1,
         greedy: bool = False,  # draft the best token, with certainty as its law, also where the text is sampled
+        compiled: bool = False,
     ):
         self.greedy, self.device = greedy, model.device
-        self.state = CachedModel(model, capacity * min(batch_size, 2), batch_size)  # a row that catches up pushes padding past the others' end
+        self.state = CachedModel(model, capacity * min(batch_size, 2), batch_size, compiled)  # a row that catches up pushes padding past the others' end
 
     def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
         """Drafts token by token, for all texts at once; less than `room` where the model's context ends."""
@@ -461,8 +462,9 @@ class SpeculativeDecoder:
         drafter: Drafter,
         gamma: int = 4,      # tokens drafted for each call of the teacher, at most
         calls: Times | None = None,  # gets the times of the teacher's calls, by the number of tokens in them
+        compiled: bool = False,      # compile the teacher's layers
     ):
-        self.model, self.drafter, self.gamma, self.calls = teacher, drafter, gamma, calls or Times()
+        self.model, self.drafter, self.gamma, self.compiled, self.calls = teacher, drafter, gamma, compiled, Times() if calls is None else calls
         self.context_size, self.device = getattr(teacher.config.get_text_config(), "max_position_embeddings", None), teacher.device
 
     @torch.no_grad()
@@ -473,7 +475,7 @@ class SpeculativeDecoder:
         """Decodes all texts until each has ended. Raises `ValueError` for a prompt that is empty or fills the teacher's context."""
         check_prompts(texts, self.context_size)
         if self.context_size: texts = [limited(text, self.context_size) for text in texts]
-        self.teacher = CachedModel(self.model, max(text.limit for text in texts) + self.gamma + 1, len(texts))
+        self.teacher = CachedModel(self.model, max(text.limit for text in texts) + self.gamma + 1, len(texts), self.compiled)
         rows = list(range(len(texts)))
         while rows:
             for row, new in zip(rows, self.step([texts[row] for row in rows])): yield replace(new, text=row)
@@ -630,7 +632,8 @@ def make_drafter(
     def lookup(shortest): return paced(LookupDrafter(teacher.config.vocab_size, teacher.device, shortest, batch_size=len(texts)), Times())
     if settings.drafter == "lookup": return lookup(2)
     capacity = max(text.limit for text in texts) + settings.gamma + 1
-    model = paced(ModelDrafter(student, capacity, len(texts), settings.draft == "greedy"), running_times(student))
+    drafting = int8(student) if settings.student_weights == "int8" else student
+    model = paced(ModelDrafter(drafting, capacity, len(texts), settings.draft == "greedy", settings.compile), running_times(drafting))
     return model if settings.drafter == "student" else HybridDrafter(lookup(5), model)  # only a long match is worth more than the student's draft
 
 def is_adaptive(settings: DecodeSettings) -> bool:
@@ -645,7 +648,7 @@ def make_decoder(
 ) -> SpeculativeDecoder:
     """A decoder for these texts. Raises `ValueError` for prompts and models that don't fit."""
     check_prompts(texts, getattr(teacher.config.get_text_config(), "max_position_embeddings", None))
-    return SpeculativeDecoder(teacher, make_drafter(teacher, student, texts, settings), settings.gamma, running_times(teacher))
+    return SpeculativeDecoder(teacher, make_drafter(teacher, student, texts, settings), settings.gamma, running_times(teacher), settings.compile)
 
 def check_vocabularies(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raises `ValueError` where the numbers of rows are too far apart to be padding."""
@@ -666,7 +669,7 @@ def speculative_generate(
     seed: int = 0,              # of the sampling; each further text has the next one
     ends: Iterable[int] | None = None,   # end-of-text ids; None: the teacher's
     tokenizer: PreTrainedTokenizerBase | None = None,  # lets the result show its text; needed for bad_words and stop
-    **others: Any,              # other fields of `DecodeSettings`: adaptive, min_p, repetition_penalty, bad_words, min_new_tokens, stop, drafter, draft
+    **others: Any,              # other fields of `DecodeSettings`: adaptive, min_p, repetition_penalty, bad_words, min_new_tokens, stop, drafter, draft, student_weights, compile
 ) -> SpeculativeResult | list[SpeculativeResult]:  # a list for several prompts
     """Text that follows the teacher's law exactly, drafted by the student.
 
@@ -702,6 +705,51 @@ def collect(
         results[new.text].tokens += new.tokens
         results[new.text].drafted += [i < new.accepted for i in range(len(new.tokens))]
     return results
+
+# %% ../nbs/07_speculative.ipynb #331e615e
+@dataclass(frozen=True)
+class InBatch:
+    """A processor or a criterion that `generate` made for a batch, for one text of it: it sees the text where it stands in the batch, behind its padding."""
+    inner: Callable[[Tensor, Tensor | None], Tensor]
+    padding: tuple[int, ...]
+    row: int
+    rows: int
+    """of the batch"""
+
+    def __call__(self, ids: Tensor, scores: Tensor | None) -> Tensor:
+        """What the inner one says of `ids` (1, time)."""
+        whole = torch.cat([ids.new_tensor([self.padding]), ids], 1).expand(self.rows, -1)
+        return self.inner(whole, scores if scores is None else scores.expand(self.rows, -1))[self.row:self.row + 1]
+
+def custom_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # (batch, time)
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    student: PreTrainedModel | Drafter | None = None,
+    decode: DecodeSettings = DecodeSettings(),  # its gamma, adaptive, drafter and draft
+    **inputs: Any,      # attention_mask, and what only `generate`'s own loop needs
+) -> Tensor | GenerateDecoderOnlyOutput:  # (batch, longest), padded on the right
+    """For `teacher.generate(**inputs, custom_generate=custom_generate, student=student)`. The random numbers begin with a seed that torch draws.
+
+    Raises `ConfigError` without a student, and for beams.
+    """
+    if student is None: raise ConfigError("custom_generate has no student; give one: teacher.generate(..., custom_generate=custom_generate, student=student)")
+    if generation_config.num_beams > 1: raise ConfigError(f"num_beams is {generation_config.num_beams}; speculative decoding writes one text for each prompt, so leave it at 1")
+    mask = inputs.get("attention_mask")
+    seen = torch.ones_like(input_ids) if mask is None else mask
+    rows, seed = [(row[kept == 0].tolist(), row[kept != 0].tolist()) for row, kept in zip(input_ids, seen)], int(torch.randint(2**31, (1,)))
+    def in_batch(inner, i): return InBatch(inner, tuple(rows[i][0]), i, len(rows))
+    texts = [Text(prompt, len(prompt) + generation_config.max_length - input_ids.shape[1], Law(float(generation_config.do_sample), processors=(in_batch(logits_processor, i),)),
+                  Ends(criteria=in_batch(stopping_criteria, i)), torch.Generator(input_ids.device).manual_seed(seed + i)) for i, (_, prompt) in enumerate(rows)]
+    sampled = replace(decode, temperature=float(generation_config.do_sample))
+    results = collect(make_decoder(model, student, texts, sampled), texts)
+    filler = generation_config.pad_token_id if generation_config.pad_token_id is not None else 0
+    longest = max(len(result.tokens) for result in results)
+    new = torch.tensor([result.tokens + [filler] * (longest - len(result.tokens)) for result in results], device=input_ids.device)
+    sequences = torch.cat([input_ids, new], 1)
+    return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
 # %% ../nbs/07_speculative.ipynb #b659b19e
 def check_student(

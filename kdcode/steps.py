@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURED', 'TWINS', 'INT8', 'COMPILED', 'timed', 'clock', 'turned', 'Way', 'fastest_ways', 'seconds_of', 'FewRows',
            'few_rows', 'share', 'make_twin', 'window_of', 'score_mask', 'CachedModel', 'int8', 'compiled_twin',
-           'warm_up', 'call_times', 'step_costs', 'machine_limits', 'roof']
+           'warm_up', 'call_times', 'machine_limits', 'roof']
 
 # %% ../nbs/06a_steps.ipynb #54845f24
 import copy
@@ -143,10 +143,11 @@ class CachedModel:
         capacity: int,       # positions at most
         batch_size: int = 1,
         compiled: bool = False,  # compile its layers, once for each model of a process
+        fast: bool = True,       # faster products of few rows
     ):
         config = model.config.get_text_config()
         if "flash" in (config._attn_implementation or ""): raise ConfigError(f"the attention of {type(model).__name__} is {config._attn_implementation}, which takes no mask for each row; load the model with attn_implementation='sdpa'")
-        self.model, self.cache, self.window = compiled_twin(model) if compiled else few_rows(model), KVCache(batch_size, capacity), window_of(config)
+        self.model, self.cache, self.window = compiled_twin(model) if compiled else few_rows(model) if fast else model, KVCache(batch_size, capacity), window_of(config)
         if compiled: self.cache.update = torch.compiler.disable(self.cache.update)
         self.kinds = set(getattr(config, "layer_types", None) or [])
         self.context_size = getattr(config, "max_position_embeddings", None) or capacity
@@ -212,6 +213,7 @@ def compiled_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A twin that shares the model's weights and whose layers are compiled at their first call, for any length of text; what they do with their memory is left out of it."""
     if model not in COMPILED:
         torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or the number of a layer would make each a case of its own
+        torch._dynamo.config.recompile_limit = 64  # one for each number of rows
         COMPILED[model] = share(few_rows(model))
         layers = COMPILED[model].base_model
         for layer in layers.layers if hasattr(layers, "layers") else layers.h:
@@ -245,19 +247,6 @@ def call_times(
         return seconds * 1e3
     rounds = [{(name, n): once(state, n) for n in counts for name, state in models.items()} for _ in range(repeats)]
     return {name: {n: statistics.median(times[name, n] for times in rounds) for n in counts} for name in models}
-
-def step_costs(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    gamma: int,
-    context: int = 100,
-) -> dict[str, float]:    # `c`, `v`, and the milliseconds behind them
-    """c = student step / teacher step, v = teacher call over γ + 1 tokens / over one, in the forms that the decoder uses."""
-    capacity = context + gamma + 2
-    models = {"teacher": CachedModel(teacher, capacity), "student": CachedModel(student, capacity)}
-    times = call_times(models, sorted({1, gamma + 1}), context)
-    draft, one, several = times["student"][1], times["teacher"][1], times["teacher"][gamma + 1]
-    return {"c": draft / one, "v": several / one, "draft_step_ms": draft, "teacher_step_ms": one, "verify_call_ms": several}
 
 # %% ../nbs/06a_steps.ipynb #56e9b07d
 @torch.no_grad()
