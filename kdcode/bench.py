@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from .config import Config, ConfigError, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, TeacherSettings, machine, provenance, write_whole
 from .data import Corpus
 from .loss import chunked_distillation_loss
-from .speculative import SpeculativeResult, Statistics, complete, predicted_speedup, prompt_ids, word_ids
+from .speculative import SpeculativeResult, Statistics, complete, end_ids, make_texts, predicted_speedup, prompt_ids, word_ids
 from .steps import CachedModel, call_times, int8, machine_limits, roof, timed, warm_up
 from .targets import shared_targets
 from .teacher import Teacher, load_teacher, model_source
@@ -240,16 +240,18 @@ def speedup_objective(teacher: PreTrainedModel, gamma: int) -> Objective:
 def predicted_of_run(
     s: Statistics,
     costs: Costs,
+    loop: Decoded,  # our loop without drafts
 ) -> float:
-    """The speed against our loop alone that theory says for a run, whatever it drafted in each round.
+    """The speed against our loop alone that theory says for a run, from its α, what it drafted in each round, and the time of that.
 
-    A round with γ drafts brings E(α, γ) tokens in v(γ) teacher steps and the time of its drafting. Source: Leviathan et al. 2023, theorem 3.8, summed over rounds.
+    A round with γ drafts brings E(α, γ) tokens in v(γ) teacher steps. Reading the prompts takes as long in both. Source: Leviathan et al. 2023, theorem 3.8, summed over rounds.
     """
     tokens = s.calls + sum(count * s.acceptance_rate**i for i, count in enumerate(s.drafted, 1)) if sum(s.judged) else s.calls
     reached = [s.calls, *s.drafted, 0]  # rounds with at least so many drafts
     rounds = [more - fewer for more, fewer in zip(reached, reached[1:])]
     steps = s.student_seconds * 1e3 / costs.calls[1] + sum(count * costs.v(gamma) for gamma, count in enumerate(rounds) if count)
-    return tokens / steps
+    plain, seconds, step = sum(map(len, loop.texts)), sum(loop.seconds), costs.calls[1] / 1e3
+    return seconds / (seconds + step * plain * (steps / tokens - 1))
 
 def decode_figures(
     decoded: dict[str, Decoded],  # by method
@@ -262,24 +264,24 @@ def decode_figures(
     best = {f"{kind}_speedup": max((d.speed / alone.speed for name, d in decoded.items() if name.startswith(prefix)), default=None) for kind, prefix in OTHERS.items()}
     compared = {key: value for key, value in best.items() if value is not None}
     if compared: compared["ratio_to_assisted"] = ours.speed / alone.speed / compared["assisted_speedup"]
-    loop = decoded[LOOP].speed / alone.speed if LOOP in decoded else math.nan
+    loop, predicted = (decoded[LOOP].speed / alone.speed, predicted_of_run(s, costs, decoded[LOOP])) if LOOP in decoded else (math.nan, math.nan)
     return {"identical": ours.identical(alone), "acceptance_rate": s.acceptance_rate, "tokens_per_call": s.tokens_per_call, "speedup": ours.speed / alone.speed,
             "teacher_tokens_per_second": alone.speed, "speculative_tokens_per_second": ours.speed, "outside_share": s.outside_share,
-            "c": costs.c, "v": costs.v(gamma), "loop_speedup": loop, "predicted_speedup": predicted_of_run(s, costs) * loop} | compared
+            "c": costs.c, "v": costs.v(gamma), "loop_speedup": loop, "predicted_speedup": predicted * loop} | compared
 
 
-def decode_rows(decoded: dict[str, Decoded]) -> list[dict[str, Any]]:
-    """The table of a decoding benchmark: a row for each method."""
+def decode_rows(decoded: dict[str, Decoded], greedy: bool = True) -> list[dict[str, Any]]:
+    """The table of a decoding benchmark: a row for each method. Sampled texts can't be the same, as their random numbers differ."""
     def row(name, d):
         s = d.statistics
         return {"method": name, "tokens/s": d.speed, "speedup": d.speed / decoded[ALONE].speed, "acceptance rate α": s and s.acceptance_rate,
-                "tokens per teacher call": 1.0 if name == ALONE else s and s.tokens_per_call, "identical texts": None if name == ALONE else f"{d.identical(decoded[ALONE]):.0%}"}
+                "tokens per teacher call": 1.0 if name == ALONE else s and s.tokens_per_call, "identical texts": None if name == ALONE or not greedy else f"{d.identical(decoded[ALONE]):.0%}"}
     return [row(name, d) for name, d in decoded.items()]
 
 def explain_speed(figures: dict[str, float], gamma: int) -> str:
     """Why the speed is what it is."""
     return (f"Why: a step of the student costs c = {figures['c']:.2f} steps of the teacher, and a call of the teacher over γ + 1 = {gamma + 1} tokens costs v = {figures['v']:.2f}. "
-            f"Our loop without drafts is {cell(figures['loop_speedup'])} times as fast as `generate`. With α = {figures['acceptance_rate']:.2f} and what was drafted, theory says {cell(figures['predicted_speedup'])} times the speed of `generate`; "
+            f"Our loop without drafts is {cell(figures['loop_speedup'])} times as fast as `generate`. With the run's own α = {figures['acceptance_rate']:.2f}, its drafts and the time they took, theory says {cell(figures['predicted_speedup'])} times the speed of `generate`; "
             f"measured was {figures['speedup']:.2f}, with {figures['tokens_per_call']:.2f} tokens a call. {figures['outside_share']:.1%} of the time went into neither model.")
 
 # %% ../nbs/09_bench.ipynb #9ce2d47c
@@ -322,21 +324,25 @@ def first_difference(
     prompt: str,
     text: list[int],   # the teacher's tokens
     other: list[int],  # another method's
-) -> float:            # distance of the teacher's two best logits at the first different token; 0 where nothing differs
+    settings: DecodeSettings = DecodeSettings(),
+) -> float:            # distance of the teacher's logits, after processors, for the two tokens; 0 where nothing differs, infinite where one text only ends sooner
     """How clear the teacher's choice was where another text leaves its own."""
-    place = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))
     if text == other: return 0.
-    ids = torch.tensor([prompt_ids(teacher, prompt) + text[:place]], device=teacher.device)
-    best = teacher.model(ids, logits_to_keep=1).logits[0, -1].float().topk(2).values
-    return (best[0] - best[1]).item()
+    place = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), None)
+    if place is None: return math.inf
+    started = make_texts([prompt_ids(teacher, prompt)], settings, 0, end_ids(teacher.model), teacher.tokenizer, teacher.device)[0]
+    tokens = started.tokens + text[:place]
+    logits = started.law.processed(teacher.model(torch.tensor([tokens], device=teacher.device), logits_to_keep=1).logits[0], tokens)[0].float()
+    return (logits[text[place]] - logits[other[place]]).item()
 
-def explain_differences(teacher: Teacher, problems: list[dict], decoded: dict[str, Decoded], tie: float = 1e-4) -> tuple[dict[str, float], str]:
-    """Counts the texts that differ from the teacher's, and those that differ at a near-tie; greedy only."""
+def explain_differences(teacher: Teacher, problems: list[dict], decoded: dict[str, Decoded], settings: DecodeSettings) -> tuple[dict[str, float], str]:
+    """Counts the texts that differ from the teacher's, and those that differ at a near-tie: 1e-4 in float32, 80 roundings of a number in a shorter format; greedy only."""
     alone, ours = decoded[ALONE].texts, decoded[STUDENT].texts
-    distances = [first_difference(teacher, problem["prompt"], *pair) for problem, *pair in zip(problems, alone, ours) if pair[0] != pair[1]]
-    near = sum(distance <= tie for distance in distances)
+    tie = max(1e-4, 80 * torch.finfo(teacher.model.dtype).eps)
+    distances = [first_difference(teacher, problem["prompt"], *pair, settings) for problem, *pair in zip(problems, alone, ours) if pair[0] != pair[1]]
+    near = sum(abs(distance) <= tie for distance in distances)
     note = f"Of {len(alone)} texts {len(alone) - len(distances)} are the teacher's token by token"
-    if distances: note += f"; {near} leave it where its two best logits are within {tie:g}, and {len(distances) - near} elsewhere (distances {', '.join(f'{distance:.1e}' for distance in sorted(distances))})"
+    if distances: note += f"; {near} leave it where its logits for the two tokens are within {tie:g}, and {len(distances) - near} elsewhere (distances {', '.join(f'{distance:.1e}' for distance in sorted(distances))})"
     return {"different": len(distances), "near_ties": near}, note + "."
 
 def bench_decode(
@@ -357,10 +363,11 @@ def bench_decode(
     costs = step_costs(teacher.model, student, max(settings.gamma, *GAMMAS) if compare == "all" else settings.gamma, settings)
     figures = decode_figures(decoded, costs, settings.gamma)
     notes = [f"{len(problems)} HumanEval prompts, at most {settings.max_new_tokens} new tokens, {'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}.", explain_speed(figures, settings.gamma)]
-    if settings.temperature == 0:
-        counted, note = explain_differences(teacher, problems, decoded)
+    if settings.temperature: figures.pop("identical")
+    else:
+        counted, note = explain_differences(teacher, problems, decoded, settings)
         figures, notes = figures | counted, [*notes, note]
-    report = Report(command, config, figures, decode_rows(decoded), notes, tuple(draw_plots(decoded, costs, settings.gamma, folder)))
+    report = Report(command, config, figures, decode_rows(decoded, settings.temperature == 0), notes, tuple(draw_plots(decoded, costs, settings.gamma, folder)))
     report.save(folder)
     return report
 
@@ -518,7 +525,7 @@ def teacher_forms(
 def llama_cpp_times(file: str, threads: int) -> dict[int, float] | None:
     """Milliseconds of llama.cpp's calls by the number of tokens; None where `llama-bench` is not installed."""
     if shutil.which("llama-bench") is None: return None
-    command = ["llama-bench", "-m", file, "-t", str(threads), "-n", "0", "-p", ",".join(map(str, COUNTS)), "-r", "5", "-o", "json"]
+    command = ["llama-bench", "-m", file, "-t", str(threads), "-n", "0", "-d", "100", "-p", ",".join(map(str, COUNTS)), "-r", "9", "-o", "json"]
     results = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return {result["n_prompt"]: result["avg_ns"] / 1e6 for result in results}
 
@@ -540,7 +547,7 @@ def bench_steps(
     rows = [{"form": name} | {f"t({n}), ms": calls[n] for n in COUNTS} | {"t(5)/t(1)": calls[5] / calls[1], "tokens/s": 1e3 / calls[1], "first calls, s": warm.get(name)} for name, calls in times.items()]
     weights, limits = sum(layer.weight.numel() for layer in teacher.model.modules() if isinstance(layer, nn.Linear)), machine_limits(teacher.device, teacher.model.dtype)
     bend = limits[1] / limits[0] * teacher.model.dtype.itemsize / 2
-    notes = [f"Calls after 100 tokens of context, in turns; medians. First calls: the seconds that {len(COUNTS)} first calls took, with a compiler's work.",
+    notes = [f"Calls after 100 tokens of context, in turns; medians (llama.cpp by itself, after the others; means). First calls: the seconds that {len(COUNTS)} first calls took, with a compiler's work.",
              f"The machine reads {limits[0] / 1e9:.0f} GB/s and multiplies {limits[1] / 1e9:.0f} billion operations/s in {config.teacher.dtype}: a call waits for the memory up to {bend:.0f} tokens, and from there on every token costs its arithmetic."]
     figure = plot_steps(times, {n: roof(n, weights, teacher.model.dtype.itemsize, limits) for n in range(1, COUNTS[-1] + 1)}, config.teacher.dtype)
     figure.savefig(folder/"steps.png", dpi=150)

@@ -6,10 +6,10 @@
 __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup',
            'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'Index', 'LookupDrafter',
            'HybridDrafter', 'Times', 'Adaptive', 'Round', 'same_width', 'judge', 'SpeculativeDecoder', 'check_prompts',
-           'limited', 'text_pieces', 'SpeculativeResult', 'end_ids', 'history_processors', 'word_ids', 'stop_criteria',
-           'running_times', 'make_texts', 'make_drafter', 'is_adaptive', 'make_decoder', 'check_vocabularies',
-           'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate', 'check_student',
-           'prompt_ids', 'complete', 'stream', 'open_texts']
+           'text_pieces', 'SpeculativeResult', 'end_ids', 'history_processors', 'word_ids', 'stop_criteria',
+           'running_times', 'make_texts', 'make_drafter', 'is_adaptive', 'make_decoder', 'check_pair',
+           'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate', 'check_generation',
+           'check_student', 'prompt_ids', 'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
@@ -238,6 +238,9 @@ class Drafter:
     """What the decoder asks of whoever drafts."""
     reads_hidden_states = False
 
+    def begin(self, texts: list[Text]) -> None:
+        """These texts come now; whatever is remembered of others is forgotten."""
+
     def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
         """For each text a draft of at most `room` tokens; it may be empty."""
         raise NotImplementedError
@@ -258,13 +261,18 @@ class ModelDrafter(Drafter):
     def __init__(
         self,
         model: PreTrainedModel,
-        capacity: int,   # tokens that a text and its draft may have together
-        batch_size: int = 1,
         greedy: bool = False,  # draft the best token, with certainty as its law, also where the text is sampled
         compiled: bool = False,
+        vocabulary_size: int | None = None,  # of the teacher; ids from there on, which only pad, are never drafted
     ):
-        self.greedy, self.device = greedy, model.device
-        self.state = CachedModel(model, capacity * min(batch_size, 2), batch_size, compiled)  # a row that catches up pushes padding past the others' end
+        self.model, self.greedy, self.compiled = model, greedy, compiled
+        self.rows = model.config.get_text_config().vocab_size
+        self.vocabulary_size = vocabulary_size or self.rows
+
+    def begin(self, texts: list[Text]) -> None:
+        """Takes an empty memory."""
+        capacity = max(text.limit for text in texts) * min(len(texts), 2)  # a row that catches up pushes padding past the others' end
+        self.state = CachedModel(self.model, capacity, len(texts), self.compiled)
 
     def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
         """Drafts token by token, for all texts at once; less than `room` where the model's context ends."""
@@ -272,16 +280,21 @@ class ModelDrafter(Drafter):
         drafts, laws = [[] for _ in texts], [[] for _ in texts]
         for step in range(max(room)):
             drafting = [step < n for n in room]
+            if not any(drafting): break
             unread = [(text.tokens + draft)[read:] if go else [] for text, draft, read, go in zip(texts, drafts, self.state.lengths, drafting)]
-            logits, _ = self.state.feed(unread, [int(go) for go in drafting])
-            for row in (row for row, go in enumerate(drafting) if go): self.draw(texts[row], logits[row], drafts[row], laws[row])
-        return [Draft(draft, torch.cat(rows)) if draft else no_draft(self.device) for draft, rows in zip(drafts, laws)]
+            logits, _ = self.state.feed([[token if token < self.rows else 0 for token in row] for row in unread], [int(go) for go in drafting])
+            for row in (row for row, go in enumerate(drafting) if go):
+                if not self.draw(texts[row], logits[row], drafts[row], laws[row]): room[row] = step
+        return [Draft(draft, torch.cat(rows)) if draft else no_draft(self.model.device) for draft, rows in zip(drafts, laws)]
 
-    def draw(self, text: Text, logits: Tensor, draft: list[int], laws: list[Tensor]) -> None:
-        """Adds one token to a draft."""
-        law = replace(text.law, temperature=0.) if self.greedy else text.law
-        laws.append(law(logits, text.tokens + draft))
-        draft.append(sample(laws[-1][0], text.generator))
+    def draw(self, text: Text, logits: Tensor, draft: list[int], laws: list[Tensor]) -> bool:
+        """Adds one token to a draft; False where the processors leave the student none. The law is over the teacher's ids, so that processors find those they know."""
+        chosen = replace(text.law, temperature=0.) if self.greedy else text.law
+        law = chosen(F.pad(logits, (0, self.vocabulary_size - logits.shape[-1]), value=-torch.inf), text.tokens + draft)
+        if not law[0].sum() > 0: return False  # also where it holds nan
+        laws.append(law)
+        draft.append(sample(law[0], text.generator))
+        return True
 
     def verified(self, lengths: list[int], hidden_states: list[Tensor] | None) -> None:
         """Forgets drafted tokens that did not become text."""
@@ -314,10 +327,12 @@ class LookupDrafter(Drafter):
         device: torch.device | str = "cpu",
         shortest: int = 2,     # tokens that must match
         longest: int = 8,      # a longer match counts no more
-        batch_size: int = 1,
     ):
-        self.vocabulary_size, self.device = vocabulary_size, device
-        self.indices = [Index(range(longest, shortest - 1, -1)) for _ in range(batch_size)]
+        self.vocabulary_size, self.device, self.lengths = vocabulary_size, device, range(longest, shortest - 1, -1)
+
+    def begin(self, texts: list[Text]) -> None:
+        """An empty index for each text."""
+        self.indices = [Index(self.lengths) for _ in texts]
 
     def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
         """What followed the longest match; nothing where there is none."""
@@ -336,6 +351,10 @@ class HybridDrafter(Drafter):
 
     def __init__(self, lookup: Drafter, model: Drafter):
         self.lookup, self.model, self.reads_hidden_states = lookup, model, model.reads_hidden_states
+
+    def begin(self, texts: list[Text]) -> None:
+        """Tells both."""
+        for drafter in (self.lookup, self.model): drafter.begin(texts)
 
     def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
         """For each text the look-up's draft, or the model's where it has none."""
@@ -385,7 +404,12 @@ class Adaptive(Drafter):
         self.drafter, self.device, self.calls, self.steps, self.memory = drafter, device, calls, steps, memory
         self.reads_hidden_states = drafter.reads_hidden_states
         self.sum, self.weight = 2 * guess, 2.
-        self.plain, self.patience, self.drafts = 0, 8, []
+        self.plain, self.patience, self.drafts, self.steady = 0, 8, [], False
+
+    def begin(self, texts: list[Text]) -> None:
+        """What was learnt is kept."""
+        self.drafts, self.steady = [], False
+        self.drafter.begin(texts)
 
     @property
     def acceptance_rate(self) -> float:
@@ -396,20 +420,27 @@ class Adaptive(Drafter):
         """The γ with the best predicted speed; 0 where plain decoding is faster."""
         def speed(gamma): return expected_tokens(self.acceptance_rate, gamma) / (gamma * self.steps(rows) + self.calls(rows * (gamma + 1)))
         if not self.calls.last: return 0          # measure the teacher alone first
-        if not self.steps.last: return ceiling // 2  # then a draft
+        if not self.steps.last: return max(1, ceiling // 2)  # then a draft
         return max(range(ceiling + 1), key=speed)
 
     def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
         """At most the best γ; now and then one token where that is 0."""
         gamma = self.best(len(texts), max(room))
-        self.plain = 0 if gamma else self.plain + 1
-        if gamma: self.patience = 8
-        elif self.plain >= self.patience: gamma, self.plain, self.patience = 1, 0, min(2 * self.patience, 64)
+        if gamma: self.plain, self.patience = 0, 8
+        else: gamma = self.attempt()
         start = clock(self.device)
         self.drafts = self.drafter.propose(texts, [min(n, gamma) for n in room])
         longest = max(len(draft.tokens) for draft in self.drafts)
-        if longest: self.steps.add(len(texts), (clock(self.device) - start) / longest)
+        if longest and self.steady: self.steps.add(len(texts), (clock(self.device) - start) / longest)
+        self.steady = longest > 0  # a drafter that has not drafted before first reads what it missed, and that time is no measure
         return self.drafts
+
+    def attempt(self) -> int:
+        """One token in two successive rounds, now and then: the first catches up, the second can be timed."""
+        self.plain += 1
+        if self.plain <= self.patience: return 0
+        if self.plain == self.patience + 2: self.plain, self.patience = 0, min(2 * self.patience, 64)
+        return 1
 
     def verified(self, lengths: list[int], hidden_states: list[Tensor] | None) -> None:
         """Learns from what was judged."""
@@ -474,8 +505,9 @@ class SpeculativeDecoder:
     ) -> Iterator[Round]:
         """Decodes all texts until each has ended. Raises `ValueError` for a prompt that is empty or fills the teacher's context."""
         check_prompts(texts, self.context_size)
-        if self.context_size: texts = [limited(text, self.context_size) for text in texts]
+        for text in texts: text.limit = min(text.limit, self.context_size or text.limit)
         self.teacher = CachedModel(self.model, max(text.limit for text in texts) + self.gamma + 1, len(texts), self.compiled)
+        self.drafter.begin(texts)
         rows = list(range(len(texts)))
         while rows:
             for row, new in zip(rows, self.step([texts[row] for row in rows])): yield replace(new, text=row)
@@ -510,11 +542,6 @@ def check_prompts(texts: list[Text], context_size: int | None) -> None:
     for text in texts:
         if not text.tokens: raise ValueError("the prompt has no tokens; give at least one")
         if context_size and len(text.tokens) >= context_size: raise ValueError(f"the prompt has {len(text.tokens)} tokens, and the teacher's context ends at {context_size}")
-
-def limited(text: Text, context_size: int) -> Text:
-    """The text, with a limit inside the teacher's context."""
-    text.limit = min(text.limit, context_size)
-    return text
 
 # %% ../nbs/07_speculative.ipynb #b6a005e3
 def text_pieces(
@@ -600,11 +627,11 @@ def stop_criteria(settings: DecodeSettings, tokenizer: PreTrainedTokenizerBase |
     return StopStringCriteria(tokenizer, settings.stop)
 
 # %% ../nbs/07_speculative.ipynb #6799e097
-RUNNING = weakref.WeakKeyDictionary()  # by model
+RUNNING = weakref.WeakKeyDictionary()  # by model, compiled and not
 
-def running_times(model: PreTrainedModel) -> Times:
+def running_times(model: PreTrainedModel, compiled: bool = False) -> Times:
     """The running times of a model's calls, kept as long as the model is."""
-    return RUNNING.setdefault(model, Times())
+    return RUNNING.setdefault(model, {}).setdefault(compiled, Times())
 
 def make_texts(
     prompts: list[list[int]],  # token ids
@@ -622,18 +649,17 @@ def make_texts(
 def make_drafter(
     teacher: PreTrainedModel,
     student: PreTrainedModel | Drafter,
-    texts: list[Text],
     settings: DecodeSettings,
 ) -> Drafter:
-    """The drafter that the settings name; a `student` that is one already is taken as it is. Raises `ValueError` for models whose vocabularies can't be the same tokenizer's."""
+    """The drafter that the settings name; a `student` that is one already is taken as it is. Raises `ValueError` for models whose vocabularies can't be the same tokenizer's, `ConfigError` for two devices."""
     if isinstance(student, Drafter): return student
-    check_vocabularies(teacher, student)
-    def paced(drafter, steps): return Adaptive(drafter, teacher.device, running_times(teacher), steps) if is_adaptive(settings) else drafter
-    def lookup(shortest): return paced(LookupDrafter(teacher.config.vocab_size, teacher.device, shortest, batch_size=len(texts)), Times())
+    check_pair(teacher, student)
+    width = teacher.config.get_text_config().vocab_size
+    def paced(drafter, steps): return Adaptive(drafter, teacher.device, running_times(teacher, settings.compile), steps) if is_adaptive(settings) else drafter
+    def lookup(shortest): return paced(LookupDrafter(width, teacher.device, shortest), Times())
     if settings.drafter == "lookup": return lookup(2)
-    capacity = max(text.limit for text in texts) + settings.gamma + 1
     drafting = int8(student) if settings.student_weights == "int8" else student
-    model = paced(ModelDrafter(drafting, capacity, len(texts), settings.draft == "greedy", settings.compile), running_times(drafting))
+    model = paced(ModelDrafter(drafting, settings.draft == "greedy", settings.compile, width), running_times(drafting, settings.compile))
     return model if settings.drafter == "student" else HybridDrafter(lookup(5), model)  # only a long match is worth more than the student's draft
 
 def is_adaptive(settings: DecodeSettings) -> bool:
@@ -648,11 +674,13 @@ def make_decoder(
 ) -> SpeculativeDecoder:
     """A decoder for these texts. Raises `ValueError` for prompts and models that don't fit."""
     check_prompts(texts, getattr(teacher.config.get_text_config(), "max_position_embeddings", None))
-    return SpeculativeDecoder(teacher, make_drafter(teacher, student, texts, settings), settings.gamma, running_times(teacher), settings.compile)
+    calls = running_times(teacher, settings.compile) if is_adaptive(settings) else Times()
+    return SpeculativeDecoder(teacher, make_drafter(teacher, student, settings), settings.gamma, calls, settings.compile)
 
-def check_vocabularies(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Raises `ValueError` where the numbers of rows are too far apart to be padding."""
-    rows = [m.config.vocab_size for m in (teacher, student)]
+def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raises `ValueError` where the numbers of rows are too far apart to be padding, `ConfigError` for models on two devices."""
+    if teacher.device != student.device: raise ConfigError(f"the teacher is on {teacher.device} and the student on {student.device}; move it: student.to({str(teacher.device)!r})")
+    rows = [m.config.get_text_config().vocab_size for m in (teacher, student)]
     if abs(rows[0] - rows[1]) >= 1024: raise ValueError(f"teacher {type(teacher).__name__} has {rows[0]} rows and student {type(student).__name__} {rows[1]}; both need the same tokenizer")
 
 # %% ../nbs/07_speculative.ipynb #bcbef759
@@ -690,9 +718,10 @@ def prompt_rows(
     if attention_mask is not None and (not isinstance(input_ids, Tensor) or attention_mask.shape != input_ids.shape):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must be that of a tensor of input_ids")
     rows = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(row) if isinstance(row, Iterable) else int(row) for row in input_ids]
-    if not any(isinstance(row, list) for row in rows): return [rows], False
-    if attention_mask is not None: rows = [[token for token, seen in zip(*pair) if seen] for pair in zip(rows, attention_mask.tolist())]
-    return rows, len(rows) > 1 or not isinstance(input_ids, Tensor)
+    flat = not any(isinstance(row, list) for row in rows)
+    if flat: rows = [rows]
+    if attention_mask is not None: rows = [[token for token, seen in zip(*pair) if seen] for pair in zip(rows, [attention_mask.tolist()] if flat else attention_mask.tolist())]
+    return rows, not flat and (len(rows) > 1 or not isinstance(input_ids, Tensor))
 
 def collect(
     decoder: SpeculativeDecoder,
@@ -736,7 +765,7 @@ def custom_generate(
     Raises `ConfigError` without a student, and for beams.
     """
     if student is None: raise ConfigError("custom_generate has no student; give one: teacher.generate(..., custom_generate=custom_generate, student=student)")
-    if generation_config.num_beams > 1: raise ConfigError(f"num_beams is {generation_config.num_beams}; speculative decoding writes one text for each prompt, so leave it at 1")
+    check_generation(generation_config)
     mask = inputs.get("attention_mask")
     seen = torch.ones_like(input_ids) if mask is None else mask
     rows, seed = [(row[kept == 0].tolist(), row[kept != 0].tolist()) for row, kept in zip(input_ids, seen)], int(torch.randint(2**31, (1,)))
@@ -750,6 +779,14 @@ def custom_generate(
     new = torch.tensor([result.tokens + [filler] * (longest - len(result.tokens)) for result in results], device=input_ids.device)
     sequences = torch.cat([input_ids, new], 1)
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+
+# %% ../nbs/07_speculative.ipynb #bff00f82
+def check_generation(generation_config: GenerationConfig) -> None:
+    """Raises `ConfigError` for wishes of `generate` that a round of several tokens can't keep."""
+    if generation_config.num_beams > 1: raise ConfigError(f"num_beams is {generation_config.num_beams}; speculative decoding writes one text for each prompt, so leave it at 1")
+    for name in ("output_scores", "output_logits", "output_hidden_states", "output_attentions", "watermarking_config"):
+        if getattr(generation_config, name, None): raise ConfigError(f"{name} is {getattr(generation_config, name)}, which speculative decoding does not give; leave it out")
+    if (generation_config.guidance_scale or 1) != 1: raise ConfigError(f"guidance_scale is {generation_config.guidance_scale}; its processor keeps a text of its own, which drafts would disturb, so leave it out")
 
 # %% ../nbs/07_speculative.ipynb #b659b19e
 def check_student(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'TWINS', 'INT8', 'COMPILED', 'timed', 'clock', 'turned', 'Way', 'fastest_ways', 'seconds_of', 'FewRows',
-           'few_rows', 'share', 'make_twin', 'window_of', 'score_mask', 'CachedModel', 'int8', 'compiled_twin',
-           'warm_up', 'call_times', 'machine_limits', 'roof']
+           'few_rows', 'is_twin', 'share', 'make_twin', 'window_of', 'score_mask', 'check_model', 'CachedModel', 'int8',
+           'compiled_twin', 'warm_up', 'call_times', 'machine_limits', 'roof']
 
 # %% ../nbs/06a_steps.ipynb #54845f24
 import copy
@@ -100,8 +100,14 @@ TWINS = weakref.WeakKeyDictionary()  # by model
 def few_rows(model: PreTrainedModel) -> PreTrainedModel:
     """A twin that shares the model's weights and computes up to 16 rows faster; the model itself where it is not on the CPU or nothing is gained."""
     if model.device.type != "cpu": return model
-    if model not in TWINS: TWINS[model] = make_twin(model)
+    if model not in TWINS or not is_twin(TWINS[model], model): TWINS[model] = make_twin(model)
     return TWINS[model] or model
+
+def is_twin(twin: PreTrainedModel | None, model: PreTrainedModel) -> bool:
+    """Whether a twin still has the model's weights and mode; None has."""
+    if twin is None: return True
+    twin.train(model.training)
+    return len(list(twin.parameters())) == len(list(model.parameters())) and all(a is b for a, b in zip(twin.parameters(), model.parameters())) and twin.device == model.device
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
     """The same modules once more, around the same weights."""
@@ -134,6 +140,16 @@ def score_mask(
     if window is not None: allowed &= keys > queries - window
     return torch.zeros(allowed.shape, dtype=dtype, device=places.device).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
+def check_model(config, kinds: set[str], capacity: int) -> None:
+    """Raises `ConfigError` for a model whose attention, or whose positions, can't be told for each row."""
+    name = config.model_type
+    if "flash" in (config._attn_implementation or ""): raise ConfigError(f"the attention of {name} is {config._attn_implementation}, which takes no mask for each row; load the model with attn_implementation='sdpa'")
+    if others := kinds - {"full_attention", "sliding_attention"}: raise ConfigError(f"{name} has layers of {', '.join(sorted(others))}, whose memory can't be cut back; use a model of full or sliding attention")
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None) or capacity
+    if rope.get("rope_type") in ("dynamic", "longrope") and capacity > limit:
+        raise ConfigError(f"the positions of {name} are scaled ({rope['rope_type']}) by the longest text in a call, from {limit} tokens on, and {capacity} may be needed; keep prompt and text shorter")
+
 class CachedModel:
     """A causal language model with a memory, for one text or several. Its rows are independent: each reads, and is cut back, by its own number of tokens."""
 
@@ -146,10 +162,10 @@ class CachedModel:
         fast: bool = True,       # faster products of few rows
     ):
         config = model.config.get_text_config()
-        if "flash" in (config._attn_implementation or ""): raise ConfigError(f"the attention of {type(model).__name__} is {config._attn_implementation}, which takes no mask for each row; load the model with attn_implementation='sdpa'")
         self.model, self.cache, self.window = compiled_twin(model) if compiled else few_rows(model) if fast else model, KVCache(batch_size, capacity), window_of(config)
         if compiled: self.cache.update = torch.compiler.disable(self.cache.update)
-        self.kinds = set(getattr(config, "layer_types", None) or [])
+        self.kinds = set(getattr(config, "layer_types", None) or (["full_attention"] if self.window is None else ["sliding_attention"]))
+        check_model(config, self.kinds, capacity)
         self.context_size = getattr(config, "max_position_embeddings", None) or capacity
 
     @property
@@ -183,7 +199,8 @@ class CachedModel:
         if even and isinstance(self.model, Student): return {}
         places, seen = self.cache.places(new, self.model.device), max(self.lengths) + new
         full, near = (score_mask(places, seen, self.model.dtype, window) for window in (None, self.window))
-        mask = {"full_attention": full, "sliding_attention": near} if len(self.kinds) > 1 else near
+        by_kind = {"full_attention": full, "sliding_attention": near}
+        mask = by_kind if len(self.kinds) > 1 else by_kind[next(iter(self.kinds))]
         return {"attention_mask": mask, "position_ids": places.clamp(max=self.context_size - 1)}
 
     def crop(self, lengths: list[int]) -> None:
@@ -195,28 +212,31 @@ class CachedModel:
         self.cache.keep(rows)
 
 # %% ../nbs/06a_steps.ipynb #0ab027d1
-INT8 = weakref.WeakKeyDictionary()  # by model
+INT8 = weakref.WeakKeyDictionary()  # by model: the versions of its weights, and the copy
 
 def int8(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose linear layers have weights of 8 bits; made once for each model of a process. Raises `ConfigError` on other devices than the CPU."""
     if model.device.type != "cpu": raise ConfigError(f"weights of 8 bits are for the CPU, and the student is on {model.device}; use decode.student_weights plain")
-    if model not in INT8:
+    versions = [weight._version for weight in model.parameters()]  # a training step changes them
+    if model not in INT8 or INT8[model][0] != versions:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces that this will move to torchao
-            INT8[model] = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model).float(), {nn.Linear}, dtype=torch.qint8)
-    return INT8[model]
+            INT8[model] = versions, torch.ao.quantization.quantize_dynamic(copy.deepcopy(model).float(), {nn.Linear}, dtype=torch.qint8)
+    return INT8[model][1]
 
 # %% ../nbs/06a_steps.ipynb #ad3323ab
 COMPILED = weakref.WeakKeyDictionary()  # by model
 
 def compiled_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A twin that shares the model's weights and whose layers are compiled at their first call, for any length of text; what they do with their memory is left out of it."""
-    if model not in COMPILED:
+    if model not in COMPILED or not is_twin(COMPILED[model], model):
         torch._dynamo.config.allow_unspec_int_on_nn_module = True  # or the number of a layer would make each a case of its own
         torch._dynamo.config.recompile_limit = 64  # one for each number of rows
         COMPILED[model] = share(few_rows(model))
-        layers = COMPILED[model].base_model
-        for layer in layers.layers if hasattr(layers, "layers") else layers.h:
+        body = COMPILED[model].base_model
+        layers = getattr(body, "layers", None) or getattr(body, "h", None)
+        if layers is None: raise ConfigError(f"{type(model).__name__} has no list of layers that can be compiled; set decode.compile to false")
+        for layer in layers:
             layer.compile(dynamic=True, mode="reduce-overhead" if model.device.type == "cuda" else None)  # CUDA graphs there
     return COMPILED[model]
 
@@ -255,7 +275,7 @@ def machine_limits(
     dtype: torch.dtype,
     repeats: int = 5,
 ) -> tuple[float, float]:  # bytes per second, operations per second
-    """How fast this machine reads memory (the sum of 256 MB), and multiplies (a product of 1,024 × 2,048 × 2,048), at best."""
+    """How fast this machine reads memory (the largest of 256 MB of numbers), and multiplies (a product of 1,024 × 2,048 × 2,048), at best."""
     numbers = torch.ones(2**28 // dtype.itemsize, device=device, dtype=dtype)
     a, b = torch.ones(1024, 2048, device=device, dtype=dtype), torch.ones(2048, 2048, device=device, dtype=dtype)
     reading, multiplying = (min(timed(work, device)[1] for _ in range(repeats)) for work in (lambda: numbers.view(torch.int32).max() if dtype.itemsize == 2 else numbers.max(), lambda: a @ b))

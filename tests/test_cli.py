@@ -53,7 +53,12 @@ def test_generate_streams_the_teachers_text(kdcode, tiny_teacher, tmp_path):
     assert measured.returncode == 0, measured.stderr
     report = json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())
     assert report["figures"]["identical"] == 1.0 and report["figures"]["ratio_to_assisted"] > 0
-    assert [row["identical texts"] for row in report["rows"]] == [None] + ["100%"] * 8
+    assert [row["identical texts"] for row in report["rows"]] == [None] + ["100%"] * 14
+
+    forms = kdcode("bench", "steps", "--name", "pair", "--teacher.name", tiny_teacher)
+    assert forms.returncode == 0, forms.stderr
+    rows = json.loads((tmp_path/"runs"/"pair"/"bench-steps"/"report.json").read_text())["rows"]
+    assert {"float32, the library's products", "float32, few rows (ours)", "bfloat16"} <= {row["form"] for row in rows}
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(kdcode, tiny_teacher, tmp_path):

@@ -106,7 +106,7 @@ def test_a_useless_student_is_soon_left_alone():
             drafts = super().propose(texts, room)
             self.drafted += sum(len(one.tokens) for one in drafts)
             return drafts
-    inner = Counted(draft, 200)
+    inner = Counted(draft)
     adaptive = Adaptive(inner, teacher.device, calls, steps)
     result = speculative_generate(teacher, adaptive, [1, 2, 3], max_new_tokens=80, gamma=8)
     assert inner.drafted < 16
