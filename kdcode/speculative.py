@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup',
            'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'Index', 'LookupDrafter',
-           'HybridDrafter', 'Times', 'Adaptive', 'Round', 'same_width', 'judge', 'SpeculativeDecoder', 'check_prompts',
-           'text_pieces', 'SpeculativeResult', 'end_ids', 'history_processors', 'word_ids', 'stop_criteria',
-           'running_times', 'make_texts', 'make_drafter', 'is_adaptive', 'make_decoder', 'check_pair',
+           'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Round', 'same_width', 'judge', 'SpeculativeDecoder',
+           'check_prompts', 'text_pieces', 'SpeculativeResult', 'end_ids', 'history_processors', 'word_ids',
+           'stop_criteria', 'running', 'make_texts', 'make_drafter', 'is_adaptive', 'make_decoder', 'check_pair',
            'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate', 'check_generation',
            'check_student', 'prompt_ids', 'complete', 'stream', 'open_texts']
 
@@ -389,6 +389,16 @@ class Times:
         low, high = (statistics.median(self.last[above if n is None else n]) for n in (below, below if above is None else above))
         return low if below is None or above in (None, below) else low + (high - low) * (count - below) / (above - below)
 
+@dataclass
+class Pace:
+    """What is known of a drafter."""
+    steps: Times = field(default_factory=Times)
+    """seconds for each token of a draft, by the number of texts"""
+    sum: float = 1.
+    """of Σ min(p, q) over judged places, of which older ones weigh less"""
+    weight: float = 2.
+    """of all of these places; at first α is guessed to be a half, with the weight of two places"""
+
 class Adaptive(Drafter):
     """Lets another drafter draft as many tokens as pay, by running estimates of α and of the times of both models."""
 
@@ -397,30 +407,29 @@ class Adaptive(Drafter):
         drafter: Drafter,
         device: torch.device,
         calls: Times,         # of the teacher, by tokens in a call; the decoder adds to them
-        steps: Times,         # of the drafter, for each token of a draft, by the number of texts
-        guess: float = .5,    # of α, before anything was judged; weighs as much as two judged places
+        pace: Pace | None = None,  # what is known of the drafter from earlier texts
         memory: float = .97,  # weight of a judged place against the next one's
     ):
-        self.drafter, self.device, self.calls, self.steps, self.memory = drafter, device, calls, steps, memory
+        self.drafter, self.device, self.calls, self.pace, self.memory = drafter, device, calls, pace or Pace(), memory
         self.reads_hidden_states = drafter.reads_hidden_states
-        self.sum, self.weight = 2 * guess, 2.
         self.plain, self.patience, self.drafts, self.steady = 0, 8, [], False
 
     def begin(self, texts: list[Text]) -> None:
-        """What was learnt is kept."""
-        self.drafts, self.steady = [], False
+        """What was learnt of other texts is kept, with the weight of eight places at most."""
+        self.drafts, self.steady, share = [], False, min(1., 8 / self.pace.weight)
+        self.pace.sum, self.pace.weight = share * self.pace.sum, share * self.pace.weight
         self.drafter.begin(texts)
 
     @property
     def acceptance_rate(self) -> float:
         """α, as it is estimated now."""
-        return self.sum / self.weight
+        return self.pace.sum / self.pace.weight
 
     def best(self, rows: int, ceiling: int) -> int:
         """The γ with the best predicted speed; 0 where plain decoding is faster."""
-        def speed(gamma): return expected_tokens(self.acceptance_rate, gamma) / (gamma * self.steps(rows) + self.calls(rows * (gamma + 1)))
+        def speed(gamma): return expected_tokens(self.acceptance_rate, gamma) / (gamma * self.pace.steps(rows) + self.calls(rows * (gamma + 1)))
         if not self.calls.last: return 0          # measure the teacher alone first
-        if not self.steps.last: return max(1, ceiling // 2)  # then a draft
+        if not self.pace.steps.last: return max(1, ceiling // 2)  # then a draft
         return max(range(ceiling + 1), key=speed)
 
     def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
@@ -431,7 +440,7 @@ class Adaptive(Drafter):
         start = clock(self.device)
         self.drafts = self.drafter.propose(texts, [min(n, gamma) for n in room])
         longest = max(len(draft.tokens) for draft in self.drafts)
-        if longest and self.steady: self.steps.add(len(texts), (clock(self.device) - start) / longest)
+        if longest and self.steady: self.pace.steps.add(len(texts), (clock(self.device) - start) / longest)
         self.steady = longest > 0  # a drafter that has not drafted before first reads what it missed, and that time is no measure
         return self.drafts
 
@@ -444,7 +453,7 @@ class Adaptive(Drafter):
 
     def verified(self, lengths: list[int], hidden_states: list[Tensor] | None) -> None:
         """Learns from what was judged."""
-        for rate in (rate for draft in self.drafts for rate in draft.judged): self.sum, self.weight = self.memory * self.sum + rate, self.memory * self.weight + 1
+        for rate in (rate for draft in self.drafts for rate in draft.judged): self.pace.sum, self.pace.weight = self.memory * self.pace.sum + rate, self.memory * self.pace.weight + 1
         self.drafts = []
         self.drafter.verified(lengths, hidden_states)
 
@@ -627,11 +636,11 @@ def stop_criteria(settings: DecodeSettings, tokenizer: PreTrainedTokenizerBase |
     return StopStringCriteria(tokenizer, settings.stop)
 
 # %% ../nbs/07_speculative.ipynb #6799e097
-RUNNING = weakref.WeakKeyDictionary()  # by model, compiled and not
+RUNNING = weakref.WeakKeyDictionary()  # by model, then by what is known of it
 
-def running_times(model: PreTrainedModel, compiled: bool = False) -> Times:
-    """The running times of a model's calls, kept as long as the model is."""
-    return RUNNING.setdefault(model, {}).setdefault(compiled, Times())
+def running(model: PreTrainedModel, kind: type, *key: Any) -> Times | Pace:
+    """What is known of a model, kept as long as the model is: a `Times` or a `Pace`, for each of the ways that it is used in."""
+    return RUNNING.setdefault(model, {}).setdefault((kind, *key), kind())
 
 def make_texts(
     prompts: list[list[int]],  # token ids
@@ -655,11 +664,11 @@ def make_drafter(
     if isinstance(student, Drafter): return student
     check_pair(teacher, student)
     width = teacher.config.get_text_config().vocab_size
-    def paced(drafter, steps): return Adaptive(drafter, teacher.device, running_times(teacher, settings.compile), steps) if is_adaptive(settings) else drafter
-    def lookup(shortest): return paced(LookupDrafter(width, teacher.device, shortest), Times())
+    def paced(drafter, pace): return Adaptive(drafter, teacher.device, running(teacher, Times, settings.compile), pace) if is_adaptive(settings) else drafter
+    def lookup(shortest): return paced(LookupDrafter(width, teacher.device, shortest), running(teacher, Pace, shortest))
     if settings.drafter == "lookup": return lookup(2)
     drafting = int8(student) if settings.student_weights == "int8" else student
-    model = paced(ModelDrafter(drafting, settings.draft == "greedy", settings.compile, width), running_times(drafting, settings.compile))
+    model = paced(ModelDrafter(drafting, settings.draft == "greedy", settings.compile, width), running(drafting, Pace, settings.compile, settings.drafter))
     return model if settings.drafter == "student" else HybridDrafter(lookup(5), model)  # only a long match is worth more than the student's draft
 
 def is_adaptive(settings: DecodeSettings) -> bool:
@@ -674,7 +683,7 @@ def make_decoder(
 ) -> SpeculativeDecoder:
     """A decoder for these texts. Raises `ValueError` for prompts and models that don't fit."""
     check_prompts(texts, getattr(teacher.config.get_text_config(), "max_position_embeddings", None))
-    calls = running_times(teacher, settings.compile) if is_adaptive(settings) else Times()
+    calls = running(teacher, Times, settings.compile) if is_adaptive(settings) else Times()
     return SpeculativeDecoder(teacher, make_drafter(teacher, student, settings), settings.gamma, calls, settings.compile)
 
 def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:

@@ -94,12 +94,12 @@ def test_a_teacher_in_four_bits_differs_only_at_ties(tmp_path):
 
 def test_a_useless_student_is_soon_left_alone():
     """Counted, not timed: with a dear step and no agreement hardly anything is drafted."""
-    from kdcode.speculative import Adaptive, ModelDrafter, Text, Times
+    from kdcode.speculative import Adaptive, ModelDrafter, Pace, Times
     teacher, draft = model("llama", 2, 0), model("gpt2", 1, 3)
-    calls, steps = Times(), Times()
+    calls, pace = Times(), Pace()
     for count in range(1, 10): calls.add(count, 1 + .05 * count)
-    steps.add(1, .2)
-    calls.add = steps.add = lambda *_: None
+    pace.steps.add(1, .2)
+    calls.add = pace.steps.add = lambda *_: None
     class Counted(ModelDrafter):
         drafted = 0
         def propose(self, texts, room):
@@ -107,7 +107,7 @@ def test_a_useless_student_is_soon_left_alone():
             self.drafted += sum(len(one.tokens) for one in drafts)
             return drafts
     inner = Counted(draft)
-    adaptive = Adaptive(inner, teacher.device, calls, steps)
+    adaptive = Adaptive(inner, teacher.device, calls, pace)
     result = speculative_generate(teacher, adaptive, [1, 2, 3], max_new_tokens=80, gamma=8)
     assert inner.drafted < 16
     assert result.tokens == speculative_generate(teacher, draft, [1, 2, 3], max_new_tokens=80, gamma=0).tokens
