@@ -516,6 +516,7 @@ def teacher_forms(
     forms = {f"{settings.dtype}, the library's products": teacher.model, "bfloat16": teacher.converted(torch.bfloat16).model}
     if teacher.device.type == "cpu": forms["8 bits, also of the inputs"] = int8(teacher.model)
     if model_source(settings.name)[1]: forms["GGUF blocks"] = load_teacher(replace(settings, quantization="packed")).model
+    if any(layer.in_features % 64 for layer in teacher.model.modules() if isinstance(layer, nn.Linear)): return forms  # 4 bits come in blocks of 64
     teacher.model.save_pretrained(folder)
     teacher.tokenizer.save_pretrained(folder)
     try: forms["4 bits (nf4)"] = load_teacher(replace(settings, name=str(folder), quantization="nf4")).model
