@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .config import Config, ConfigError, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, TeacherSettings, machine, provenance, write_whole
+from .config import Config, ConfigError, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, TeacherSettings, provenance, write_whole
 from .data import Corpus
 from .loss import chunked_distillation_loss
-from .speculative import SpeculativeResult, Statistics, complete, end_ids, make_texts, predicted_speedup, prompt_ids, word_ids
+from .speculative import SpeculativeResult, Statistics, complete, drafting_form, end_ids, make_texts, predicted_speedup, prompt_ids, word_ids
 from .steps import CachedModel, call_times, int8, machine_limits, roof, timed, warm_up
 from .targets import shared_targets
 from .teacher import Teacher, load_teacher, model_source
@@ -222,8 +222,7 @@ def step_costs(
     """Measures both models in the forms that the decoder uses."""
     counts = sorted({n for n in (*range(1, 7), 9, 13, 17, gamma + 1) if n <= gamma + 1})
     capacity = context + counts[-1]
-    drafting = int8(student) if settings.student_weights == "int8" else student
-    times = call_times({"teacher": CachedModel(teacher, capacity, compiled=settings.compile), "student": CachedModel(drafting, capacity, compiled=settings.compile)}, counts, context)
+    times = call_times({"teacher": CachedModel(teacher, capacity, compiled=settings.compile), "student": CachedModel(drafting_form(student, settings), capacity, compiled=settings.compile)}, counts, context)
     return Costs(times["student"][1], times["teacher"])
 
 # %% ../nbs/09_bench.ipynb #9bff3773
@@ -345,6 +344,7 @@ def explain_differences(teacher: Teacher, problems: list[dict], decoded: dict[st
     if distances: note += f"; {near} leave it where its logits for the two tokens are within {tie:g}, and {len(distances) - near} elsewhere (distances {', '.join(f'{distance:.1e}' for distance in sorted(distances))})"
     return {"different": len(distances), "near_ties": near}, note + "."
 
+# %% ../nbs/09_bench.ipynb #e4c30e26
 def bench_decode(
     teacher: Teacher,
     student: PreTrainedModel,
@@ -506,6 +506,7 @@ def bench_targets(
 
 # %% ../nbs/09_bench.ipynb #0f8da34a
 COUNTS = (1, 2, 3, 4, 5, 8, 16)  # tokens in a call
+LLAMA_CPP = "llama.cpp, GGUF blocks"
 
 def teacher_forms(
     teacher: Teacher,
@@ -530,6 +531,7 @@ def llama_cpp_times(file: str, threads: int) -> dict[int, float] | None:
     results = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return {result["n_prompt"]: result["avg_ns"] / 1e6 for result in results}
 
+# %% ../nbs/09_bench.ipynb #025df932
 def bench_steps(
     config: Config,
     teacher: Teacher,
@@ -556,8 +558,6 @@ def bench_steps(
     report = Report(command, config, {"bend": bend} | {f"v, {name}": calls[5] / calls[1] for name, calls in times.items()}, rows, notes, ("steps.png",))
     report.save(folder)
     return report
-
-LLAMA_CPP = "llama.cpp, GGUF blocks"
 
 @torch.no_grad()
 def warm_seconds(state: CachedModel) -> float:

@@ -108,6 +108,7 @@ class SourceSettings(Settings):
 
     def __post_init__(self): pass  # checked by DataSettings, because jsonargparse hides an error in a list
 
+# %% ../nbs/00_config.ipynb #1a9a1841
 @dataclass
 class DataSettings(Settings):
     """the corpus: documents, split and packed into blocks of tokens"""

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup',
-           'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'Index', 'LookupDrafter',
-           'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Round', 'same_width', 'judge', 'SpeculativeDecoder',
-           'check_prompts', 'text_pieces', 'SpeculativeResult', 'end_ids', 'history_processors', 'word_ids',
-           'stop_criteria', 'running', 'make_texts', 'make_drafter', 'is_adaptive', 'make_decoder', 'check_pair',
-           'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate', 'check_generation',
-           'check_student', 'prompt_ids', 'complete', 'stream', 'open_texts']
+           'add_counts', 'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'Index',
+           'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Round', 'same_width', 'judge',
+           'SpeculativeDecoder', 'check_prompts', 'text_pieces', 'SpeculativeResult', 'end_ids', 'history_processors',
+           'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form', 'is_adaptive',
+           'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate',
+           'check_generation', 'check_student', 'prompt_ids', 'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -123,6 +124,11 @@ def predicted_speedup(
     """Speed against the teacher alone, E / (γc + v). Source: Leviathan et al. 2023, theorem 3.8 (there v = 1)."""
     return expected_tokens(acceptance_rate, gamma) / (gamma * c + v)
 
+# %% ../nbs/07_speculative.ipynb #dba7af9c
+def add_counts(a: list[int], b: list[int]) -> list[int]:
+    """Counts by position, of drafts of any two lengths."""
+    return [sum(pair) for pair in zip_longest(a, b, fillvalue=0)]
+
 # %% ../nbs/07_speculative.ipynb #9b2d22c1
 @dataclass
 class Statistics:
@@ -181,11 +187,7 @@ class Statistics:
         self.seconds += (ended - started) / texts
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        def add(a, b):
-            if not isinstance(a, list): return a + b
-            longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-            return [x + y for x, y in zip(longer, shorter + [0] * (len(longer) - len(shorter)))]
-        return Statistics(*(add(a, b) for a, b in zip(vars(self).values(), vars(other).values())))
+        return Statistics(*(add_counts(*pair) if isinstance(pair[0], list) else sum(pair) for pair in zip(vars(self).values(), vars(other).values())))
 
 # %% ../nbs/07_speculative.ipynb #f6f41c9d
 class Ends:
@@ -255,6 +257,7 @@ def no_draft(device: torch.device | str = "cpu") -> Draft:
     """An empty one."""
     return Draft([], torch.empty(0, 0, device=device))
 
+# %% ../nbs/07_speculative.ipynb #cadf9ba7
 class ModelDrafter(Drafter):
     """Drafts with a small causal model: a `Student`, or any model of `transformers` with the teacher's tokenizer."""
 
@@ -346,6 +349,7 @@ class LookupDrafter(Drafter):
         """Forgets the other texts."""
         self.indices = [self.indices[row] for row in rows]
 
+# %% ../nbs/07_speculative.ipynb #6171e305
 class HybridDrafter(Drafter):
     """Looks up where it can, and asks a model otherwise."""
 
@@ -389,6 +393,7 @@ class Times:
         low, high = (statistics.median(self.last[above if n is None else n]) for n in (below, below if above is None else above))
         return low if below is None or above in (None, below) else low + (high - low) * (count - below) / (above - below)
 
+# %% ../nbs/07_speculative.ipynb #baeb4680
 @dataclass
 class Pace:
     """What is known of a drafter."""
@@ -667,9 +672,13 @@ def make_drafter(
     def paced(drafter, pace): return Adaptive(drafter, teacher.device, running(teacher, Times, settings.compile), pace) if is_adaptive(settings) else drafter
     def lookup(shortest): return paced(LookupDrafter(width, teacher.device, shortest), running(teacher, Pace, shortest))
     if settings.drafter == "lookup": return lookup(2)
-    drafting = int8(student) if settings.student_weights == "int8" else student
+    drafting = drafting_form(student, settings)
     model = paced(ModelDrafter(drafting, settings.draft == "greedy", settings.compile, width), running(drafting, Pace, settings.compile, settings.drafter))
     return model if settings.drafter == "student" else HybridDrafter(lookup(5), model)  # only a long match is worth more than the student's draft
+
+def drafting_form(student: PreTrainedModel, settings: DecodeSettings) -> PreTrainedModel:
+    """The student as it drafts: as it is, or with weights of 8 bits."""
+    return int8(student) if settings.student_weights == "int8" else student
 
 def is_adaptive(settings: DecodeSettings) -> bool:
     """Whether γ adapts."""

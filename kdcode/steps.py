@@ -150,6 +150,7 @@ def check_model(config, kinds: set[str], capacity: int) -> None:
     if rope.get("rope_type") in ("dynamic", "longrope") and capacity > limit:
         raise ConfigError(f"the positions of {name} are scaled ({rope['rope_type']}) by the longest text in a call, from {limit} tokens on, and {capacity} may be needed; keep prompt and text shorter")
 
+# %% ../nbs/06a_steps.ipynb #5f7cc1cd
 class CachedModel:
     """A causal language model with a memory, for one text or several. Its rows are independent: each reads, and is cut back, by its own number of tokens."""
 
@@ -198,10 +199,8 @@ class CachedModel:
         even = len(set(self.lengths)) == len(set(map(len, tokens))) == 1
         if even and isinstance(self.model, Student): return {}
         places, seen = self.cache.places(new, self.model.device), max(self.lengths) + new
-        full, near = (score_mask(places, seen, self.model.dtype, window) for window in (None, self.window))
-        by_kind = {"full_attention": full, "sliding_attention": near}
-        mask = by_kind if len(self.kinds) > 1 else by_kind[next(iter(self.kinds))]
-        return {"attention_mask": mask, "position_ids": places.clamp(max=self.context_size - 1)}
+        masks = {kind: score_mask(places, seen, self.model.dtype, self.window if kind == "sliding_attention" else None) for kind in self.kinds}
+        return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1], "position_ids": places.clamp(max=self.context_size - 1)}
 
     def crop(self, lengths: list[int]) -> None:
         """Forgets all but the first tokens of each row."""

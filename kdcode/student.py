@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LLAMA_LIKE', 'StudentConfig', 'attend', 'angles', 'sinusoidal_table', 'rotary_table', 'rotate', 'KVCache',
-           'Attention', 'SwiGLU', 'GELUNetwork', 'make_norm', 'StudentLayer', 'visible', 'StudentBody', 'Student',
-           'dense_weight', 'student_config', 'copy_module', 'teacher_layers', 'check_draft_ids', 'from_teacher',
-           'copy_ends', 'to_llama']
+           'Attention', 'SwiGLU', 'GELUNetwork', 'make_norm', 'StudentLayer', 'visible', 'StudentBody', 'spread',
+           'rows_of', 'Student', 'dense_weight', 'student_config', 'copy_module', 'teacher_layers', 'check_draft_ids',
+           'from_teacher', 'copy_ends', 'to_llama']
 
 # %% ../nbs/02_student.ipynb #04352128
 import math
@@ -252,6 +252,23 @@ class StudentBody(nn.Module):
         if isinstance(cache, KVCache): cache.advance(input_ids.shape[1])
         return self.norm(x)
 
+# %% ../nbs/02_student.ipynb #fce98e79
+def spread(
+    logits: Tensor,     # (..., draft vocabulary)
+    draft_ids: Tensor,  # (draft vocabulary,), ascending
+    vocab_size: int,
+) -> Tensor:            # (..., vocab)
+    """Logits over the draft vocabulary as logits over the whole one, −∞ outside."""
+    return logits.new_full((*logits.shape[:-1], vocab_size), -torch.inf).index_copy_(-1, draft_ids, logits)
+
+def rows_of(
+    labels: Tensor,     # ids, in any shape
+    draft_ids: Tensor,  # (draft vocabulary,), ascending
+) -> Tensor:            # the same shape
+    """Ids as rows of the output head; −100 stays, and ids outside the draft vocabulary become −100."""
+    rows = torch.searchsorted(draft_ids, labels).clamp(max=len(draft_ids) - 1)
+    return torch.where(draft_ids[rows] == labels, rows, -100)
+
 # %% ../nbs/02_student.ipynb #27ee71df
 class Student(PreTrainedModel, GenerationMixin):
     """A small causal language model."""
@@ -286,15 +303,11 @@ class Student(PreTrainedModel, GenerationMixin):
 
     def full_logits(self, logits: Tensor) -> Tensor:
         """Logits over the draft vocabulary as logits over the whole one (..., vocab), −∞ outside."""
-        if self.draft_ids is None: return logits
-        full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
-        return full.index_copy_(-1, self.draft_ids, logits)
+        return logits if self.draft_ids is None else spread(logits, self.draft_ids, self.config.vocab_size)
 
     def to_draft(self, labels: Tensor) -> Tensor:
         """Ids as rows of the output head; −100 stays, and ids outside the draft vocabulary become −100."""
-        if self.draft_ids is None: return labels
-        rows = torch.searchsorted(self.draft_ids, labels).clamp(max=len(self.draft_ids) - 1)
-        return torch.where(self.draft_ids[rows] == labels, rows, -100)
+        return labels if self.draft_ids is None else rows_of(labels, self.draft_ids)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # the name until 5.24, as transformers' own models take it
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, cache=None,
