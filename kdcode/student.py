@@ -223,12 +223,16 @@ def visible(
 class StudentBody(nn.Module):
     """Token ids to hidden states."""
 
-    def __init__(self, config: StudentConfig):
+    def __init__(self, config: StudentConfig, embedding: bool = True):
         super().__init__()
         self.config, self.table = config, None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if embedding: self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(StudentLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
+
+    def embed(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
+        """What the first layer gets, (batch, new, hidden). A student that reads its teacher (the next page) joins it with `states`."""
+        return self.embed_tokens(input_ids)
 
     def positions(self, x: Tensor, past: int, position_ids: Tensor | None) -> Tensor:
         """The table's entries for the new positions; the table is made at first use, on the device and in the format of `x`."""
@@ -241,10 +245,10 @@ class StudentBody(nn.Module):
         if position_ids is None: return self.table[..., past:past + new, :]
         return self.table[:, position_ids].unsqueeze(2) if c.dialect == "llama" else self.table[position_ids]
 
-    def forward(self, input_ids: Tensor, padding: Tensor | None = None, position_ids: Tensor | None = None, cache=None) -> Tensor:
+    def forward(self, input_ids: Tensor, padding: Tensor | None = None, position_ids: Tensor | None = None, cache=None, states: Tensor | None = None) -> Tensor:
         """`input_ids` (batch, new) to hidden states (batch, new, hidden)."""
         past = cache.get_seq_length() if cache is not None else 0
-        x = self.embed_tokens(input_ids)
+        x = self.embed(input_ids, states)
         table, mask = self.positions(x, past, position_ids), visible(x.shape[1], past, padding, x.device)
         rotation = table if self.config.dialect == "llama" else None
         if rotation is None: x = x * math.sqrt(x.shape[-1]) + table
@@ -279,10 +283,11 @@ class Student(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = ["StudentLayer"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    body_class = StudentBody
 
     def __init__(self, config: StudentConfig):
         super().__init__(config)
-        self.model = StudentBody(config)
+        self.model = self.body_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size or config.vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None)
         self.post_init()
@@ -293,9 +298,10 @@ class Student(PreTrainedModel, GenerationMixin):
         cache=None,          # a `KVCache`, or one of `transformers`
         attention_mask: Tensor | None = None,  # (batch, past + new), 0 where there is padding; or (batch, 1, new, past + new), added to the scores
         position_ids: Tensor | None = None,    # (batch, new); None: they follow the cache
+        states: Tensor | None = None,          # (batch, new, hidden), for a student that reads its teacher
     ) -> Tensor:             # (batch, new, hidden)
         """States after the final norm. Raises `ValueError` past the end of the context or of the cache."""
-        return self.model(input_ids, attention_mask, position_ids, cache)
+        return self.model(input_ids, attention_mask, position_ids, cache, states)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., draft vocabulary) of hidden states (..., hidden)."""
@@ -311,18 +317,18 @@ class Student(PreTrainedModel, GenerationMixin):
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # the name until 5.24, as transformers' own models take it
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, cache=None,
-                use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, head: Callable[[Tensor, Tensor], Any] | None = None, **kwargs) -> CausalLMOutputWithPast | Any:
+                use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, states: Tensor | None = None, head: Callable[[Tensor, Tensor], Any] | None = None, **kwargs) -> CausalLMOutputWithPast | Any:
         """As any causal model of `transformers`: logits (batch, kept, vocab); `logits_to_keep` = 0 keeps all positions, n the last n, a tensor those places.
 
         With `head`, what that function returns for the hidden states (batch, new, hidden) and the head's weight (vocab, hidden) instead:
         a loss that never holds all logits, computed inside of the model, where wrappers for many devices have its weights together.
         """
-        if head is not None: return head(self.hidden_states(input_ids, cache, attention_mask, position_ids), self.lm_head.weight)
+        if head is not None: return head(self.hidden_states(input_ids, cache, attention_mask, position_ids, states), self.lm_head.weight)
         if kwargs.get("labels") is not None: raise ValueError("a student's forward computes no loss from labels; use kdcode.loss.distillation_loss with its logits, or kdcode.train.distill")
         if use_cache and cache is None: cache = DynamicCache(config=self.config)
-        hidden = self.hidden_states(input_ids, cache, attention_mask, position_ids)
+        hidden = self.hidden_states(input_ids, cache, attention_mask, position_ids, states)
         kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-        return CausalLMOutputWithPast(logits=self.full_logits(self.draft_logits(kept)), cache=cache)
+        return CausalLMOutputWithPast(logits=self.full_logits(self.draft_logits(kept)), cache=cache, hidden_states=(hidden,))
 
     def get_input_embeddings(self) -> nn.Module: return self.model.embed_tokens
     def set_input_embeddings(self, value: nn.Module) -> None: self.model.embed_tokens = value
