@@ -189,13 +189,17 @@ def load_pair(
     draft: str | None,  # folder of a student; None: that of the run
 ):
     """Teacher and student, ready to decode. Raises `ConfigError` where there is no student."""
-    from transformers import AutoModelForCausalLM
+    from safetensors import SafetensorError
+    from kdcode.reading import open_student
+    from kdcode.speculative import check_student
     from kdcode.teacher import load_teacher
-    import kdcode.student  # registers its class
     folder = Path(draft).expanduser() if draft else run_folder(config)/"student"
     if not (folder/"config.json").exists(): raise ConfigError(f"there is no student in {shown(folder)}; make one with kdcode demo or kdcode distill, or name its folder with --draft")
     teacher = load_teacher(config.teacher)
-    return teacher, AutoModelForCausalLM.from_pretrained(folder).to(teacher.device).eval()
+    try: student = open_student(folder, teacher.model)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error: raise ConfigError(f"the student in {shown(folder)} can't be loaded: {str(error).splitlines()[0]}") from None
+    check_student(teacher, student)
+    return teacher, student
 
 def shown(path: Path) -> str:
     """A path as short as it can be said from here."""

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup',
-           'add_counts', 'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'Index',
-           'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Round', 'same_width', 'judge',
-           'SpeculativeDecoder', 'check_prompts', 'text_pieces', 'SpeculativeResult', 'end_ids', 'history_processors',
-           'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form', 'is_adaptive',
-           'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate',
-           'check_generation', 'check_student', 'prompt_ids', 'complete', 'stream', 'open_texts']
+           'add_counts', 'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'ReadingDrafter',
+           'Index', 'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Round', 'same_width', 'judge',
+           'SpeculativeDecoder', 'checked', 'check_prompts', 'text_pieces', 'SpeculativeResult', 'end_ids',
+           'history_processors', 'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form',
+           'is_adaptive', 'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch',
+           'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'prompt_ids', 'complete', 'stream',
+           'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
@@ -30,6 +31,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .config import ConfigError, DecodeSettings
 from .data import tokenizer_fingerprint
+from .reading import ReadingStudent
 from .steps import CachedModel, clock, int8
 from .student import Student
 from .teacher import Teacher
@@ -102,7 +104,7 @@ def verify(
     gamma = len(drafted)
     places = torch.arange(gamma, device=p.device)
     ratio = p[places, drafted] / q[places, drafted]
-    accept = torch.rand(gamma, generator=generator, device=p.device) < ratio
+    accept = torch.rand(gamma, generator=generator, device=p.device, dtype=torch.float32) < ratio
     accepted = int(accept.cumprod(0).sum())
     law = p[gamma] if accepted == gamma else residual(p[accepted], q[accepted])
     return accepted, sample(law, generator)
@@ -238,7 +240,8 @@ class Draft:
 
 class Drafter:
     """What the decoder asks of whoever drafts."""
-    reads_hidden_states = False
+    reads: tuple[int, ...] = ()
+    """hidden states of the teacher that it wants to be told, as `transformers` counts them: −1 is the last"""
 
     def begin(self, texts: list[Text]) -> None:
         """These texts come now; whatever is remembered of others is forgotten."""
@@ -248,7 +251,7 @@ class Drafter:
         raise NotImplementedError
 
     def verified(self, lengths: list[int], hidden_states: list[Tensor] | None) -> None:
-        """The first tokens of each text are final, so many as `lengths` says; `hidden_states` (new, hidden) are the teacher's for those it has just read."""
+        """The first tokens of each text are final, so many as `lengths` says; `hidden_states` (new, reads × hidden) are the teacher's for those it has just read."""
 
     def keep(self, rows: list[int]) -> None:
         """Only these texts go on; the others have ended."""
@@ -285,10 +288,14 @@ class ModelDrafter(Drafter):
             drafting = [step < n for n in room]
             if not any(drafting): break
             unread = [(text.tokens + draft)[read:] if go else [] for text, draft, read, go in zip(texts, drafts, self.state.lengths, drafting)]
-            logits, _ = self.state.feed([[token if token < self.rows else 0 for token in row] for row in unread], [int(go) for go in drafting])
+            logits = self.feed([[token if token < self.rows else 0 for token in row] for row in unread], drafting)
             for row in (row for row, go in enumerate(drafting) if go):
                 if not self.draw(texts[row], logits[row], drafts[row], laws[row]): room[row] = step
         return [Draft(draft, torch.cat(rows)) if draft else no_draft(self.model.device) for draft, rows in zip(drafts, laws)]
+
+    def feed(self, tokens: list[list[int]], drafting: list[bool]) -> list[Tensor]:
+        """Reads tokens, and gives the logits (1, vocab) that follow them in the rows that are drafting."""
+        return self.state.feed(tokens, [int(go) for go in drafting])[0]
 
     def draw(self, text: Text, logits: Tensor, draft: list[int], laws: list[Tensor]) -> bool:
         """Adds one token to a draft; False where the processors leave the student none. The law is over the teacher's ids, so that processors find those they know."""
@@ -306,6 +313,44 @@ class ModelDrafter(Drafter):
     def keep(self, rows: list[int]) -> None:
         """Forgets the other texts."""
         self.state.keep(rows)
+
+# %% ../nbs/07_speculative.ipynb #e3a4e789
+class ReadingDrafter(ModelDrafter):
+    """Drafts with a `ReadingStudent`. Source: Li et al. 2024 (EAGLE), section 4."""
+
+    def __init__(self, model: ReadingStudent, *options: Any, **named: Any):
+        super().__init__(model, *options, **named)
+        self.reads = tuple(model.config.reads)
+
+    def begin(self, texts: list[Text]) -> None:
+        """Takes an empty memory; before the first token there is no state, which is 0."""
+        super().begin(texts)
+        self.read, self.own = [0] * len(texts), [None] * len(texts)  # tokens read with the teacher's states; own state after a drafted token
+        self.waiting = [torch.zeros(1, self.model.config.hidden_size, device=self.model.device) for _ in texts]  # states of the teacher for tokens that were not read yet
+
+    def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
+        """As any model, for texts that the teacher has read."""
+        self.own = [None] * len(texts)
+        return super().propose(texts, [n if read + len(states) == len(text.tokens) else 0 for text, n, read, states in zip(texts, room, self.read, self.waiting)])
+
+    def feed(self, tokens: list[list[int]], drafting: list[bool]) -> list[Tensor]:
+        """Reads tokens with the states before them: the teacher's at first, then its own."""
+        states = [(waiting if own is None else own)[:len(row)] for row, waiting, own in zip(tokens, self.waiting, self.own)]
+        logits, hidden = self.state.feed(tokens, [int(go) for go in drafting], (-1,), states)
+        for row in (row for row, go in enumerate(drafting) if go):
+            if self.own[row] is None: self.read[row], self.waiting[row] = self.state.lengths[row], self.waiting[row][:0]
+            self.own[row] = hidden[row][-1:]
+        return logits
+
+    def verified(self, lengths: list[int], hidden_states: list[Tensor] | None) -> None:
+        """Forgets all drafted tokens, and takes the teacher's states of those that became text."""
+        self.state.crop(self.read)
+        self.waiting = [torch.cat([waiting, self.model.model.fuse(new.float())]) for waiting, new in zip(self.waiting, hidden_states)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forgets the other texts."""
+        super().keep(rows)
+        self.read, self.waiting = [self.read[row] for row in rows], [self.waiting[row] for row in rows]
 
 # %% ../nbs/07_speculative.ipynb #df8ee4ad
 class Index:
@@ -354,7 +399,7 @@ class HybridDrafter(Drafter):
     """Looks up where it can, and asks a model otherwise."""
 
     def __init__(self, lookup: Drafter, model: Drafter):
-        self.lookup, self.model, self.reads_hidden_states = lookup, model, model.reads_hidden_states
+        self.lookup, self.model, self.reads = lookup, model, model.reads
 
     def begin(self, texts: list[Text]) -> None:
         """Tells both."""
@@ -416,7 +461,7 @@ class Adaptive(Drafter):
         memory: float = .97,  # weight of a judged place against the next one's
     ):
         self.drafter, self.device, self.calls, self.pace, self.memory = drafter, device, calls, pace or Pace(), memory
-        self.reads_hidden_states = drafter.reads_hidden_states
+        self.reads = drafter.reads
         self.plain, self.patience, self.drafts, self.steady = 0, 8, [], False
 
     def begin(self, texts: list[Text]) -> None:
@@ -518,11 +563,11 @@ class SpeculativeDecoder:
         texts: list[Text],  # each with a prompt of at least one token; they are written on in place
     ) -> Iterator[Round]:
         """Decodes all texts until each has ended. Raises `ValueError` for a prompt that is empty or fills the teacher's context."""
-        check_prompts(texts, self.context_size)
+        check_prompts(texts, self.context_size, self.model.config.get_text_config().vocab_size)
         for text in texts: text.limit = min(text.limit, self.context_size or text.limit)
         self.teacher = CachedModel(self.model, max(text.limit for text in texts) + self.gamma + 1, len(texts), self.compiled)
         self.drafter.begin(texts)
-        rows = list(range(len(texts)))
+        rows = self.drop_ended(texts, list(range(len(texts))))
         while rows:
             for row, new in zip(rows, self.step([texts[row] for row in rows])): yield replace(new, text=row)
             rows = self.drop_ended(texts, rows)
@@ -537,10 +582,11 @@ class SpeculativeDecoder:
     def step(self, texts: list[Text]) -> list[Round]:
         """One round: draft, verify in one call, cut the memories back."""
         times, read = [clock(self.device)], self.teacher.lengths
-        drafts = self.drafter.propose(texts, [min(self.gamma, text.room) for text in texts])
+        room = [min(self.gamma, text.room) for text in texts]
+        drafts = checked(self.drafter.propose(texts, room), room, self.model.config.get_text_config().vocab_size)
         times.append(clock(self.device))
         fed = [text.tokens[length:] + draft.tokens for text, length, draft in zip(texts, read, drafts)]
-        logits, hidden = self.teacher.feed(fed, [len(draft.tokens) + 1 for draft in drafts], self.drafter.reads_hidden_states)
+        logits, hidden = self.teacher.feed(fed, [len(draft.tokens) + 1 for draft in drafts], self.drafter.reads)
         times.append(clock(self.device))
         rounds = [judge(*row) for row in zip(texts, drafts, logits)]
         final = [len(text.tokens) - 1 for text in texts]  # no model has read the last new token
@@ -550,10 +596,24 @@ class SpeculativeDecoder:
         for text in texts: text.statistics.add_times(*times, clock(self.device), texts=len(texts))
         return rounds
 
-def check_prompts(texts: list[Text], context_size: int | None) -> None:
+def checked(
+    drafts: list[Draft],
+    room: list[int],       # tokens that each may have; what is beyond is cut off
+    vocabulary_size: int,  # of the teacher
+) -> list[Draft]:
+    """Drafts that can be verified. Raises `ValueError` for a drafter that gives something else."""
+    if not isinstance(drafts, list) or len(drafts) != len(room): raise ValueError(f"a drafter must give a draft for each of {len(room)} texts (an empty one where it has none), and gave {drafts if drafts is None else len(drafts)}")
+    for draft, n in zip(drafts, room):
+        if len(draft.laws) != len(draft.tokens): raise ValueError(f"a drafter gave {len(draft.tokens)} tokens with {len(draft.laws)} laws; each token needs the law that it was drawn from")
+        if wrong := [token for token in draft.tokens if not 0 <= token < vocabulary_size]: raise ValueError(f"a drafter gave the token {wrong[0]}; the teacher's ids are 0 to {vocabulary_size - 1}")
+        draft.tokens, draft.laws = draft.tokens[:n], draft.laws[:n]
+    return drafts
+
+def check_prompts(texts: list[Text], context_size: int | None, vocabulary_size: int) -> None:
     """Raises `ValueError` for a prompt that can't be continued."""
     if not texts: raise ValueError("there is no prompt; give at least one")
     for text in texts:
+        if wrong := [token for token in text.tokens if not 0 <= token < vocabulary_size]: raise ValueError(f"the prompt has the id {wrong[0]}; the teacher's ids are 0 to {vocabulary_size - 1}, so use its tokenizer")
         if not text.tokens: raise ValueError("the prompt has no tokens; give at least one")
         if context_size and len(text.tokens) >= context_size: raise ValueError(f"the prompt has {len(text.tokens)} tokens, and the teacher's context ends at {context_size}")
 
@@ -667,13 +727,14 @@ def make_drafter(
 ) -> Drafter:
     """The drafter that the settings name; a `student` that is one already is taken as it is. Raises `ValueError` for models whose vocabularies can't be the same tokenizer's, `ConfigError` for two devices."""
     if isinstance(student, Drafter): return student
-    check_pair(teacher, student)
     width = teacher.config.get_text_config().vocab_size
     def paced(drafter, pace): return Adaptive(drafter, teacher.device, running(teacher, Times, settings.compile), pace) if is_adaptive(settings) else drafter
     def lookup(shortest): return paced(LookupDrafter(width, teacher.device, shortest), running(teacher, Pace, shortest))
     if settings.drafter == "lookup": return lookup(2)
+    check_pair(teacher, student)
     drafting = drafting_form(student, settings)
-    model = paced(ModelDrafter(drafting, settings.draft == "greedy", settings.compile, width), running(drafting, Pace, settings.compile, settings.drafter))
+    kind = ReadingDrafter if isinstance(student, ReadingStudent) else ModelDrafter
+    model = paced(kind(drafting, settings.draft == "greedy", settings.compile, width), running(drafting, Pace, settings.compile, settings.drafter))
     return model if settings.drafter == "student" else HybridDrafter(lookup(5), model)  # only a long match is worth more than the student's draft
 
 def drafting_form(student: PreTrainedModel, settings: DecodeSettings) -> PreTrainedModel:
@@ -691,12 +752,14 @@ def make_decoder(
     settings: DecodeSettings,
 ) -> SpeculativeDecoder:
     """A decoder for these texts. Raises `ValueError` for prompts and models that don't fit."""
-    check_prompts(texts, getattr(teacher.config.get_text_config(), "max_position_embeddings", None))
+    shape = teacher.config.get_text_config()
+    check_prompts(texts, getattr(shape, "max_position_embeddings", None), shape.vocab_size)
     calls = running(teacher, Times, settings.compile) if is_adaptive(settings) else Times()
     return SpeculativeDecoder(teacher, make_drafter(teacher, student, settings), settings.gamma, calls, settings.compile)
 
 def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raises `ValueError` where the numbers of rows are too far apart to be padding, `ConfigError` for models on two devices."""
+    if not isinstance(student, PreTrainedModel): raise ConfigError(f"the student is {student!r}; give a causal model of transformers, a Drafter, or set drafter to lookup")
     if teacher.device != student.device: raise ConfigError(f"the teacher is on {teacher.device} and the student on {student.device}; move it: student.to({str(teacher.device)!r})")
     rows = [m.config.get_text_config().vocab_size for m in (teacher, student)]
     if abs(rows[0] - rows[1]) >= 1024: raise ValueError(f"teacher {type(teacher).__name__} has {rows[0]} rows and student {type(student).__name__} {rows[1]}; both need the same tokenizer")
@@ -724,7 +787,7 @@ def speculative_generate(
     """
     settings = DecodeSettings(gamma=gamma, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, **others)
     prompts, several = prompt_rows(input_ids, attention_mask)
-    texts = make_texts(prompts, settings, seed, end_ids(teacher) if ends is None else set(ends), tokenizer, teacher.device)
+    texts = make_texts(prompts, settings, seed, end_ids(teacher) if ends is None else {int(end) for end in ends}, tokenizer, teacher.device)
     results = collect(make_decoder(teacher, student, texts, settings), texts, tokenizer)
     return results if several else results[0]
 
@@ -786,6 +849,7 @@ def custom_generate(
     check_generation(generation_config)
     mask = inputs.get("attention_mask")
     seen = torch.ones_like(input_ids) if mask is None else mask
+    check_inputs(seen, inputs)
     rows, seed = [(row[kept == 0].tolist(), row[kept != 0].tolist()) for row, kept in zip(input_ids, seen)], int(torch.randint(2**31, (1,)))
     def in_batch(inner, i): return InBatch(inner, tuple(rows[i][0]), i, len(rows))
     texts = [Text(prompt, len(prompt) + generation_config.max_length - input_ids.shape[1], Law(float(generation_config.do_sample), processors=(in_batch(logits_processor, i),)),
@@ -799,6 +863,15 @@ def custom_generate(
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
 # %% ../nbs/07_speculative.ipynb #bff00f82
+def check_inputs(
+    seen: Tensor,            # (batch, time), 0 where there is padding
+    inputs: dict[str, Any],  # what `generate` hands over
+) -> None:
+    """Raises `ConfigError` for embeddings in place of tokens, and for positions other than those of plain text."""
+    if inputs.get("inputs_embeds") is not None: raise ConfigError("inputs_embeds is given; speculative decoding reads tokens, so give input_ids alone")
+    places, plain = inputs.get("position_ids"), (seen.long().cumsum(-1) - 1).masked_fill(seen == 0, 0)
+    if places is not None and not ((places == plain) | (seen == 0)).all(): raise ConfigError("position_ids are not those of plain text; speculative decoding counts positions itself, so leave them out")
+
 def check_generation(generation_config: GenerationConfig) -> None:
     """Raises `ConfigError` for wishes of `generate` that a round of several tokens can't keep."""
     if generation_config.num_beams > 1: raise ConfigError(f"num_beams is {generation_config.num_beams}; speculative decoding writes one text for each prompt, so leave it at 1")
@@ -821,6 +894,8 @@ def prompt_ids(
     prompt: str,
 ) -> list[int]:
     """Token ids of a prompt; an empty one becomes the beginning-of-text token. Raises `ConfigError` where the tokenizer has none."""
+    try: prompt.encode()
+    except UnicodeEncodeError as error: raise ConfigError(f"the prompt has bytes that are not UTF-8 text (at character {error.start}); give it in UTF-8") from None
     ids = teacher.tokenizer(prompt).input_ids
     if ids: return ids
     if teacher.tokenizer.bos_token_id is None: raise ConfigError(f"the prompt is empty, and the tokenizer of {teacher.name} has no token to begin with; give at least one character")
