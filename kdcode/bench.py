@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from .config import Config, ConfigError, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, TeacherSettings, provenance, write_whole
 from .data import Corpus
 from .loss import chunked_distillation_loss
+from .reading import ReadingStudent
 from .speculative import SpeculativeResult, Statistics, complete, drafting_form, end_ids, make_texts, predicted_speedup, prompt_ids, word_ids
 from .steps import CachedModel, call_times, int8, machine_limits, roof, timed, warm_up
 from .targets import shared_targets
@@ -149,8 +150,9 @@ def peer_methods(teacher: Teacher, student: PreTrainedModel, settings: DecodeSet
     def assisted(**options): return lambda prompt: decode_assisted(teacher, student, prompt, settings, seed, **options)
     def lookup(tokens): return lambda prompt: decode_alone(teacher, prompt, settings, seed, prompt_lookup_num_tokens=tokens)
     constant = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.}
-    by_number = {f"{OTHERS['assisted']}, {n} tokens": assisted(num_assistant_tokens=n, **constant) for n in sorted({2, max(settings.gamma, 1)})}
-    return by_number | {f"{OTHERS['assisted']}, by itself": assisted()} | {f"{OTHERS['lookup']}, {n} tokens": lookup(n) for n in sorted({max(settings.gamma, 1), 10})}
+    by_number = {f"{OTHERS['assisted']}, {n} tokens": assisted(num_assistant_tokens=n, **constant) for n in sorted({2, max(settings.gamma, 1)})} | {f"{OTHERS['assisted']}, by itself": assisted()}
+    lookups = {f"{OTHERS['lookup']}, {n} tokens": lookup(n) for n in sorted({max(settings.gamma, 1), 10})}
+    return lookups if isinstance(student, ReadingStudent) else by_number | lookups  # one that reads its teacher can't assist there
 
 # %% ../nbs/09_bench.ipynb #2426bac2
 @dataclass
@@ -262,7 +264,7 @@ def decode_figures(
     s = ours.statistics
     best = {f"{kind}_speedup": max((d.speed / alone.speed for name, d in decoded.items() if name.startswith(prefix)), default=None) for kind, prefix in OTHERS.items()}
     compared = {key: value for key, value in best.items() if value is not None}
-    if compared: compared["ratio_to_assisted"] = ours.speed / alone.speed / compared["assisted_speedup"]
+    if "assisted_speedup" in compared: compared["ratio_to_assisted"] = ours.speed / alone.speed / compared["assisted_speedup"]
     loop, predicted = (decoded[LOOP].speed / alone.speed, predicted_of_run(s, costs, decoded[LOOP])) if LOOP in decoded else (math.nan, math.nan)
     return {"identical": ours.identical(alone), "acceptance_rate": s.acceptance_rate, "tokens_per_call": s.tokens_per_call, "speedup": ours.speed / alone.speed,
             "teacher_tokens_per_second": alone.speed, "speculative_tokens_per_second": ours.speed, "outside_share": s.outside_share,

@@ -279,6 +279,8 @@ class TrainSettings(Settings):
     """keep less of each layer for the backward pass and compute it again: less memory, more time"""
     auto_batch_size: bool = False
     """make the batch a tenth smaller and start again, until it fits into memory"""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """number format in which the finished student is saved; it is always opened in float32"""
     upload: str | None = None
     """folder elsewhere that gets a copy of each checkpoint and of the student, such as s3://bucket/folder; a run that goes on elsewhere takes them from there"""
 

