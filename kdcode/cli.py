@@ -186,20 +186,15 @@ def run_experiment(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #cf418a19
 def load_pair(
     config: Config,
-    draft: str | None,  # folder of a student; None: that of the run
+    draft: str | None,  # folder or hub id of a student, or the name of a teacher that one is shipped for; None: that of the run
 ):
     """Teacher and student, ready to decode. Raises `ConfigError` where there is no student."""
-    from safetensors import SafetensorError
-    from kdcode.reading import open_student
-    from kdcode.speculative import check_student
+    from kdcode.speculative import load_draft
     from kdcode.teacher import load_teacher
-    folder = Path(draft).expanduser() if draft else run_folder(config)/"student"
-    if not (folder/"config.json").exists(): raise ConfigError(f"there is no student in {shown(folder)}; make one with kdcode demo or kdcode distill, or name its folder with --draft")
+    name = draft or str(run_folder(config)/"student")
+    load_draft(name)  # a mistake is told before the teacher is loaded
     teacher = load_teacher(config.teacher)
-    try: student = open_student(folder, teacher.model)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error: raise ConfigError(f"the student in {shown(folder)} can't be loaded: {str(error).splitlines()[0]}") from None
-    check_student(teacher, student)
-    return teacher, student
+    return teacher, load_draft(name, teacher)
 
 def shown(path: Path) -> str:
     """A path as short as it can be said from here."""
@@ -232,7 +227,7 @@ def make_parser() -> ArgumentParser:
         if name == "experiment": part.add_argument("file", type=str, help="YAML file with question, config, variants and seeds")
         if name == "experiment": part.add_argument("--out", type=str, default=None, help="folder for the files; default: runs/NAME, with the name in the file")
         if name == "bench": part.add_argument("--compare", choices=["pair", "loop", "all"], default="all", help="of bench decode; pair: the teacher alone and the drafter of the settings; loop: our loop without drafts too; all: other drafters and those of transformers too")
-        if name in ("generate", "bench"): part.add_argument("--draft", type=str, default=None, help="folder of the student; default: the one of the run --name")
+        if name in ("generate", "bench"): part.add_argument("--draft", type=str, default=None, help="folder or hub id of the student, or the name of a teacher that one is shipped for; default: the student of the run --name")
         if name != "experiment": add_config(part)
         commands.add_subcommand(name, part, help=summary)
     return parser

@@ -187,6 +187,8 @@ class StudentSettings(Settings):
     """a list: these layers of the teacher are copied (-1 is its last; llama dialect only); a number: that many new layers"""
     draft_vocabulary: int = within(0, default=16_384)
     """how many of the corpus's most used token ids the student can predict; 0: all"""
+    start: str | None = None
+    """folder of a finished student to go on from, with its layers and its draft vocabulary; null: begin from the teacher"""
     reads: list[int] = listing()
     """hidden states of the teacher that the student reads (0: the embedding, i: behind layer i, -1: the last), for a student that works beside its teacher only; empty: none"""
 
@@ -271,6 +273,8 @@ class TrainSettings(Settings):
     """optimizer steps from one log entry to the next"""
     draft_steps: int = within(1, 8, default=3)
     """tokens in a row that a student which reads its teacher learns to draft, the later ones from its own states"""
+    first_step_share: float = within(0, 1, default=0.0)
+    """share of the training in which such a student learns the first of these tokens only, which is several times as fast"""
     threads: int = within(0, default=0)
     """CPU threads for tensor work; 0: torch's own choice"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

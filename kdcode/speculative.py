@@ -9,23 +9,27 @@ __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', '
            'SpeculativeDecoder', 'checked', 'check_prompts', 'text_pieces', 'SpeculativeResult', 'end_ids',
            'history_processors', 'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form',
            'is_adaptive', 'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch',
-           'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'prompt_ids', 'complete', 'stream',
-           'open_texts']
+           'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'shipped_drafts', 'load_draft',
+           'prompt_ids', 'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
+import importlib.util
+import json
 import statistics
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, MinNewTokensLengthLogitsProcessor, MinPLogitsWarper, NoBadWordsLogitsProcessor, PreTrainedModel,
+from transformers import (AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, MinNewTokensLengthLogitsProcessor, MinPLogitsWarper, NoBadWordsLogitsProcessor, PreTrainedModel,
                           PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -345,7 +349,7 @@ class ReadingDrafter(ModelDrafter):
     def verified(self, lengths: list[int], hidden_states: list[Tensor] | None) -> None:
         """Forgets all drafted tokens, and takes the teacher's states of those that became text."""
         self.state.crop(self.read)
-        self.waiting = [torch.cat([waiting, self.model.model.fuse(new.float())]) for waiting, new in zip(self.waiting, hidden_states)]
+        self.waiting = [torch.cat([waiting, self.model.model.fused(new)]) for waiting, new in zip(self.waiting, hidden_states)]
 
     def keep(self, rows: list[int]) -> None:
         """Forgets the other texts."""
@@ -892,6 +896,26 @@ def check_student(
     if not isinstance(student, ReadingStudent): return
     try: student.attach(teacher.model)
     except ValueError: raise ConfigError(f"the student reads the states of teacher {student.config.teacher}, and those of {teacher.name} have another shape; distil one for {teacher.name}") from None
+
+def shipped_drafts() -> dict[str, Path]:
+    """Folders of the students that come with this checkout, by the name of their teacher."""
+    files = (Path(importlib.util.find_spec("kdcode").origin).parents[1]/"models").glob("*/config.json")
+    return {json.loads(file.read_text())["teacher"]: file.parent for file in sorted(files)}
+
+def load_draft(
+    name: str,  # of a teacher that a student is shipped for; or a folder, or a hub id, of a student
+    teacher: Teacher | None = None,  # that it must fit
+) -> PreTrainedModel:  # in eval mode, float32
+    """A student, ready to draft. Raises `ConfigError` where it isn't there, or, naming both, was made for another teacher."""
+    shipped = shipped_drafts()
+    place = Path(shipped.get(name, name)).expanduser()
+    hub_id = len(place.parts) == 2 and not place.is_absolute() and not place.exists()
+    if not hub_id and not (place/"config.json").exists(): raise ConfigError(f"there is no student in {name}; make one with kdcode demo or kdcode distill, or name a folder or a hub id of one (shipped are students for: {', '.join(shipped) or 'no teacher'})")
+    try: student = AutoModelForCausalLM.from_pretrained(name if hub_id else place, dtype=torch.float32).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error: raise ConfigError(f"the student in {name} can't be loaded: {str(error).strip().splitlines()[0]}") from None
+    if teacher is None: return student
+    check_student(teacher, student)
+    return student.to(teacher.device)
 
 def prompt_ids(
     teacher: Teacher,

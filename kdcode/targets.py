@@ -6,7 +6,7 @@
 __all__ = ['TeacherLabels', 'top_k_law', 'sampled_law', 'shard_schema', 'to_row', 'from_row', 'states_of', 'shard_path',
            'file_hash', 'write_shard', 'check_shard', 'weights_fingerprint', 'targets_fingerprint', 'check_fingerprint',
            'shard_generator', 'block_targets', 'write_targets', 'counted', 'TargetCache', 'shared_targets',
-           'draft_vocabulary', 'make_targets']
+           'starting_student', 'draft_vocabulary', 'make_targets']
 
 # %% ../nbs/05_targets.ipynb #fdfb91a6
 import hashlib
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -30,7 +31,8 @@ from tqdm.auto import tqdm
 from .config import Config, ConfigError, TargetsSettings, write_whole
 from .data import Corpus, most_used_ids, tokenizer_fingerprint
 from .loss import SparseLaw, log_probs
-from .student import dense_weight
+from .reading import open_student
+from .student import Student, dense_weight
 from .teacher import Teacher
 
 # %% ../nbs/05_targets.ipynb #3c6a26c8
@@ -291,16 +293,26 @@ def shared_targets(
 ) -> Config:
     """The configuration with a cache in `folder` for all runs with its teacher, corpus, draft ids and temperature; unchanged where it caches nothing, or names a folder."""
     if config.targets.kind == "online" or config.targets.folder: return config
-    deciding = [asdict(config.teacher), asdict(config.data), asdict(config.targets), config.student.draft_vocabulary, config.student.reads, config.loss.temperature, config.seed if config.targets.kind == "sampled" else None]
+    deciding = [asdict(config.teacher), asdict(config.data), asdict(config.targets), config.student.draft_vocabulary, config.student.start, config.student.reads, config.loss.temperature, config.seed if config.targets.kind == "sampled" else None]
     place = folder/f"targets-{hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]}"
     return replace(config, targets=replace(config.targets, folder=str(place)))
+
+def starting_student(config: Config, teacher: Teacher) -> Student:
+    """The finished student that a configuration starts from. Raises `ConfigError` where it isn't there, or doesn't fit."""
+    place = config.student.start
+    try: student = open_student(place, teacher.model)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error: raise ConfigError(f"student.start is {place}, which can't be loaded: {str(error).strip().splitlines()[0]}") from None
+    if list(getattr(student.config, "reads", None) or []) != config.student.reads: raise ConfigError(f"student.start is {place}, which reads the states {student.config.reads}; set student.reads to them (now {config.student.reads})")
+    if student.config.tokenizer_fingerprint != tokenizer_fingerprint(teacher.tokenizer): raise ConfigError(f"student.start is {place}, made for teacher {student.config.teacher}, whose tokenizer is not that of {teacher.name}")
+    return student
 
 def draft_vocabulary(
     config: Config,
     teacher: Teacher,
     corpus: Corpus,
 ) -> Tensor | None:  # (ids,), ascending; None: all of the teacher's
-    """The ids that the student of a configuration predicts. Raises `ConfigError` for an impossible number of them."""
+    """The ids that the student of a configuration predicts. Raises `ConfigError` for an impossible number of them, and what `starting_student` raises."""
+    if config.student.start: return starting_student(config, teacher).draft_ids
     size, tokenizer = config.student.draft_vocabulary, teacher.tokenizer
     if not 0 < size < teacher.vocabulary_size: return None
     special = {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}

@@ -52,7 +52,7 @@ from .data import Corpus, collate, tokenizer_fingerprint
 from .loss import Chunk, LossSums, acceptance_probability, chunked_distillation_loss, forward_kl, log_probs, real_rows
 from .reading import ReadingStudent, open_student
 from .student import Student
-from .targets import TargetCache, TeacherLabels, draft_vocabulary, make_targets, shared_targets
+from .targets import TargetCache, TeacherLabels, draft_vocabulary, make_targets, shared_targets, starting_student
 from .teacher import Teacher, check_head, fastest_dtype
 
 # %% ../nbs/06_train.ipynb #c4b26380
@@ -62,7 +62,9 @@ def make_student(
     corpus: Corpus,     # its most used ids become the draft vocabulary
 ) -> Student:           # on the teacher's device, float32
     """An untrained student for this teacher. Raises `ConfigError` where the settings don't fit the teacher."""
-    s, draft_ids = config.student, draft_vocabulary(config, teacher, corpus)
+    s = config.student
+    if s.start: return starting_student(config, teacher)
+    draft_ids = draft_vocabulary(config, teacher, corpus)
     begin = partial(ReadingStudent.from_teacher, reads=s.reads) if s.reads else Student.from_teacher
     try: student = begin(teacher.model, layers=s.layers, dialect=s.dialect, draft_ids=draft_ids, teacher_name=teacher.name, tokenizer_fingerprint=tokenizer_fingerprint(teacher.tokenizer), seed=config.seed)
     except ValueError as error: raise ConfigError(f"student: {error}") from None
@@ -194,7 +196,8 @@ class Distiller(Trainer):
         (laws, states), size = self.teacher_laws(inputs), None if self.student.draft_ids is not None else self.teacher.vocabulary_size
         def head(hidden, weight):
             return chunked_distillation_loss(hidden.flatten(0, 1), weight, laws, inputs["labels"].flatten(), self.config.loss, num_items_in_batch, size)
-        sums = mean_sums(through_head(self.student, model, inputs["input_ids"], states, head, self.steps))
+        early = model.training and self.state.global_step < self.config.train.first_step_share * self.state.max_steps
+        sums = mean_sums(through_head(self.student, model, inputs["input_ids"], states, head, 1 if early else self.steps))
         self.check(sums, inputs["origin"])
         if self.logged_step is None or self.logged_step > self.state.global_step:  # a run goes on, or begins again with a smaller batch
             self.parts, self.logged_step = torch.zeros(2), self.state.global_step
