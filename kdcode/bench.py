@@ -356,10 +356,12 @@ def bench_decode(
     command: str,           # as typed
     progress: Callable[[int, int], None] | None = None,
     compare: str = "loop",  # pair, loop or all: see `decode_methods`
+    others: dict[str, tuple[PreTrainedModel, DecodeSettings]] = {},  # other students with their settings, by the name of their row
 ) -> Report:
     """The teacher alone against the teacher with the student, on the same prompts."""
     settings = config.decode
-    def methods(settings): return decode_methods(teacher, student, settings, config.seed, compare)
+    def also(name, wanted): return lambda prompt: complete(teacher, others[name][0], prompt, replace(others[name][1], max_new_tokens=wanted.max_new_tokens), config.seed)
+    def methods(wanted): return decode_methods(teacher, student, wanted, config.seed, compare) | {name: also(name, wanted) for name in others}
     decode_in_turns(methods(replace(settings, max_new_tokens=16)), problems[:1], teacher.device)  # warms up
     decoded = decode_in_turns(methods(settings), problems, teacher.device, progress)
     costs = step_costs(teacher.model, student, max(settings.gamma, *GAMMAS) if compare == "all" else settings.gamma, settings)

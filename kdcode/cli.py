@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Steps', 'bar', 'corpus_and_teacher', 'train_student', 'run_distill', 'run_targets', 'run_tune',
            'run_demo', 'run_generate', 'run_bench', 'bench_decoding', 'bench_forms', 'bench_caching', 'run_experiment',
-           'load_pair', 'shown', 'make_parser', 'quiet', 'parse', 'configuration', 'main']
+           'load_pair', 'shipped_student', 'shown', 'make_parser', 'quiet', 'parse', 'configuration', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import os
@@ -123,7 +123,7 @@ def run_demo(config: Config, options) -> None:
     problems = humaneval_problems(config.decode.problems)
     teacher, student = train_student(config, folder, steps, resume=True)
     steps(f"decoding {len(problems)} HumanEval prompts, alone and with the student in turns")
-    report = bench_decode(teacher, student, problems, config, folder, options.command_line, bar("prompt"))
+    report = bench_decode(teacher, student, problems, config, folder, options.command_line, bar("prompt"), others=shipped_student(teacher, config))
     print("\n".join([markdown_table(report.rows), *report.notes, f"\neverything is in {shown(folder)}: report.md, loss.png, acceptance.png, tensorboard, student"]))
 
 # %% ../nbs/12_cli.ipynb #e72e5e8a
@@ -195,6 +195,13 @@ def load_pair(
     load_draft(name)  # a mistake is told before the teacher is loaded
     teacher = load_teacher(config.teacher)
     return teacher, load_draft(name, teacher)
+
+def shipped_student(teacher, config: Config) -> dict:
+    """For `bench_decode`: the student that comes with this checkout for the teacher, with the settings that suit it; none where there is none."""
+    from kdcode.speculative import load_draft, shipped_drafts
+    if teacher.name not in shipped_drafts(): return {}
+    settings = replace(config.decode, gamma=4, adaptive=None, student_weights="int8" if teacher.device.type == "cpu" else "plain")
+    return {"teacher with the shipped student": (load_draft(teacher.name, teacher), settings)}
 
 def shown(path: Path) -> str:
     """A path as short as it can be said from here."""

@@ -1,0 +1,64 @@
+"""The students that the project ships: whole, small enough, fit for their teacher and no other, and trained on no evaluation text."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdcode import load_draft
+from kdcode.bench import decode_alone
+from kdcode.config import ConfigError, DecodeSettings, load_config
+from kdcode.data import Document, evaluation_lines, humaneval_problems, read_source, usable_documents
+from kdcode.reading import ReadingStudent
+from kdcode.speculative import Statistics, complete, shipped_drafts
+from kdcode.teacher import load_teacher
+
+ROOT = Path(__file__).parent.parent
+DRAFTS = {"smollm2-135m-draft": (25e6, "smollm2-draft.yaml")}  # folder: its largest size, and the configuration that makes it again
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_draft_is_whole_and_small(name):
+    folder, (largest, config) = ROOT/"models"/name, DRAFTS[name]
+    files = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md"} <= files
+    assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= largest
+    settings, shape = load_config(ROOT/"configs"/config), json.loads((folder/"config.json").read_text())
+    assert (settings.student.reads, settings.student.draft_vocabulary, settings.teacher.name) == (shape["reads"], shape["draft_vocab_size"], shape["teacher"])
+    card = (folder/"README.md").read_text()
+    for word in ("license: apache-2.0", config, "tokens", "HumanEval", "kdcode bench decode"): assert word in card, word
+
+
+def test_the_draft_of_smollm2_pays():
+    teacher = load_teacher("smollm2")
+    student, statistics = load_draft("smollm2", teacher), Statistics()
+    for problem in humaneval_problems(4):
+        settings = DecodeSettings(max_new_tokens=48, gamma=3, adaptive=False, student_weights="int8")
+        result = complete(teacher, student, problem["prompt"], settings)
+        assert result.tokens == decode_alone(teacher, problem["prompt"], settings, 0)
+        statistics += result.statistics
+    assert statistics.acceptance_rate > .35 and statistics.tokens_per_call > 1.4, statistics
+
+
+def test_a_draft_is_refused_by_another_teacher():
+    teacher = load_teacher("smollm2")
+    other = ReadingStudent.from_teacher(teacher.model, [-1], [0], torch.arange(100), "another-teacher", "0123456789abcdef")
+    with pytest.raises(ConfigError, match="made for teacher another-teacher, whose tokenizer is not that of smollm2"): complete(teacher, other, "x")
+    with pytest.raises(ConfigError, match="there is no student in nobody"): load_draft("nobody")
+    assert set(shipped_drafts()) == {json.loads((ROOT/"models"/name/"config.json").read_text())["teacher"] for name in DRAFTS}
+
+
+@pytest.mark.parametrize("config", [config for _, config in DRAFTS.values()])
+def test_no_evaluation_text_in_what_a_draft_was_trained_on(config):
+    settings = load_config(ROOT/"configs"/config).data
+    source = replace(settings, source=settings.beginnings)
+    spoilt = [Document(f"x = {i}\n" * 50 + problem["prompt"]) for i, problem in enumerate(humaneval_problems())]
+    rejected, documents = Counter(), 0
+    for document in usable_documents([*spoilt, *read_source(source, 0)], source, rejected):
+        documents += 1
+        assert evaluation_lines().isdisjoint(line.strip() for line in document.text.splitlines()), document.origin
+    assert documents > 5000 and rejected["evaluation"] >= 155, rejected  # the control: the prompts themselves are found
