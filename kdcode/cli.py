@@ -131,7 +131,7 @@ def run_generate(config: Config, options) -> None:
     """`kdcode generate PROMPT`: streams the teacher's text, drafted by the student."""
     from kdcode.speculative import stream
     teacher, student = load_pair(config, options.draft)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = sys.stdin.buffer.read().decode(errors="surrogateescape") if options.prompt == "-" else options.prompt
     print(prompt, end="", flush=True)
     for piece in stream(teacher, student, prompt, config.decode, config.seed): print(piece, end="", flush=True)
     print()
