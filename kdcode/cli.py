@@ -132,8 +132,9 @@ def run_generate(config: Config, options) -> None:
     from kdcode.speculative import stream
     teacher, student = load_pair(config, options.draft)
     prompt = sys.stdin.buffer.read().decode(errors="surrogateescape") if options.prompt == "-" else options.prompt
+    pieces = stream(teacher, student, prompt, config.decode, config.seed)
     print(prompt, end="", flush=True)
-    for piece in stream(teacher, student, prompt, config.decode, config.seed): print(piece, end="", flush=True)
+    for piece in pieces: print(piece, end="", flush=True)
     print()
 
 # %% ../nbs/12_cli.ipynb #886be595

@@ -942,10 +942,10 @@ def complete(
     return results[0] if isinstance(prompt, str) else results
 
 def stream(teacher, student, prompt, settings=DecodeSettings(), seed=0) -> Iterator[str]:
-    """As `complete`, but gives the text in pieces as soon as they are verified; stop iterating, and the work stops."""
+    """As `complete`, but gives the text in pieces as soon as they are verified; stop iterating, and the work stops. A mistake is told at once."""
     decoder, texts = open_texts(teacher, student, [prompt], settings, seed)
     before = list(texts[0].tokens)
-    yield from filter(None, text_pieces(teacher.tokenizer, (token for new in decoder.rounds(texts) for token in new.tokens), before))
+    return filter(None, text_pieces(teacher.tokenizer, (token for new in decoder.rounds(texts) for token in new.tokens), before))
 
 def open_texts(teacher, student, prompts, settings, seed) -> tuple[SpeculativeDecoder, list[Text]]:
     """Texts that begin with the prompts, and a decoder for them."""
