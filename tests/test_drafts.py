@@ -46,7 +46,7 @@ def test_the_draft_of_smollm2_pays():
 
 def test_a_draft_is_refused_by_another_teacher():
     teacher = load_teacher("smollm2")
-    other = ReadingStudent.from_teacher(teacher.model, [-1], [0], torch.arange(100), "another-teacher", "0123456789abcdef")
+    other = ReadingStudent.from_teacher(teacher.model, [-1], [0], draft_ids=torch.arange(100), teacher_name="another-teacher", tokenizer_fingerprint="0123456789abcdef")
     with pytest.raises(ConfigError, match="made for teacher another-teacher, whose tokenizer is not that of smollm2"): complete(teacher, other, "x")
     with pytest.raises(ConfigError, match="there is no student in nobody"): load_draft("nobody")
     assert set(shipped_drafts()) == {json.loads((ROOT/"models"/name/"config.json").read_text())["teacher"] for name in DRAFTS}
