@@ -190,12 +190,12 @@ def load_pair(
     draft: str | None,  # folder or hub id of a student, or the name of a teacher that one is shipped for; None: that of the run
 ):
     """Teacher and student, ready to decode. Raises `ConfigError` where there is no student."""
-    from kdcode.speculative import load_draft
+    from kdcode.speculative import check_student, load_draft
     from kdcode.teacher import load_teacher
-    name = draft or str(run_folder(config)/"student")
-    load_draft(name)  # a mistake is told before the teacher is loaded
+    student = load_draft(draft or str(run_folder(config)/"student"))  # a mistake is told before the teacher is loaded
     teacher = load_teacher(config.teacher)
-    return teacher, load_draft(name, teacher)
+    check_student(teacher, student)
+    return teacher, student.to(teacher.device)
 
 def shipped_student(teacher, config: Config) -> dict:
     """For `bench_decode`: the student that comes with this checkout for the teacher, with the settings that suit it; none where there is none."""

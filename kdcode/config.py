@@ -213,6 +213,7 @@ class TargetsSettings(Settings):
     folder: str | None = None
     """folder of the cache, which several runs may share; default: the folder targets of the run"""
 
+# %% ../nbs/00_config.ipynb #76cd72d4
 Divergences = Literal["forward_kl", "reverse_kl", "jsd", "total_variation", "negative_log_acceptance", "lk_hybrid"]
 DIVERGENCES = get_args(Divergences)
 

@@ -453,6 +453,7 @@ class Pace:
     weight: float = 2.
     """of all of these places; at first α is guessed to be a half, with the weight of two places"""
 
+# %% ../nbs/07_speculative.ipynb #88960636
 class Adaptive(Drafter):
     """Lets another drafter draft as many tokens as pay, by running estimates of α and of the times of both models."""
 
@@ -559,7 +560,8 @@ class SpeculativeDecoder:
         compiled: bool = False,      # compile the teacher's layers
     ):
         self.model, self.drafter, self.gamma, self.compiled, self.calls = teacher, drafter, gamma, compiled, Times() if calls is None else calls
-        self.context_size, self.device = getattr(teacher.config.get_text_config(), "max_position_embeddings", None), teacher.device
+        shape = teacher.config.get_text_config()
+        self.context_size, self.vocabulary_size, self.device = getattr(shape, "max_position_embeddings", None), shape.vocab_size, teacher.device
 
     @torch.no_grad()
     def rounds(
@@ -567,7 +569,7 @@ class SpeculativeDecoder:
         texts: list[Text],  # each with a prompt of at least one token; they are written on in place
     ) -> Iterator[Round]:
         """Decodes all texts until each has ended. Raises `ValueError` for a prompt that is empty or fills the teacher's context."""
-        check_prompts(texts, self.context_size, self.model.config.get_text_config().vocab_size)
+        check_prompts(texts, self.context_size, self.vocabulary_size)
         for text in texts: text.limit = min(text.limit, self.context_size or text.limit)
         self.teacher = CachedModel(self.model, max(text.limit for text in texts) + self.gamma + 1, len(texts), self.compiled)
         self.drafter.begin(texts)
@@ -587,7 +589,7 @@ class SpeculativeDecoder:
         """One round: draft, verify in one call, cut the memories back."""
         times, read = [clock(self.device)], self.teacher.lengths
         room = [min(self.gamma, text.room) for text in texts]
-        drafts = checked(self.drafter.propose(texts, room), room, self.model.config.get_text_config().vocab_size)
+        drafts = checked(self.drafter.propose(texts, room), room, self.vocabulary_size)
         times.append(clock(self.device))
         fed = [text.tokens[length:] + draft.tokens for text, length, draft in zip(texts, read, drafts)]
         logits, hidden = self.teacher.feed(fed, [len(draft.tokens) + 1 for draft in drafts], self.drafter.reads)
@@ -600,6 +602,7 @@ class SpeculativeDecoder:
         for text in texts: text.statistics.add_times(*times, clock(self.device), texts=len(texts))
         return rounds
 
+# %% ../nbs/07_speculative.ipynb #6d7db397
 def checked(
     drafts: list[Draft],
     room: list[int],       # tokens that each may have; what is beyond is cut off
@@ -724,6 +727,7 @@ def make_texts(
     return [Text(list(prompt), len(prompt) + settings.max_new_tokens, replace(laws, processors=history_processors(settings, ends, len(prompt), tokenizer, device)), stop,
                  torch.Generator(device).manual_seed(seed + i)) for i, prompt in enumerate(prompts)]
 
+# %% ../nbs/07_speculative.ipynb #00a5e65f
 def make_drafter(
     teacher: PreTrainedModel,
     student: PreTrainedModel | Drafter,
@@ -750,6 +754,7 @@ def is_adaptive(settings: DecodeSettings) -> bool:
     """Whether γ adapts."""
     return settings.temperature == 0 if settings.adaptive is None else settings.adaptive
 
+# %% ../nbs/07_speculative.ipynb #b181bc55
 def make_decoder(
     teacher: PreTrainedModel,
     student: PreTrainedModel | Drafter,
@@ -917,6 +922,7 @@ def load_draft(
     check_student(teacher, student)
     return student.to(teacher.device)
 
+# %% ../nbs/07_speculative.ipynb #72ed0984
 def prompt_ids(
     teacher: Teacher,
     prompt: str,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURED', 'TWINS', 'TRIED', 'INT8', 'COMPILED', 'timed', 'clock', 'turned', 'Way', 'fastest_ways', 'seconds_of',
            'FewRows', 'few_rows', 'twin_of', 'anatomy', 'share', 'make_twin', 'window_of', 'score_mask', 'check_model',
-           'try_rows', 'CachedModel', 'int8', 'compiled_twin', 'make_compiled', 'warm_up', 'call_times',
+           'try_rows', 'states_input', 'CachedModel', 'int8', 'compiled_twin', 'make_compiled', 'warm_up', 'call_times',
            'machine_limits', 'roof']
 
 # %% ../nbs/06a_steps.ipynb #54845f24
@@ -181,6 +181,17 @@ def try_rows(model: PreTrainedModel, fast: bool = True) -> None:
     TRIED.discard(model)
     raise ConfigError(f"{type(model).__name__} can't work with a memory that each row cuts back by itself ({reason}); use another model")
 
+# %% ../nbs/06a_steps.ipynb #5a859b16
+def states_input(
+    model: PreTrainedModel,
+    tokens: list[list[int]],      # of each row
+    states: list[Tensor] | None,  # (tokens, hidden) of each row
+) -> dict[str, Tensor]:
+    """What a student that reads its teacher is given beside the tokens, nothing for any other model; zeros where there are no states, which is enough to measure times."""
+    if not getattr(model.config, "reads", None): return {}
+    if states is None: states = [torch.zeros(len(row), model.config.hidden_size, device=model.device) for row in tokens]
+    return {"states": nn.utils.rnn.pad_sequence(states, batch_first=True)}
+
 # %% ../nbs/06a_steps.ipynb #5f7cc1cd
 class CachedModel:
     """A causal language model with a memory, for one text or several. Its rows are independent: each reads, and is cut back, by its own number of tokens."""
@@ -217,10 +228,7 @@ class CachedModel:
         lengths, new = self.lengths, max(map(len, tokens))
         input_ids = torch.tensor([row + [0] * (new - len(row)) for row in tokens], device=self.model.device)
         wanted = sorted({place for row, n in zip(tokens, keep) for place in range(len(row) - n, len(row))})
-        more = self.masks(new, tokens)
-        if getattr(self.model.config, "reads", None):
-            unknown = [torch.zeros(len(row), self.model.config.hidden_size, device=self.model.device) for row in tokens]  # enough to measure times
-            more["states"] = nn.utils.rnn.pad_sequence(unknown if states is None else states, batch_first=True)
+        more = self.masks(new, tokens) | states_input(self.model, tokens, states)
         out = self.model(input_ids=input_ids, cache=self.cache, use_cache=True, logits_to_keep=self.kept(wanted, new), output_hidden_states=bool(hidden) or None, **more)
         self.cache.lengths = [length + len(row) for length, row in zip(lengths, tokens)]
         logits = [out.logits[i, wanted.index(len(row) - n):][:n] if n else out.logits[i, :0] for i, (row, n) in enumerate(zip(tokens, keep))]

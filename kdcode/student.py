@@ -334,6 +334,7 @@ class Student(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None: self.model.embed_tokens = value
     def get_output_embeddings(self) -> nn.Module: return self.lm_head
 
+# %% ../nbs/02_student.ipynb #6cb29aea
 AutoConfig.register(StudentConfig.model_type, StudentConfig, exist_ok=True)
 AutoModelForCausalLM.register(StudentConfig, Student, exist_ok=True)
 

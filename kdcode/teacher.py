@@ -242,6 +242,7 @@ def function_beginning(
         if text.endswith("\n") and len(tokenizer(text).input_ids) <= tokens: return text
     return ""
 
+# %% ../nbs/04_teacher.ipynb #f999105a
 BEGINNINGS = {"line": cut_beginning, "function": function_beginning}
 
 def beginnings(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[tuple[str, Document]]:
@@ -255,6 +256,7 @@ def beginnings(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed:
                 yield text, document
         if not found: return
 
+# %% ../nbs/04_teacher.ipynb #8ecb94fe
 def written_batches(
     file: Path,    # of finished batches, one JSON list of texts in each line
     first: dict,   # what the first line of the file must say; otherwise it is begun anew
@@ -272,6 +274,7 @@ def in_batches(found: Iterator[tuple[str, Document]], size: int, window: int = 8
         many.sort(key=lambda pair: len(pair[0]))
         yield from (many[start:start + size] for start in range(0, len(many), size))
 
+# %% ../nbs/04_teacher.ipynb #11ffc7b9
 WRITING = ("beginnings", "beginning", "beginning_tokens", "new_tokens", "temperature", "greedy_share", "path", "suffixes", "language", "min_characters", "max_characters")  # settings that decide what is written
 
 def teacher_documents(

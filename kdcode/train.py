@@ -168,6 +168,7 @@ def mean_sums(steps: list[LossSums]) -> LossSums:
     weights = [LATER**number for number in range(len(steps))]
     return LossSums(*(sum(weight * part for weight, part in zip(weights, parts)) / sum(weights) for parts in zip(*steps)))
 
+# %% ../nbs/06_train.ipynb #e4cd4dae
 class Distiller(Trainer):
     """A `Trainer` whose loss compares with a teacher."""
 
