@@ -185,6 +185,8 @@ class StudentSettings(Settings):
     """llama (rotary positions, RMSNorm, SwiGLU) or classic (sinusoidal positions, LayerNorm, GELU)"""
     layers: int | list[int] = listing(0, 1, -1)
     """a list: these layers of the teacher are copied (-1 is its last; llama dialect only); a number: that many new layers"""
+    width: int = within(0, default=0)
+    """of its hidden states, for new layers (student.layers a number); 0: the teacher's"""
     draft_vocabulary: int = within(0, default=16_384)
     """how many of the corpus's most used token ids the student can predict; 0: all"""
     start: str | None = None
@@ -198,6 +200,8 @@ class StudentSettings(Settings):
         if depth < 1: raise ConfigError(f"student.layers is {self.layers!r}; allowed is a number of at least 1, or a list of the teacher's layers")
         if self.dialect == "classic" and not isinstance(self.layers, int):
             raise ConfigError(f"student.layers is {self.layers!r}; the classic dialect cannot copy the teacher's layers, so give their number, for example 3")
+        if self.width and not isinstance(self.layers, int):
+            raise ConfigError(f"student.width is {self.width} and student.layers is {self.layers!r}; a layer of another width cannot be copied from the teacher, so give a number of new ones, for example 1")
 
 @dataclass
 class TargetsSettings(Settings):

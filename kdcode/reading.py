@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .student import Student, StudentBody, StudentConfig, dense_weight, make_norm
+from .student import Student, StudentBody, StudentConfig, inward, make_norm
 
 # %% ../nbs/02a_reading.ipynb #6b7034e2
 class Borrowed:
@@ -32,14 +32,16 @@ class ReadingConfig(StudentConfig):
     model_type = "kdcode-reading-student"
 
     reads: list[int] | None = None  # the teacher's states that it reads, as `transformers` counts hidden states: 0 the embedding, i behind layer i, −1 the last, after the final norm
+    teacher_width: int = 0  # of the teacher's states and embedding; 0: the student's own
 
 class ReadingBody(StudentBody):
     """Token ids, and the states before them, to hidden states."""
 
     def __init__(self, config: ReadingConfig):
         super().__init__(config, embedding=False)
-        width = config.hidden_size
-        self.fuse, self.join = nn.Linear(len(config.reads) * width, width, bias=False), nn.Linear(width, width, bias=False)
+        width, outer = config.hidden_size, config.teacher_width or config.hidden_size
+        self.fuse, self.join = nn.Linear(len(config.reads) * outer, width, bias=False), nn.Linear(width, width, bias=False)
+        self.narrow = nn.Linear(outer, width, bias=False) if outer != width else nn.Identity()
         self.state_norm = make_norm(config)
         self.borrowed: Borrowed | None = None
 
@@ -52,7 +54,7 @@ class ReadingBody(StudentBody):
         """Each token joined with the state before it: (batch, new, hidden). Raises `ValueError` without the teacher's embedding or states."""
         if self.borrowed is None: raise ValueError(f"this student reads its teacher {self.config.teacher} and has no embedding of its own; call attach(teacher.model) first")
         if states is None: raise ValueError(f"this student reads its teacher {self.config.teacher} and can't work without its states; decode with it (kdcode.speculative), which hands them over")
-        return self.borrowed(input_ids).detach().to(states.dtype) + self.join(self.state_norm(states))
+        return self.narrow(self.borrowed(input_ids).detach().to(states.dtype)) + self.join(self.state_norm(states))
 
 # %% ../nbs/02a_reading.ipynb #487e0a38
 class Passes:
@@ -91,7 +93,7 @@ class ReadingStudent(Student):
     def attach(self, teacher: PreTrainedModel) -> "ReadingStudent":
         """Borrows the teacher's embedding; returns itself. Raises `ValueError` for a teacher of another shape."""
         embedding = teacher.get_input_embeddings()
-        shape, wanted = (teacher.config.get_text_config().vocab_size, teacher.config.get_text_config().hidden_size), (self.config.vocab_size, self.config.hidden_size)
+        shape, wanted = (teacher.config.get_text_config().vocab_size, teacher.config.get_text_config().hidden_size), (self.config.vocab_size, self.config.teacher_width or self.config.hidden_size)
         if shape != wanted: raise ValueError(f"teacher {type(teacher).__name__} has {shape[0]} ids and width {shape[1]}; this student was made for {self.config.teacher or 'a teacher'} with {wanted[0]} and {wanted[1]}")
         self.model.borrowed = Borrowed(embedding)
         return self
@@ -132,18 +134,21 @@ def reading_from_teacher(
     teacher_name: str = "",
     tokenizer_fingerprint: str = "",
     seed: int = 0,
+    width: int = 0,                # of new layers; 0: the teacher's
 ) -> ReadingStudent:               # float32, on the CPU, attached to the teacher
-    """A reading student that begins with layers, final norm and head of its teacher. Raises `ValueError` for states or layers that the teacher lacks."""
+    """A reading student that begins with layers, final norm and head of its teacher. Raises `ValueError` for states or layers that the teacher lacks, or an impossible width."""
     depth = teacher.config.get_text_config().num_hidden_layers
     if wrong := [i for i in reads if not -depth - 1 <= i <= depth]: raise ValueError(f"there is no hidden state {wrong[0]} in a teacher of {depth} layers; allowed are {-depth - 1} to {depth} (0 is the embedding, -1 the last)")
-    plain = Student.from_teacher(teacher, layers, dialect, draft_ids, teacher_name, tokenizer_fingerprint, seed)
+    plain = Student.from_teacher(teacher, layers, dialect, draft_ids, teacher_name, tokenizer_fingerprint, seed, width)
     shape = {name: value for name, value in plain.config.to_diff_dict().items() if name not in ("model_type", "transformers_version", "architectures", "dtype")}
-    student = ReadingStudent(ReadingConfig(**shape | {"reads": list(reads), "tie_word_embeddings": False}))
+    into = inward(teacher, plain.config.hidden_size)
+    student = ReadingStudent(ReadingConfig(**shape | {"reads": list(reads), "teacher_width": into.shape[1], "tie_word_embeddings": False}))
     weights = {name: weight for name, weight in plain.state_dict().items() if not name.startswith("model.embed_tokens")}
     student.load_state_dict(weights, strict=False)
-    student.model.fuse.weight.copy_(torch.eye(plain.config.hidden_size).repeat(1, len(reads)) / len(reads))
+    if plain.config.hidden_size < into.shape[1]: student.model.narrow.weight.copy_(into)
+    student.model.fuse.weight.copy_(into.repeat(1, len(reads)) / len(reads))
     student.model.join.weight.zero_()
-    student.model.state_norm.weight.fill_(rms(dense_weight(teacher.get_input_embeddings())))
+    student.model.state_norm.weight.fill_(rms(plain.model.embed_tokens.weight))
     return student.attach(teacher)
 
 def rms(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LLAMA_LIKE', 'StudentConfig', 'attend', 'angles', 'sinusoidal_table', 'rotary_table', 'rotate', 'KVCache',
            'Attention', 'SwiGLU', 'GELUNetwork', 'make_norm', 'StudentLayer', 'visible', 'StudentBody', 'spread',
-           'rows_of', 'Student', 'dense_weight', 'student_config', 'copy_module', 'teacher_layers', 'check_draft_ids',
-           'from_teacher', 'copy_ends', 'to_llama']
+           'rows_of', 'Student', 'dense_weight', 'student_config', 'narrowed', 'copy_module', 'teacher_layers',
+           'check_draft_ids', 'from_teacher', 'main_directions', 'inward', 'copy_ends', 'to_llama']
 
 # %% ../nbs/02_student.ipynb #04352128
 import math
@@ -362,9 +362,10 @@ def student_config(
     dialect: str,
     depth: int,          # layers of the student
     draft_vocab_size: int,  # 0: all ids
+    width: int = 0,      # of hidden states; 0: as wide as its teacher
     **identity: str,     # `teacher` and `tokenizer_fingerprint`
 ) -> StudentConfig:
-    """A student's shape, as wide as its teacher. Raises `ValueError` for a teacher that the dialect can't follow."""
+    """A student's shape, in the proportions of its teacher. Raises `ValueError` for a teacher that the dialect can't follow, or an impossible width."""
     c = model.config
     rope = getattr(c, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.}
     heads = c.num_attention_heads
@@ -376,8 +377,19 @@ def student_config(
         if rope.get("rope_type", "default") != "default": raise ValueError(f"the teacher's rotary positions are scaled ({rope['rope_type']}), which the llama dialect does not do; use dialect classic")
         shape |= dict(num_key_value_heads=c.num_key_value_heads, rope_theta=float(rope["rope_theta"]), rms_norm_eps=c.rms_norm_eps,
                       attention_bias=model.base_model.layers[0].self_attn.q_proj.bias is not None)
+    if width: shape |= narrowed(shape, width)
     return StudentConfig(dialect=dialect, num_hidden_layers=depth, draft_vocab_size=draft_vocab_size, tie_word_embeddings=bool(c.tie_word_embeddings) and not draft_vocab_size,
                          bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id, **shape, **identity)
+
+def narrowed(
+    shape: dict[str, Any],  # of a student as wide as its teacher
+    width: int,
+) -> dict[str, int]:        # what changes
+    """A narrower shape: fewer heads of the same size, and a feed-forward network in the same proportion. Raises `ValueError` for a width that isn't made of heads."""
+    whole, dim, heads, kv = (shape[name] for name in ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads"))
+    if width > whole or width % dim: raise ValueError(f"width is {width}; allowed are multiples of {dim} (the size of the teacher's heads) up to {whole} (the teacher's width)")
+    return {"hidden_size": width, "num_attention_heads": width // dim, "num_key_value_heads": width // dim if kv == heads else math.gcd(width // dim, kv),
+            "intermediate_size": shape["intermediate_size"] * width // whole // 8 * 8}
 
 # %% ../nbs/02_student.ipynb #734e2cf6
 @torch.no_grad()
@@ -419,16 +431,18 @@ def from_teacher(
     teacher_name: str = "",
     tokenizer_fingerprint: str = "",
     seed: int = 0,                         # of new layers
+    width: int = 0,                        # of the hidden states, for new layers; 0: the teacher's
 ) -> Student:                              # float32, on the CPU
     """A student that begins as a part of its teacher: embedding, layers, final norm and head.
 
-    The classic dialect has no layer in common with a teacher, and takes over the embedding and the head only.
-    Raises `ValueError` for layers that the teacher lacks, or a teacher that the dialect can't follow.
+    The classic dialect has no layer in common with a teacher, and takes over the embedding and the head only; so does a narrower student, along its `main_directions`.
+    Raises `ValueError` for layers that the teacher lacks, an impossible width, or a teacher that the dialect can't follow.
     """
     if dialect == "classic" and not isinstance(layers, int): raise ValueError(f"layers is {list(layers)}, and the classic dialect can't copy a teacher's layers; give their number")
     depth = layers if isinstance(layers, int) else len(layers)
     if depth < 1: raise ValueError(f"layers is {layers!r}; allowed is a number of at least 1, or a list of the teacher's layers")
-    config = student_config(teacher, dialect, depth, 0 if draft_ids is None else len(draft_ids), teacher=teacher_name, tokenizer_fingerprint=tokenizer_fingerprint)
+    if width and not isinstance(layers, int): raise ValueError(f"layers is {list(layers)} and width is {width}; a layer of another width can't be copied, so give the number of new ones")
+    config = student_config(teacher, dialect, depth, 0 if draft_ids is None else len(draft_ids), width, teacher=teacher_name, tokenizer_fingerprint=tokenizer_fingerprint)
     if draft_ids is not None: check_draft_ids(draft_ids, config.vocab_size)
     chosen = [] if isinstance(layers, int) else teacher_layers(layers, len(teacher.base_model.layers))
     with torch.random.fork_rng():
@@ -439,14 +453,31 @@ def from_teacher(
     return student
 
 @torch.no_grad()
+def main_directions(
+    rows: Tensor,  # (n, hidden)
+    width: int,    # at most hidden
+) -> Tensor:       # (hidden, width), columns of length 1 at right angles
+    """The directions that hold most of some rows' squares: their first principal components, around 0. Source: Eckart and Young 1936."""
+    return torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -width:]
+
+@torch.no_grad()
+def inward(teacher: PreTrainedModel, width: int) -> Tensor:
+    """From the teacher's width to a student's, (width, hidden): onto the main directions of the teacher's head, or the identity where the two are the same."""
+    head, norm = dense_weight(teacher.get_output_embeddings()), getattr(teacher.base_model, "norm", None)
+    return torch.eye(width, device=head.device) if width == head.shape[1] else main_directions(head if norm is None else head * norm.weight, width).T
+
+@torch.no_grad()
 def copy_ends(teacher: PreTrainedModel, student: Student, draft_ids: Tensor | None) -> None:
-    """Copies the embedding, the final norm (llama dialect) and the head's rows of `draft_ids`."""
-    student.model.embed_tokens.weight.copy_(dense_weight(teacher.get_input_embeddings()))
-    if student.config.dialect == "llama": student.model.norm.weight.copy_(teacher.base_model.norm.weight)
+    """Copies the embedding, the final norm (llama dialect) and the head's rows of `draft_ids`; for a narrower student, their parts along the head's main directions."""
+    c, norm = student.config, getattr(teacher.base_model, "norm", None)
+    embedding, head = dense_weight(teacher.get_input_embeddings()), dense_weight(teacher.get_output_embeddings())
+    if c.hidden_size < head.shape[1]:
+        into = inward(teacher, c.hidden_size)
+        embedding, head = embedding @ into.T, (head if norm is None else head * norm.weight) @ into.T
+    elif c.dialect == "llama": student.model.norm.weight.copy_(norm.weight)
+    student.model.embed_tokens.weight.copy_(embedding)
     if draft_ids is not None: student.draft_ids.copy_(draft_ids)
-    if not student.config.tie_word_embeddings:
-        head = dense_weight(teacher.get_output_embeddings())
-        student.lm_head.weight.copy_(head if draft_ids is None else head[draft_ids.to(head.device)])
+    if not c.tie_word_embeddings: student.lm_head.weight.copy_(head if draft_ids is None else head[draft_ids.to(head.device)])
 
 Student.from_teacher = staticmethod(from_teacher)
 

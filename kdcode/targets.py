@@ -315,7 +315,7 @@ def draft_vocabulary(
     if config.student.start: return starting_student(config, teacher).draft_ids
     size, tokenizer = config.student.draft_vocabulary, teacher.tokenizer
     if not 0 < size < teacher.vocabulary_size: return None
-    special = {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}
+    special = {*teacher.ends} | ({tokenizer.bos_token_id} - {None})
     try: return most_used_ids(corpus.train, size, teacher.vocabulary_size, tuple(special))
     except ValueError as error: raise ConfigError(f"student.draft_vocabulary: {error}") from None
 

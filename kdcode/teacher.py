@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'BEGINNINGS', 'WRITING', 'embedded_teacher', 'model_source', 'fastest_dtype', 'pick_device',
-           'Teacher', 'check_head', 'quantization_options', 'load_teacher', 'load_tokenizer', 'absent', 'generate',
-           'generate_ids', 'left_padded', 'until_end', 'cut_beginning', 'function_beginning', 'beginnings',
-           'written_batches', 'in_batches', 'teacher_documents']
+           'Teacher', 'check_head', 'quantization_options', 'load_teacher', 'name_ends', 'load_tokenizer', 'absent',
+           'generate', 'generate_ids', 'no_views', 'left_padded', 'until_end', 'cut_beginning', 'function_beginning',
+           'beginnings', 'written_batches', 'in_batches', 'teacher_documents']
 
 # %% ../nbs/04_teacher.ipynb #9b81692e
 import ast
@@ -19,6 +19,7 @@ import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class Teacher:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    """as it was asked for"""
+    """as it was asked for; of a .gguf file its name without folder and ending"""
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +88,12 @@ class Teacher:
     def vocabulary_size(self) -> int:
         """Tokens that the tokenizer knows; the model may have more rows, which only pad."""
         return len(self.tokenizer)
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that end a text: the tokenizer's, and those of the model's generation_config."""
+        named = self.model.generation_config.eos_token_id
+        return sorted({self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
 
     @property
     def context_size(self) -> int:
@@ -151,7 +158,13 @@ def load_teacher(
     except (OSError, ValueError) as error: raise absent(settings.name, error) from None
     if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
         raise ConfigError(f"teacher {settings.name} has {model.get_output_embeddings().weight.shape[0]} rows for a tokenizer of {len(tokenizer)} tokens; its files do not belong together")
-    return Teacher(model.eval().requires_grad_(False), tokenizer, settings.name)
+    if extra and model.config.model_type == "qwen2": name_ends(model, tokenizer)
+    return Teacher(model.eval().requires_grad_(False), tokenizer, Path(settings.name).stem if settings.name.endswith(".gguf") else settings.name)
+
+def name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets texts of a Qwen model end at `<|endoftext|>` too, as its own generation_config.json says; a GGUF file has room for one end only."""
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", tokenizer.eos_token])
+    model.generation_config.eos_token_id = sorted({end for end in ends if end is not None})
 
 def load_tokenizer(
     name: str,  # of a teacher
@@ -185,21 +198,28 @@ def generate(
 
 @torch.no_grad()
 def generate_ids(teacher, prompts, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, seed=0, batch_size=16) -> list[list[int]]:
-    """As `generate`, but the new token ids: each list ends with the end-of-text token, or is `max_new_tokens` long."""
+    """As `generate`, but the new token ids: each list ends with an end of text, or is `max_new_tokens` long."""
     for i, prompt in enumerate(prompts):
         if not prompt: raise ConfigError(f"prompt {i} is empty; give at least one character")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     pad = teacher.tokenizer.eos_token_id if teacher.tokenizer.pad_token_id is None else teacher.tokenizer.pad_token_id
     rows = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), no_views(teacher.head):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = left_padded(teacher, prompts[start:start + batch_size], pad)
             out = teacher.model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
-            rows += [until_end(row, teacher.tokenizer.eos_token_id) for row in out[:, batch["input_ids"].shape[1]:].tolist()]
+            rows += [until_end(row, teacher.ends) for row in out[:, batch["input_ids"].shape[1]:].tolist()]
     return rows
 
 # %% ../nbs/04_teacher.ipynb #78e345a2
+@contextmanager
+def no_views(layer: nn.Module) -> Iterator[None]:
+    """Meanwhile the layer's inputs are no views of larger tensors: for a view of many rows, torch copies the layer's weight once for each row."""
+    hook = layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(),))
+    try: yield
+    finally: hook.remove()
+
 def left_padded(teacher: Teacher, prompts: list[str], pad: int) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` (batch, time) of the prompts, padded on the left with the id `pad`."""
     rows = [teacher.tokenizer(prompt).input_ids for prompt in prompts]
@@ -207,9 +227,9 @@ def left_padded(teacher: Teacher, prompts: list[str], pad: int) -> dict[str, Ten
     return {"input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=teacher.device),
             "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=teacher.device)}
 
-def until_end(ids: list[int], end: int) -> list[int]:
-    """The ids up to and with the first `end`."""
-    return ids[:ids.index(end) + 1] if end in ids else ids
+def until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """The ids up to and with the first one that is an end of text."""
+    return ids[:next((place + 1 for place, id in enumerate(ids) if id in ends), len(ids))]
 
 # %% ../nbs/04_teacher.ipynb #bbd1645b
 def cut_beginning(

@@ -66,7 +66,7 @@ def make_student(
     if s.start: return starting_student(config, teacher)
     draft_ids = draft_vocabulary(config, teacher, corpus)
     begin = partial(ReadingStudent.from_teacher, reads=s.reads) if s.reads else Student.from_teacher
-    try: student = begin(teacher.model, layers=s.layers, dialect=s.dialect, draft_ids=draft_ids, teacher_name=teacher.name, tokenizer_fingerprint=tokenizer_fingerprint(teacher.tokenizer), seed=config.seed)
+    try: student = begin(teacher.model, layers=s.layers, dialect=s.dialect, width=s.width, draft_ids=draft_ids, teacher_name=teacher.name, tokenizer_fingerprint=tokenizer_fingerprint(teacher.tokenizer), seed=config.seed)
     except ValueError as error: raise ConfigError(f"student: {error}") from None
     return student.to(teacher.device)
 
