@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .config import Config, ConfigError, add_config, check_keys, check_space, one_line, read_experiment, read_yaml, resolve, run_folder
+from .config import Config, ConfigError, add_config, check_keys, check_space, one_line, read_experiment, read_yaml, resolve, run_folder, run_place
 
 # %% ../nbs/12_cli.ipynb #676e3ca6
 class Steps:
@@ -192,7 +192,7 @@ def load_pair(
     """Teacher and student, ready to decode. Raises `ConfigError` where there is no student."""
     from kdcode.speculative import check_student, load_draft
     from kdcode.teacher import load_teacher
-    student = load_draft(draft or str(run_folder(config)/"student"))  # a mistake is told before the teacher is loaded
+    student = load_draft(draft or str(run_place(config)/"student"))  # a mistake is told before the teacher is loaded
     teacher = load_teacher(config.teacher)
     check_student(teacher, student)
     return teacher, student.to(teacher.device)

@@ -8,7 +8,7 @@ __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'Space', 'UNSEARCHED', 'PACK
            'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'Config', 'add_config', 'one_line',
            'check_keys', 'read_yaml', 'config_parser', 'make_config', 'resolve', 'load_config', 'write_whole',
            'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space', 'check_dimension',
-           'ends_of_range', 'home', 'run_folder', 'versions', 'machine', 'commit', 'provenance']
+           'ends_of_range', 'home', 'run_place', 'run_folder', 'versions', 'machine', 'commit', 'provenance']
 
 # %% ../nbs/00_config.ipynb #764a932e
 import copy
@@ -550,9 +550,13 @@ def home() -> Path:
     work = Path.home()/"work"
     return work/"kdcode" if work.is_dir() else Path.cwd()
 
+def run_place(config: Config) -> Path:
+    """Where the folder of a run is, or would be: `config.out`, or runs/NAME in the working folder."""
+    return Path(config.out).expanduser() if config.out else home()/"runs"/config.name
+
 def run_folder(config: Config) -> Path:
-    """The folder of a run (made if it is missing): `config.out`, or runs/NAME in the working folder."""
-    folder = Path(config.out).expanduser() if config.out else home()/"runs"/config.name
+    """The folder of a run; made if it is missing. Raises `ConfigError` where that can't be done."""
+    folder = run_place(config)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise ConfigError(f"run folder {folder} can't be made ({error.strerror}); choose another with --out") from None
     return folder

@@ -722,7 +722,8 @@ def make_texts(
     tokenizer: PreTrainedTokenizerBase | None,  # for bad words and stop strings
     device: torch.device,
 ) -> list[Text]:
-    """Texts that begin with the prompts. Raises `ConfigError` for words without a tokenizer."""
+    """Texts that begin with the prompts. Raises `ConfigError` for words without a tokenizer, and a seed that is none."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**63: raise ConfigError(f"seed is {seed!r}; allowed is a whole number of at least 0")
     stop, laws = Ends(ends, stop_criteria(settings, tokenizer)), Law(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
     return [Text(list(prompt), len(prompt) + settings.max_new_tokens, replace(laws, processors=history_processors(settings, ends, len(prompt), tokenizer, device)), stop,
                  torch.Generator(device).manual_seed(seed + i)) for i, prompt in enumerate(prompts)]
@@ -805,7 +806,9 @@ def prompt_rows(
     input_ids: Tensor | list[int] | list[list[int]],
     attention_mask: Tensor | None = None,
 ) -> tuple[list[list[int]], bool]:  # token ids of each prompt, and whether there may be several
-    """Prompts without their padding. Raises `ValueError` for a mask of another shape."""
+    """Prompts without their padding. Raises `ValueError` for what is no row of whole numbers, nor several, or a mask of another shape."""
+    if isinstance(input_ids, Tensor) and (input_ids.dim() not in (1, 2) or input_ids.is_floating_point()):
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)} and type {input_ids.dtype}; it must hold whole numbers, (time,) or (batch, time)")
     if attention_mask is not None and (not isinstance(input_ids, Tensor) or attention_mask.shape != input_ids.shape):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must be that of a tensor of input_ids")
     rows = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(row) if isinstance(row, Iterable) else int(row) for row in input_ids]
