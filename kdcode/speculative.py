@@ -906,9 +906,9 @@ def check_student(
     except ValueError: raise ConfigError(f"the student reads the states of teacher {student.config.teacher}, and those of {teacher.name} have another shape; distil one for {teacher.name}") from None
 
 def shipped_drafts() -> dict[str, Path]:
-    """Folders of the students that come with this checkout, by the name of their teacher."""
-    files = (Path(importlib.util.find_spec("kdcode").origin).parents[1]/"models").glob("*/config.json")
-    return {json.loads(file.read_text())["teacher"]: file.parent for file in sorted(files)}
+    """Folders of the students that come with this checkout, by the name of their teacher, and by their own without `-draft`."""
+    files = sorted((Path(importlib.util.find_spec("kdcode").origin).parents[1]/"models").glob("*-draft/config.json"))
+    return {name: file.parent for file in files for name in (json.loads(file.read_text())["teacher"], file.parent.name.removesuffix("-draft"))}
 
 def load_draft(
     name: str,  # of a teacher that a student is shipped for; or a folder, or a hub id, of a student

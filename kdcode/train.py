@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LATER', 'SHARDED', 'FREE', 'SPACE', 'QUARTERS', 'Objective', 'FINISHED', 'make_student', 'through_head', 'Validation',
-           'position_metrics', 'validate', 'mean_metrics', 'NonFiniteLoss', 'mean_sums', 'Distiller', 'precision_flags',
-           'training_arguments', 'SampleText', 'QuietProgress', 'StopRequested', 'StopAtSignal', 'remote_folder',
-           'Uploader', 'find_checkpoint', 'changed_fields', 'check_same_run', 'fetch_checkpoints', 'fetch_checkpoint',
-           'check_run', 'open_run', 'describe_run', 'distill', 'train', 'make_trainer', 'listeners', 'listener',
-           'finish_run', 'best_validation', 'history_table', 'plot_history', 'suggest', 'in_quarters', 'Reporter',
-           'folder_number', 'try_again', 'open_study', 'acceptance_alone', 'check_search', 'run_trial', 'tune',
-           'chosen', 'trials_table', 'plot_search', 'save_search']
+           'draft_law', 'position_metrics', 'validate', 'mean_metrics', 'NonFiniteLoss', 'mean_sums', 'Distiller',
+           'precision_flags', 'training_arguments', 'SampleText', 'QuietProgress', 'StopRequested', 'StopAtSignal',
+           'remote_folder', 'Uploader', 'find_checkpoint', 'changed_fields', 'check_same_run', 'fetch_checkpoints',
+           'fetch_checkpoint', 'check_run', 'open_run', 'describe_run', 'distill', 'train', 'make_trainer', 'listeners',
+           'listener', 'finish_run', 'best_validation', 'history_table', 'plot_history', 'suggest', 'in_quarters',
+           'Reporter', 'folder_number', 'try_again', 'open_study', 'acceptance_alone', 'check_search', 'run_trial',
+           'tune', 'chosen', 'trials_table', 'plot_search', 'save_search']
 
 # %% ../nbs/06_train.ipynb #393a34ce
 import json
@@ -109,22 +109,28 @@ class Validation:
             for part in torch.tensor([i for i, other in enumerate(self.languages) if other == language]).split(batch_size): yield language, part
 
 # %% ../nbs/06_train.ipynb #ab831bf0
-def position_metrics(
+def draft_law(
     student: Student,
     teacher: Teacher,
-    weight: Tensor,          # (ids, hidden), of the student's head
-    hidden: Tensor,          # (tokens, hidden), of the student
-    teacher_hidden: Tensor,  # (tokens, hidden), of the teacher
-    labels: Tensor,          # (tokens,), none is −100
-) -> Tensor:                 # (6,): sums of ce, kl, acceptance, agreement; labels that the student can predict; all labels
+    hidden: Tensor,  # (tokens, hidden), of the teacher
+) -> tuple[Tensor, Tensor]:  # log-probabilities (tokens, ids) among all ids, and the likeliest of all (tokens,)
+    """The teacher's law over the ids that the student can predict."""
+    law = log_probs(real_rows(teacher.head(hidden), teacher.vocabulary_size).float())
+    return law if student.draft_ids is None else law[:, student.draft_ids], law.argmax(-1)
+
+def position_metrics(
+    student: Student,
+    weight: Tensor,  # (ids, hidden), of the student's head
+    hidden: Tensor,  # (tokens, hidden), of the student
+    labels: Tensor,  # (tokens,), none is −100
+    p: Tensor,       # (tokens, ids), of `draft_law`
+    best: Tensor,    # (tokens,), of `draft_law`
+) -> Tensor:         # (6,): sums of ce, kl, acceptance, agreement; labels that the student can predict; all labels
     """Sums over positions, for `validate`."""
-    z = real_rows(teacher.head(teacher_hidden), teacher.vocabulary_size).float()
-    ids = torch.arange(z.shape[-1], device=z.device) if student.draft_ids is None else student.draft_ids
-    q, p = log_probs(real_rows(F.linear(hidden, weight), len(ids))), log_probs(z)[:, ids]
-    rows = student.to_draft(labels)
-    agreement = ids[q.argmax(-1)] == z.argmax(-1)
-    return torch.stack([F.nll_loss(q, rows, reduction="sum"), forward_kl(q, log_probs(z[:, ids])).sum(), acceptance_probability(q, p).sum(),
-                        agreement.sum(), (rows != -100).sum(), torch.tensor(len(labels), device=z.device)]).double()
+    q, rows = log_probs(real_rows(F.linear(hidden, weight), p.shape[-1])), student.to_draft(labels)
+    drafted = q.argmax(-1) if student.draft_ids is None else student.draft_ids[q.argmax(-1)]
+    return torch.stack([F.nll_loss(q, rows, reduction="sum"), forward_kl(q, log_probs(p)).sum(), acceptance_probability(q, p).sum(),
+                        (drafted == best).sum(), (rows != -100).sum(), torch.tensor(len(labels), device=q.device)]).double()
 
 @torch.no_grad()
 def validate(
@@ -138,13 +144,12 @@ def validate(
 ) -> dict[str, float]:      # where there are several languages, also `acceptance_rate_python` and so on; of later steps `step_2_acceptance_rate` and so on
     """`ce` and `perplexity` over the labels that the student can predict (their share is `coverage`), and `kl`, `acceptance_rate`, `agreement` over all."""
     student.eval()
-    def batch_sums(hidden, weight):
-        tokens = [t.flatten(0, 1)[labels.flatten() != -100] for t in (hidden, teacher_hidden, labels)]
-        return sum(position_metrics(student, teacher, weight, *chunk) for chunk in zip(*(t.split(chunk_size) for t in tokens)))
-
+    def chunks(x): return x.flatten(0, 1)[labels.flatten() != -100].split(chunk_size)
+    def batch_sums(hidden, weight): return sum(position_metrics(student, weight, *chunk, *law) for *chunk, law in zip(chunks(hidden), chunks(labels), laws))
     sums = {language: torch.zeros(steps, 6, dtype=torch.double, device=student.device) for language in validation.languages}
     for language, part in validation.by_language(batch_size):
         input_ids, labels, teacher_hidden, states = (t[part].to(student.device) for t in (validation.input_ids, validation.labels, validation.hidden, validation.states))
+        laws = [draft_law(student, teacher, chunk) for chunk in chunks(teacher_hidden)]  # once, for all steps
         sums[language] += torch.stack(through_head(student, student if model is None else model, input_ids, states, batch_sums, steps))
     first, *later = [mean_metrics(step) for step in sum(sums.values())]
     each = {f"{name}_{language}": value for language, part in sums.items() for name, value in mean_metrics(part[0]).items() if len(sums) > 1}

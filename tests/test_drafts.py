@@ -17,7 +17,8 @@ from kdcode.speculative import Statistics, complete, shipped_drafts
 from kdcode.teacher import load_teacher
 
 ROOT = Path(__file__).parent.parent
-DRAFTS = {"smollm2-135m-draft": (25e6, "smollm2-draft.yaml")}  # folder: its largest size, and the configuration that makes it again
+DRAFTS = {"smollm2-135m-draft": (25e6, "smollm2-draft.yaml"), "qwen2.5-coder-1.5b-draft": (40e6, "qwen-draft.yaml")}  # folder: its largest size, and the configuration that makes it again
+CONFIGS = [load_config(ROOT/"configs"/config) for _, config in DRAFTS.values()]
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -28,7 +29,8 @@ def test_a_draft_is_whole_and_small(name):
     assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
     assert sum(path.stat().st_size for path in folder.iterdir()) <= largest
     settings, shape = load_config(ROOT/"configs"/config), json.loads((folder/"config.json").read_text())
-    assert (settings.student.reads, settings.student.draft_vocabulary, settings.teacher.name) == (shape["reads"], shape["draft_vocab_size"], shape["teacher"])
+    made_for = Path(settings.teacher.name).stem if settings.teacher.name.endswith(".gguf") else settings.teacher.name
+    assert (settings.student.reads, settings.student.draft_vocabulary, made_for) == (shape["reads"], shape["draft_vocab_size"], shape["teacher"])
     card = (folder/"README.md").read_text()
     for word in ("license: apache-2.0", config, "tokens", "HumanEval", "kdcode bench decode"): assert word in card, word
 
@@ -48,14 +50,14 @@ def test_a_draft_is_refused_by_another_teacher():
     teacher = load_teacher("smollm2")
     other = ReadingStudent.from_teacher(teacher.model, [-1], [0], draft_ids=torch.arange(100), teacher_name="another-teacher", tokenizer_fingerprint="0123456789abcdef")
     with pytest.raises(ConfigError, match="made for teacher another-teacher, whose tokenizer is not that of smollm2"): complete(teacher, other, "x")
+    with pytest.raises(ConfigError, match="made for teacher qwen2.5-coder-1.5b-instruct-q4_k_m, whose tokenizer is not that of smollm2"): load_draft("qwen2.5-coder-1.5b", teacher)
     with pytest.raises(ConfigError, match="there is no student in nobody"): load_draft("nobody")
-    assert set(shipped_drafts()) == {json.loads((ROOT/"models"/name/"config.json").read_text())["teacher"] for name in DRAFTS}
+    assert {folder.name for folder in shipped_drafts().values()} == set(DRAFTS) and {"smollm2", "smollm2-135m"} <= set(shipped_drafts())
 
 
-@pytest.mark.parametrize("config", [config for _, config in DRAFTS.values()])
-def test_no_evaluation_text_in_what_a_draft_was_trained_on(config):
-    settings = load_config(ROOT/"configs"/config).data
-    source = replace(settings, source=settings.beginnings)
+@pytest.mark.parametrize("beginnings", sorted({config.data.beginnings for config in CONFIGS}))
+def test_no_evaluation_text_in_what_a_draft_was_trained_on(beginnings):
+    source = replace(CONFIGS[0].data, source=beginnings)
     spoilt = [Document(f"x = {i}\n" * 50 + problem["prompt"]) for i, problem in enumerate(humaneval_problems())]
     rejected, documents = Counter(), 0
     for document in usable_documents([*spoilt, *read_source(source, 0)], source, rejected):
