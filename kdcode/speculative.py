@@ -6,11 +6,11 @@
 __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup',
            'add_counts', 'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'ReadingDrafter',
            'Index', 'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Round', 'same_width', 'judge',
-           'SpeculativeDecoder', 'checked', 'check_prompts', 'text_pieces', 'SpeculativeResult', 'end_ids',
-           'history_processors', 'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form',
-           'is_adaptive', 'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch',
-           'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'shipped_drafts', 'load_draft',
-           'prompt_ids', 'complete', 'stream', 'open_texts']
+           'SpeculativeDecoder', 'checked', 'check_prompts', 'text_pieces', 'SpeculativeResult', 'history_processors',
+           'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form', 'is_adaptive',
+           'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate',
+           'check_inputs', 'check_generation', 'check_student', 'shipped_drafts', 'load_draft', 'prompt_ids',
+           'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
@@ -38,7 +38,7 @@ from .data import tokenizer_fingerprint
 from .reading import ReadingStudent
 from .steps import CachedModel, clock, int8
 from .student import Student
-from .teacher import Teacher
+from .teacher import Teacher, end_ids
 
 # %% ../nbs/07_speculative.ipynb #1407503c
 @dataclass(frozen=True)
@@ -453,7 +453,21 @@ class Pace:
     weight: float = 2.
     """of all of these places; at first α is guessed to be a half, with the weight of two places"""
 
-# %% ../nbs/07_speculative.ipynb #88960636
+    @property
+    def acceptance_rate(self) -> float:
+        """α, as it is estimated now."""
+        return self.sum / self.weight
+
+    def judge(self, rate: float, memory: float) -> None:
+        """Adds a judged place; those before it weigh `memory` times as much as they did."""
+        self.sum, self.weight = memory * self.sum + rate, memory * self.weight + 1
+
+    def fade(self, places: float) -> None:
+        """Keeps what is known of α, with the weight of so many places at most."""
+        share = min(1., places / self.weight)
+        self.sum, self.weight = share * self.sum, share * self.weight
+
+# %% ../nbs/07_speculative.ipynb #4f47e75d
 class Adaptive(Drafter):
     """Lets another drafter draft as many tokens as pay, by running estimates of α and of the times of both models."""
 
@@ -471,18 +485,13 @@ class Adaptive(Drafter):
 
     def begin(self, texts: list[Text]) -> None:
         """What was learnt of other texts is kept, with the weight of eight places at most."""
-        self.drafts, self.steady, share = [], False, min(1., 8 / self.pace.weight)
-        self.pace.sum, self.pace.weight = share * self.pace.sum, share * self.pace.weight
+        self.drafts, self.steady = [], False
+        self.pace.fade(8)
         self.drafter.begin(texts)
-
-    @property
-    def acceptance_rate(self) -> float:
-        """α, as it is estimated now."""
-        return self.pace.sum / self.pace.weight
 
     def best(self, rows: int, ceiling: int) -> int:
         """The γ with the best predicted speed; 0 where plain decoding is faster."""
-        def speed(gamma): return expected_tokens(self.acceptance_rate, gamma) / (gamma * self.pace.steps(rows) + self.calls(rows * (gamma + 1)))
+        def speed(gamma): return expected_tokens(self.pace.acceptance_rate, gamma) / (gamma * self.pace.steps(rows) + self.calls(rows * (gamma + 1)))
         if not self.calls.last: return 0          # measure the teacher alone first
         if not self.pace.steps.last: return max(1, ceiling // 2)  # then a draft
         return max(range(ceiling + 1), key=speed)
@@ -508,7 +517,7 @@ class Adaptive(Drafter):
 
     def verified(self, lengths: list[int], hidden_states: list[Tensor] | None) -> None:
         """Learns from what was judged."""
-        for rate in (rate for draft in self.drafts for rate in draft.judged): self.pace.sum, self.pace.weight = self.memory * self.pace.sum + rate, self.memory * self.pace.weight + 1
+        for rate in (rate for draft in self.drafts for rate in draft.judged): self.pace.judge(rate, self.memory)
         self.drafts = []
         self.drafter.verified(lengths, hidden_states)
 
@@ -676,11 +685,6 @@ class SpeculativeResult:
 DRAFTED, OWN = "rgba(46,160,67,.35)", "rgba(130,130,130,.18)"  # see-through, so that they suit light and dark pages
 
 # %% ../nbs/07_speculative.ipynb #2193c0f8
-def end_ids(model: PreTrainedModel) -> set[int]:
-    """The end-of-text ids at which the model's own `generate` stops."""
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
-
 def history_processors(
     settings: DecodeSettings,  # repetition_penalty, bad_words, min_new_tokens
     ends: set[int],            # end-of-text ids

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURED', 'TWINS', 'TRIED', 'INT8', 'COMPILED', 'timed', 'clock', 'turned', 'Way', 'fastest_ways', 'seconds_of',
            'FewRows', 'few_rows', 'twin_of', 'anatomy', 'share', 'make_twin', 'window_of', 'score_mask', 'check_model',
-           'try_rows', 'states_input', 'CachedModel', 'int8', 'compiled_twin', 'make_compiled', 'warm_up', 'call_times',
-           'machine_limits', 'roof']
+           'try_rows', 'states_input', 'kept', 'CachedModel', 'int8', 'compiled_twin', 'make_compiled', 'warm_up',
+           'call_times', 'machine_limits', 'roof']
 
 # %% ../nbs/06a_steps.ipynb #54845f24
 import copy
@@ -192,7 +192,16 @@ def states_input(
     if states is None: states = [torch.zeros(len(row), model.config.hidden_size, device=model.device) for row in tokens]
     return {"states": nn.utils.rnn.pad_sequence(states, batch_first=True)}
 
-# %% ../nbs/06a_steps.ipynb #5f7cc1cd
+# %% ../nbs/06a_steps.ipynb #ee4a9409
+def kept(
+    wanted: list[int],  # places whose logits are wanted, ascending
+    new: int,           # places in the call
+    device: torch.device | str = "cpu",
+) -> int | Tensor:
+    """What models take as `logits_to_keep`: the number of last places where these are wanted, else the places."""
+    return len(wanted) if wanted == list(range(new - len(wanted), new)) else torch.tensor(wanted, device=device)
+
+# %% ../nbs/06a_steps.ipynb #e1e1b4be
 class CachedModel:
     """A causal language model with a memory, for one text or several. Its rows are independent: each reads, and is cut back, by its own number of tokens."""
 
@@ -229,15 +238,10 @@ class CachedModel:
         input_ids = torch.tensor([row + [0] * (new - len(row)) for row in tokens], device=self.model.device)
         wanted = sorted({place for row, n in zip(tokens, keep) for place in range(len(row) - n, len(row))})
         more = self.masks(new, tokens) | states_input(self.model, tokens, states)
-        out = self.model(input_ids=input_ids, cache=self.cache, use_cache=True, logits_to_keep=self.kept(wanted, new), output_hidden_states=bool(hidden) or None, **more)
+        out = self.model(input_ids=input_ids, cache=self.cache, use_cache=True, logits_to_keep=kept(wanted, new, self.model.device), output_hidden_states=bool(hidden) or None, **more)
         self.cache.lengths = [length + len(row) for length, row in zip(lengths, tokens)]
         logits = [out.logits[i, wanted.index(len(row) - n):][:n] if n else out.logits[i, :0] for i, (row, n) in enumerate(zip(tokens, keep))]
         return logits, [torch.cat([out.hidden_states[which][i, :len(row)] for which in hidden], -1) for i, row in enumerate(tokens)] if hidden else None
-
-    def kept(self, wanted: list[int], new: int) -> int | Tensor:
-        """The places whose logits are computed, as models take them: a number of last ones, or a list."""
-        if wanted == list(range(new - len(wanted), new)): return len(wanted)
-        return torch.tensor(wanted, device=self.model.device)
 
     def masks(self, new: int, tokens: list[list[int]]) -> dict[str, object]:
         """Attention mask and positions; nothing for a student whose rows all read as much after as much, since it knows them itself."""

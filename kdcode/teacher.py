@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'BEGINNINGS', 'WRITING', 'embedded_teacher', 'model_source', 'fastest_dtype', 'pick_device',
-           'Teacher', 'check_head', 'quantization_options', 'load_teacher', 'name_ends', 'load_tokenizer', 'absent',
-           'generate', 'generate_ids', 'no_views', 'left_padded', 'until_end', 'cut_beginning', 'function_beginning',
-           'beginnings', 'written_batches', 'in_batches', 'teacher_documents']
+           'end_ids', 'Teacher', 'check_head', 'quantization_options', 'load_teacher', 'name_ends', 'load_tokenizer',
+           'absent', 'generate', 'generate_ids', 'no_views', 'left_padded', 'until_end', 'cut_beginning',
+           'function_beginning', 'beginnings', 'written_batches', 'in_batches', 'teacher_documents']
 
 # %% ../nbs/04_teacher.ipynb #9b81692e
 import ast
@@ -71,6 +71,11 @@ def pick_device(
         raise ConfigError(f"teacher.device is {name!r}, which this machine doesn't have ({str(error).splitlines()[0]})") from None
 
 # %% ../nbs/04_teacher.ipynb #c8e917c8
+def end_ids(model: PreTrainedModel) -> set[int]:
+    """The end-of-text ids at which the model's own `generate` stops."""
+    ends = model.generation_config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
 @dataclass
 class Teacher:
     """A frozen language model with its tokenizer."""
@@ -92,8 +97,7 @@ class Teacher:
     @property
     def ends(self) -> list[int]:
         """Ids that end a text: the tokenizer's, and those of the model's generation_config."""
-        named = self.model.generation_config.eos_token_id
-        return sorted({self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+        return sorted(end_ids(self.model) | {self.tokenizer.eos_token_id} - {None})
 
     @property
     def context_size(self) -> int:
