@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .config import Config, ConfigError, add_config, check_keys, check_space, one_line, read_experiment, read_yaml, resolve, run_folder, run_place
+from .config import Config, ConfigError, add_config, check_keys, check_space, one_line, read_experiment, read_yaml, resolve, run_folder, run_place, text_folder
 
 # %% ../nbs/12_cli.ipynb #676e3ca6
 class Steps:
@@ -62,7 +62,7 @@ def corpus_and_teacher(config: Config, folder: Path, steps: Steps) -> tuple:
         corpus = corpus_step(lambda: build_corpus(config.data, load_tokenizer(config.teacher.name), folder/"corpus", config.seed, bar("token")))
         return corpus, *teacher_step()
     teacher, labelling = teacher_step()
-    written = teacher_documents(labelling, config.data, config.seed, folder/"teacher-text.jsonl")
+    written = teacher_documents(labelling, config.data, config.seed, text_folder(config))
     return corpus_step(lambda: build_corpus(config.data, teacher.tokenizer, folder/"corpus", config.seed, bar("token"), written, teacher.name)), teacher, labelling
 
 def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> tuple:
@@ -139,12 +139,14 @@ def run_generate(config: Config, options) -> None:
 
 # %% ../nbs/12_cli.ipynb #886be595
 def run_bench(config: Config, options) -> None:
-    """`kdcode bench decode | steps | loss | targets`: measures, and writes a report."""
+    """`kdcode bench decode | tasks | steps | profile | loss | targets`: measures, and writes a report."""
     from kdcode import bench
     (folder := run_folder(config)/f"bench-{options.what}").mkdir(exist_ok=True)
     if options.what == "loss": report = bench.bench_loss(config, folder, options.command_line)
     elif options.what == "steps": report = bench_forms(config, folder, options.command_line)
     elif options.what == "targets": report = bench_caching(config, folder, options.command_line)
+    elif options.what == "profile": report = bench.bench_profile(*load_pair(config, options.draft), config, folder, options.command_line)
+    elif options.what == "tasks": report = bench.bench_tasks(*load_pair(config, options.draft), config, folder, options.command_line, bar("task"))
     else: report = bench_decoding(config, folder, options)
     print("\n\n".join([bench.markdown_table(report.rows), *report.notes, f"the report is in {shown(folder/'report.md')}"]))
 
@@ -179,8 +181,7 @@ def run_experiment(config: Config, options) -> None:
     def prepare(variant):
         key = repr((variant.teacher, variant.data))
         if key not in prepared: prepared[key] = corpus_and_teacher(variant, folder/f"data-{len(prepared) + 1}", Steps(2))
-        corpus, _, labelling = prepared[key]
-        return corpus, labelling
+        return prepared[key]
     report = bench.run_experiment(options.experiment, prepare, folder, options.command_line, bar("training"))
     print("\n\n".join([*report.notes, bench.markdown_table(report.rows), f"the report is in {shown(folder/'report.md')}"]))
 
@@ -231,7 +232,7 @@ def make_parser() -> ArgumentParser:
             part.add_argument("--space", type=str, default=None, help="YAML file with the fields to search over; default: learning rate, schedule, batch size, alpha")
             part.add_argument("--objective", choices=["acceptance_rate", "speedup"], default="acceptance_rate", help="acceptance_rate, or the speedup that theory predicts from it and from the measured costs of a step")
         if name == "generate": part.add_argument("prompt", type=str, help="text to continue; - reads it from the standard input")
-        if name == "bench": part.add_argument("what", choices=["decode", "steps", "loss", "targets"], help="decode: speculative decoding against the teacher alone; steps: a call of the teacher over n tokens, in its forms; loss: memory and time of the chunked loss; targets: cached targets against a teacher in the loop")
+        if name == "bench": part.add_argument("what", choices=["decode", "tasks", "steps", "profile", "loss", "targets"], help="decode: speculative decoding against the teacher alone; tasks: look-up, student and hybrid by task; steps: a call of the teacher over n tokens, in its forms; profile: what a draft step and a verify call spend their time on; loss: memory and time of the chunked loss; targets: cached targets against a teacher in the loop")
         if name == "experiment": part.add_argument("file", type=str, help="YAML file with question, config, variants and seeds")
         if name == "experiment": part.add_argument("--out", type=str, default=None, help="folder for the files; default: runs/NAME, with the name in the file")
         if name == "bench": part.add_argument("--compare", choices=["pair", "loop", "all"], default="all", help="of bench decode; pair: the teacher alone and the drafter of the settings; loop: our loop without drafts too; all: other drafters and those of transformers too")

@@ -7,15 +7,18 @@ __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'Space', 'UNSEARCHED', 'PACK
            'type_name', 'Settings', 'TeacherSettings', 'SourceSettings', 'DataSettings', 'StudentSettings',
            'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'Config', 'add_config', 'one_line',
            'check_keys', 'read_yaml', 'config_parser', 'make_config', 'resolve', 'load_config', 'write_whole',
-           'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space', 'check_dimension',
-           'ends_of_range', 'home', 'run_place', 'run_folder', 'versions', 'machine', 'commit', 'provenance']
+           'short_hash', 'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space',
+           'check_dimension', 'ends_of_range', 'home', 'run_place', 'text_folder', 'run_folder', 'versions', 'machine',
+           'commit', 'provenance']
 
 # %% ../nbs/00_config.ipynb #764a932e
 import copy
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.metadata
+import json
 import math
 import numbers
 import os
@@ -283,7 +286,7 @@ class TrainSettings(Settings):
     threads: int = within(0, default=0)
     """CPU threads for tensor work; 0: torch's own choice"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """number format of the training steps (weights stay float32); auto: the fastest that a GPU has, float32 on a CPU"""
+    """number format of the training steps (weights stay float32); auto: the fastest in which the device computes, bfloat16 on many CPUs too"""
     gradient_checkpointing: bool = False
     """keep less of each layer for the backward pass and compute it again: less memory, more time"""
     auto_batch_size: bool = False
@@ -455,6 +458,10 @@ def write_whole(path: str | Path, text: str) -> None:
     unfinished.write_text(text)
     unfinished.replace(path)
 
+def short_hash(value: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a value as JSON, by which it is known again."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the whole resolved configuration as YAML."""
     write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -553,6 +560,10 @@ def home() -> Path:
 def run_place(config: Config) -> Path:
     """Where the folder of a run is, or would be: `config.out`, or runs/NAME in the working folder."""
     return Path(config.out).expanduser() if config.out else home()/"runs"/config.name
+
+def text_folder(config: Config) -> Path:
+    """Where a teacher's own texts are kept: in the working folder, for all runs that ask for the same, or in `config.out`."""
+    return run_place(config) if config.out else home()/"runs"/"teacher-texts"
 
 def run_folder(config: Config) -> Path:
     """The folder of a run; made if it is missing. Raises `ConfigError` where that can't be done."""

@@ -38,7 +38,7 @@ from pygments.lexers import find_lexer_class_for_filename
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .config import ConfigError, DataSettings, SourceSettings
+from .config import ConfigError, DataSettings, SourceSettings, short_hash
 
 # %% ../nbs/01_data.ipynb #eb4e0532
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def split_of(
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hexadecimal digits of the SHA-256 over all tokens and their ids, without rows that only pad the vocabulary."""
     vocabulary = [(index, token) for token, index in tokenizer.get_vocab().items() if token != f"[PAD{index}]"]
-    return hashlib.sha256(json.dumps(sorted(vocabulary)).encode()).hexdigest()[:16]
+    return short_hash(sorted(vocabulary))
 
 def check_same_tokenizer(
     a: PreTrainedTokenizerBase,  # for example the teacher's

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .config import Config, ConfigError, TargetsSettings, write_whole
+from .config import Config, ConfigError, TargetsSettings, short_hash, write_whole
 from .data import Corpus, most_used_ids, tokenizer_fingerprint
 from .loss import SparseLaw, log_probs
 from .reading import open_student
@@ -294,7 +294,7 @@ def shared_targets(
     """The configuration with a cache in `folder` for all runs with its teacher, corpus, draft ids and temperature; unchanged where it caches nothing, or names a folder."""
     if config.targets.kind == "online" or config.targets.folder: return config
     deciding = [asdict(config.teacher), asdict(config.data), asdict(config.targets), config.student.draft_vocabulary, config.student.start, config.student.reads, config.loss.temperature, config.seed if config.targets.kind == "sampled" else None]
-    place = folder/f"targets-{hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]}"
+    place = folder/f"targets-{short_hash(deciding)[:8]}"
     return replace(config, targets=replace(config.targets, folder=str(place)))
 
 def starting_student(config: Config, teacher: Teacher) -> Student:

@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED_FILE', 'BEGINNINGS', 'WRITING', 'embedded_teacher', 'model_source', 'fastest_dtype', 'pick_device',
            'end_ids', 'Teacher', 'check_head', 'quantization_options', 'load_teacher', 'name_ends', 'load_tokenizer',
            'absent', 'generate', 'generate_ids', 'no_views', 'left_padded', 'until_end', 'cut_beginning',
-           'function_beginning', 'beginnings', 'written_batches', 'in_batches', 'teacher_documents']
+           'function_beginning', 'beginnings', 'written_batches', 'in_batches', 'teacher_documents', 'greedy_batch']
 
 # %% ../nbs/04_teacher.ipynb #9b81692e
 import ast
@@ -24,10 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import ConfigError, DataSettings, TeacherSettings, write_whole
+from .config import ConfigError, DataSettings, TeacherSettings, short_hash, write_whole
 from .data import Document, read_source, usable_documents
 
 # %% ../nbs/04_teacher.ipynb #12981d18
@@ -282,15 +283,15 @@ def beginnings(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed:
 
 # %% ../nbs/04_teacher.ipynb #8ecb94fe
 def written_batches(
-    file: Path,    # of finished batches, one JSON list of texts in each line
+    file: Path,    # of finished batches: in each line the key of the beginnings, and the texts
     first: dict,   # what the first line of the file must say; otherwise it is begun anew
-) -> list[list[str]]:
-    """The batches of a file that are whole; the file is made to hold just these."""
+) -> dict[str, list[str]]:
+    """The batches of a file that are whole, by key; the file is made to hold just these."""
     try: lines = file.read_bytes().split(b"\n")[:-1]  # what follows the last line end is a part of a line
     except OSError: lines = []
     if not lines or json.loads(lines[0]) != first: lines = [json.dumps(first).encode()]
     write_whole(file, b"".join(line + b"\n" for line in lines).decode())
-    return [json.loads(line) for line in lines[1:]]
+    return dict(map(json.loads, lines[1:]))
 
 def in_batches(found: Iterator[tuple[str, Document]], size: int, window: int = 8) -> Iterator[list[tuple[str, Document]]]:
     """Batches of beginnings of similar length: of so many batches the beginnings are sorted, since a batch is padded to its longest."""
@@ -305,16 +306,23 @@ def teacher_documents(
     teacher: Teacher,
     settings: DataSettings,
     seed: int,
-    file: Path,              # keeps what is written
+    folder: Path,            # keeps what is written, in a file for each way of writing; made if it is missing
     batch_size: int = 64,    # texts written at once
 ) -> Iterator[Document]:
-    """Texts of the teacher, without end: the beginning is the prompt. Raises `ConfigError` where the beginnings can't be read."""
+    """Texts of the teacher, without end: the beginning is the prompt. Another process that asks for the same waits until this one has enough. Raises `ConfigError` where the beginnings can't be read."""
     first = {"teacher": teacher.name, "seed": seed, "batch_size": batch_size} | {name: getattr(settings, name) for name in WRITING}
-    done, found = written_batches(file, first), beginnings(settings, teacher.tokenizer, seed)
-    for number, batch in enumerate(in_batches(found, batch_size)):
-        if number >= len(done):
-            greedy = int((number + 1) * settings.greedy_share) > int(number * settings.greedy_share)
-            texts = generate(teacher, [text for text, _ in batch], settings.new_tokens, 0. if greedy else settings.temperature, seed=seed + 1000 * number, batch_size=batch_size)
-            with file.open("a") as out: out.write(json.dumps(texts) + "\n")
-        else: texts = done[number]
-        for (prompt, document), text in zip(batch, texts): yield Document(text, prompt, f"{teacher.name} after {document.origin}", document.text, f"{document.language} by teacher")
+    file = folder/f"{short_hash(first)}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder/f".{file.name}.lock"):
+        done = written_batches(file, first)
+        for number, batch in enumerate(in_batches(beginnings(settings, teacher.tokenizer, seed), batch_size)):
+            prompts, temperature = [text for text, _ in batch], 0. if greedy_batch(number, settings.greedy_share) else settings.temperature
+            texts = done.get(key := short_hash([prompts, temperature]))
+            if texts is None:
+                texts = generate(teacher, prompts, settings.new_tokens, temperature, seed=seed + 1000 * number, batch_size=batch_size)
+                with file.open("a") as out: out.write(json.dumps([key, texts]) + "\n")
+            for (prompt, document), text in zip(batch, texts): yield Document(text, prompt, f"{teacher.name} after {document.origin}", document.text, f"{document.language} by teacher")
+
+def greedy_batch(number: int, share: float) -> bool:
+    """Whether the batch of this number, from 0, is one of the share that is written greedily."""
+    return int((number + 1) * share) > int(number * share)

@@ -237,7 +237,7 @@ class Distiller(Trainer):
 # %% ../nbs/06_train.ipynb #2039d449
 def precision_flags(name: str, device: torch.device) -> dict[str, bool]:
     """What the `Trainer` calls the number format of the training: `bf16`, `fp16` (with a scaled loss) or neither."""
-    if name == "auto": name = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(fastest_dtype(device), "float32") if device.type == "cuda" else "float32"
+    if name == "auto": name = "float32" if device.type == "mps" else str(fastest_dtype(device)).removeprefix("torch.")
     return {"bf16": name == "bfloat16", "fp16": name == "float16"}
 
 def training_arguments(
@@ -548,8 +548,8 @@ def plot_history(history: list[dict]) -> Figure:
     """Loss and its parts while training (lines) and on held-out text (dots), and the acceptance rate."""
     train, held_out = pd.DataFrame([entry for entry in history if "loss" in entry]), history_table(history)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    for name, label, color in (("loss", "loss", "black"), ("ce", "cross-entropy", "tab:blue"), ("kl", "KL", "tab:orange"), ("divergence", "divergence", "tab:red")):
-        if name in train: left.plot(train["step"], train[name], label=label, color=color, lw=1.2)
+    for name, label, color, width in (("loss", "loss", "lightgray", 4), ("ce", "cross-entropy", "tab:blue", 1.2), ("kl", "KL", "tab:orange", 1.2), ("divergence", "divergence", "tab:red", 1.2)):
+        if name in train: left.plot(train["step"], train[name], label=label, color=color, lw=width)  # the loss may be one of its parts: broad, so that it is seen behind it
         if name in held_out: left.plot(held_out.index, held_out[name], "o", color=color, ms=4)
     left.set(xlabel="optimizer step", ylabel="nats per token", ylim=(0, None), title="training (lines), held-out (dots)")
     left.legend(frameon=False, fontsize=8)

@@ -180,8 +180,9 @@ def test_several_sources_and_the_teachers_own_text(kdcode, tiny_teacher, tmp_pat
     done = kdcode("distill", "--config", tmp_path/"mix.yaml", "--teacher.name", tiny_teacher, *SETTINGS, "--data.tokens", 1024, "--data.validation_tokens", 256, "--name", "mixed")
     assert done.returncode == 0, done.stderr
     run = tmp_path/"runs"/"mixed"
-    written = (run/"teacher-text.jsonl").read_text().splitlines()
-    assert json.loads(written[0])["teacher"] == str(tiny_teacher) and all(len(json.loads(line)) == 64 for line in written[1:])
+    file, = (tmp_path/"runs"/"teacher-texts").glob("*.jsonl")
+    written = file.read_text().splitlines()
+    assert json.loads(written[0])["teacher"] == str(tiny_teacher) and all(len(json.loads(line)[1]) == 64 for line in written[1:])
     corpus = json.loads((run/"corpus"/"corpus.json").read_text())
     assert corpus["statistics"]["train"]["languages"] == {"python by teacher": 4, "javascript": 12} and corpus["recipe"]["author"] == str(tiny_teacher)
     report = json.loads((run/"report.json").read_text())
