@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'STUDENT', 'LOOP', 'OTHERS', 'GAMMAS', 'Method', 'BY_TASK', 'LOSS_SHAPE', 'COUNTS', 'LLAMA_CPP', 'METRICS',
-           'DRAFTING', 'Report', 'cell', 'markdown_table', 'decode_alone', 'decode_assisted', 'decode_methods',
-           'fixed_name', 'peer_methods', 'Decoded', 'decode_in_turns', 'Costs', 'step_costs', 'speedup_objective',
-           'predicted_of_run', 'decode_figures', 'decode_rows', 'explain_speed', 'plot_acceptance', 'plot_speedup',
-           'first_difference', 'explain_differences', 'bench_decode', 'draw_plots', 'ratios', 'interval', 'task_row',
-           'plot_tasks', 'bench_tasks', 'loss_tensors', 'loss_step', 'plain_distillation_loss', 'peak_memory',
-           'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets', 'teacher_forms',
-           'llama_cpp_times', 'bench_steps', 'warm_seconds', 'plot_steps', 'bench_profile', 'report_training',
-           'drafting_figures', 'run_experiment', 'one_run', 'columns_of', 'compare_runs', 'plot_runs', 'rounded',
-           'report_experiment', 'report_search']
+           'DRAFTING', 'PLOTTED', 'Report', 'cell', 'markdown_table', 'decode_alone', 'decode_assisted',
+           'decode_methods', 'fixed_name', 'peer_methods', 'Decoded', 'decode_in_turns', 'Costs', 'step_costs',
+           'speedup_objective', 'predicted_of_run', 'decode_figures', 'decode_rows', 'explain_speed', 'plot_acceptance',
+           'plot_speedup', 'first_difference', 'explain_differences', 'bench_decode', 'draw_plots', 'ratios',
+           'interval', 'task_row', 'plot_tasks', 'bench_tasks', 'loss_tensors', 'loss_step', 'plain_distillation_loss',
+           'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
+           'teacher_forms', 'llama_cpp_times', 'bench_steps', 'warm_seconds', 'plot_steps', 'bench_profile',
+           'report_training', 'drafting_figures', 'run_experiment', 'one_run', 'predicted_runs', 'columns_of',
+           'compare_runs', 'plot_runs', 'rounded', 'report_experiment', 'report_search']
 
 # %% ../nbs/09_bench.ipynb #0cfcf16b
 import functools
@@ -24,8 +24,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .config import Config, ConfigError, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, TeacherSettings, provenance, write_whole
+from .config import Config, ConfigError, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, TeacherSettings, machine, provenance, write_whole
 from .data import Corpus
 from .evaluate import TASKS, Texts, acceptance_on, evaluation_texts, replay, task_prompts
 from .loss import chunked_distillation_loss
@@ -49,7 +49,7 @@ from .steps import CachedModel, call_times, int8, machine_limits, profile_call, 
 from .student import Student
 from .targets import shared_targets
 from .teacher import Teacher, load_teacher, model_source
-from .train import Distiller, Objective, best_validation, check_run, distill, make_trainer, trials_table, validate
+from .train import Distiller, Objective, best_validation, check_run, describe_run, distill, make_trainer, trials_table, validate
 
 # %% ../nbs/09_bench.ipynb #a1981ce0
 @dataclass
@@ -81,8 +81,9 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """Writes report.json and report.md."""
-        figures = {name: None if math.isnan(value) else value for name, value in self.figures.items()}  # JSON has no nan
-        content = {"command": self.command} | provenance(self.config) | {"figures": figures, "rows": self.rows}
+        def known(row): return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}  # JSON has no nan
+        figures, rows = known(self.figures), [known(row) for row in self.rows]
+        content = {"command": self.command} | provenance(self.config) | {"figures": figures, "rows": rows}
         write_whole(folder/"report.json", json.dumps(content, indent=1))
         write_whole(folder/"report.md", self.markdown())
 
@@ -401,19 +402,20 @@ def draw_plots(decoded: dict[str, Decoded], costs: Costs, gamma: int, folder: Pa
 BY_TASK = {ALONE: "alone", LOOP: "our loop", "teacher with lookup": "look-up", STUDENT: "student", "teacher with hybrid": "hybrid"}
 
 def ratios(decoded: dict[str, Decoded], method: str) -> list[float]:
-    """How many times as fast as the teacher alone, by prompt."""
-    return [alone / ours for alone, ours in zip(decoded["alone"].seconds, decoded[method].seconds)]
+    """How many times as fast as the teacher alone, by prompt, for each token."""
+    def paces(d): return [seconds / max(len(text), 1) for text, seconds in zip(d.texts, d.seconds)]
+    return [alone / ours for alone, ours in zip(paces(decoded["alone"]), paces(decoded[method]))]
 
 def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
     """95 % bootstrap interval of the mean. Source: Efron 1979."""
     means = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1)
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
-def task_row(task: str, decoded: dict[str, Decoded]) -> dict[str, Any]:
-    """A task's speeds against the teacher alone, and how often drafts were accepted."""
+def task_row(task: str, decoded: dict[str, Decoded], greedy: bool) -> dict[str, Any]:
+    """A task's speeds against the teacher alone, and how often drafts were accepted. Sampled texts can't be the same."""
     drafters = [name for name in decoded if name not in ("alone", "our loop")]
     return ({"task": task, "prompts": len(decoded["alone"].texts)} | {name: statistics.mean(ratios(decoded, name)) for name in decoded if name != "alone"}
-            | {f"α, {name}": decoded[name].statistics.acceptance_rate for name in drafters} | {"identical texts": f"{min(d.identical(decoded['alone']) for d in decoded.values()):.0%}"})
+            | {f"α, {name}": decoded[name].statistics.acceptance_rate for name in drafters} | {"identical texts": f"{min(d.identical(decoded['alone']) for d in decoded.values()):.0%}" if greedy else None})
 
 def plot_tasks(rows: list[dict[str, Any]]) -> Figure:
     """Speed against the teacher alone, by task and drafter."""
@@ -444,7 +446,7 @@ def bench_tasks(
         by_task[task] = decode_in_turns(methods(settings), task_prompts(task, settings.problems), teacher.device)
         if progress: progress(number + 1, len(TASKS))
     everything = {name: functools.reduce(operator.add, (decoded[name] for decoded in by_task.values())) for name in BY_TASK.values()}
-    rows = [task_row(task, decoded) for task, decoded in (by_task | {"all": everything}).items()]
+    rows = [task_row(task, decoded, settings.temperature == 0) for task, decoded in (by_task | {"all": everything}).items()]
     notes = [f"At most {settings.max_new_tokens} new tokens, {'greedy' if settings.temperature == 0 else f'temperature {settings.temperature:g}'}. Speeds are means over the prompts of (teacher alone, `generate`) / (the method).",
              "Over all prompts, with 95 % bootstrap intervals: " + ", ".join(f"{name} {statistics.mean(ratios(everything, name)):.2f} ({' to '.join(f'{end:.2f}' for end in interval(ratios(everything, name)))})" for name in everything if name != "alone") + "."]
     figure = plot_tasks(rows)
@@ -661,7 +663,7 @@ def bench_profile(
     spent = {"draft step": profile_call(model(drafting_form(student, config.decode)), 1, context), "teacher, 1 token": profile_call(model(teacher.model), 1, context),
              f"teacher, {gamma + 1} tokens": profile_call(model(teacher.model), gamma + 1, context)}
     rows = [{"kind of work": kind} | {f"{name}, ms": parts[kind] for name, parts in spent.items()} for kind in spent["draft step"]]
-    notes = [f"After {context} tokens of context; the student in {'8 bits' if config.decode.student_weights == 'int8' else 'its own format'}, the teacher in {str(teacher.model.dtype).removeprefix('torch.')}. Framework: what the operations don't explain, Python above all."]
+    notes = [f"After {context} tokens of context; the student in {'8 bits' if config.decode.student_weights == 'int8' else 'its own format'}, the teacher in {str(teacher.model.dtype).removeprefix('torch.')}. Framework: at least what the operations don't explain, Python above all."]
     report = Report(command, config, {f"{kind}, {name}": value for name, parts in spent.items() for kind, value in parts.items()}, rows, notes)
     report.save(folder)
     return report
@@ -691,10 +693,10 @@ def drafting_figures(
     texts: dict[str, Texts],  # of `evaluation_texts`
     settings: DecodeSettings,
 ) -> dict[str, float]:
-    """What a student is worth: its acceptance rates on both kinds of text, tokens per call, what its step costs, and the speedup that theory predicts for greedy text against our loop without drafts. Source: Leviathan et al. 2023, theorem 3.8."""
+    """What a student does as a draft: its acceptance rates on both kinds of text, tokens per call of greedy text, and milliseconds of its step and of the teacher's calls over one token and over γ + 1."""
     counted, costs = replay(labelling, student, texts["greedy"], settings.gamma, settings.max_new_tokens), step_costs(teacher.model, student, settings.gamma, settings)
-    figures = {"greedy_acceptance_rate": counted.acceptance_rate, "sampled_acceptance_rate": acceptance_on(labelling, student, texts["sampled"]), "tokens_per_call": counted.tokens_per_call}
-    return figures | {"c": costs.c, "v": costs.v(settings.gamma), "predicted_speedup": counted.tokens_per_call / (settings.gamma * costs.c + costs.v(settings.gamma))}
+    return {"greedy_acceptance_rate": counted.acceptance_rate, "sampled_acceptance_rate": acceptance_on(labelling, student, texts["sampled"]), "tokens_per_call": counted.tokens_per_call,
+            "draft_ms": costs.draft, "call_ms": costs.calls[1], "verify_ms": costs.calls[settings.gamma + 1]}
 
 def run_experiment(
     experiment: Experiment,
@@ -703,68 +705,83 @@ def run_experiment(
     command: str,                # as typed
     progress: Callable[[int, int], None] | None = None,  # called with trainings done and trainings in all
 ) -> Report:
-    """Trains each variant with each seed, and reports how good the students are on held-out text, and as drafts."""
+    """Trains each variant with each seed, and reports how good the students are on held-out text, and as drafts. Raises `ConfigError` where the folder holds another experiment."""
     trainings = [(name, seed, replace(config, train=replace(config.train, upload=None)), folder/Experiment.folder(name)/f"seed-{seed}") for name, seed, config in experiment.runs()]
-    for _, _, config, run in trainings: check_run(config, run, resume=True)  # before anything is written
+    for config, run in [(experiment.config, folder), *(training[2:] for training in trainings)]: check_run(config, run, resume=True)  # before anything is written
+    describe_run(experiment.config, folder)
     rows = []
     for number, (variant, seed, config, run) in enumerate(trainings, 1):
         rows.append({"variant": variant, "seed": seed} | one_run(experiment, config, prepare, folder, run))
         write_whole(folder/"runs.csv", pd.DataFrame(rows).to_csv(index=False))
         if progress: progress(number, len(trainings))
-    return report_experiment(experiment, pd.DataFrame(rows), folder, command)
+    return report_experiment(experiment, predicted_runs(pd.DataFrame(rows), experiment.config.decode.gamma), folder, command)
 
 def one_run(experiment: Experiment, config: Config, prepare: Callable, folder: Path, run: Path) -> dict[str, float]:
-    """The figures of one training of an experiment; of a finished one, those that it left."""
-    if (run/"figures.json").exists(): return json.loads((run/"figures.json").read_text())
+    """The figures of one training of an experiment; of a finished one, those that it left, if they answer what is asked now."""
+    asked = {"decode": asdict(config.decode), "machine": machine()}
+    try: left = json.loads((run/"figures.json").read_text())
+    except (OSError, ValueError): left = {}
+    if left.get("asked") == asked: return left["figures"]
     corpus, teacher, labelling = prepare(replace(config, seed=experiment.config.seed))
     student = distill(shared_targets(config, folder), labelling, corpus, run, resume=True, progress=False)
     shutil.rmtree(run/"checkpoints", ignore_errors=True)
     texts = evaluation_texts(labelling, config.decode, experiment.config.seed, folder/"evaluation-texts.json")
     figures = best_validation(run) | drafting_figures(teacher, labelling, student, texts, config.decode)
-    write_whole(run/"figures.json", json.dumps(figures))
+    write_whole(run/"figures.json", json.dumps({"asked": asked, "figures": figures}))
     return figures
 
+def predicted_runs(
+    runs: pd.DataFrame,
+    gamma: int,
+) -> pd.DataFrame:
+    """With `c`, `v` and the speedup that theory predicts for greedy text against our loop without drafts, (tokens per call) / (γc + v); the teacher's times are the medians over all runs, so that their noise ranks nobody. Source: Leviathan et al. 2023, theorem 3.8."""
+    call, verify = runs["call_ms"].median(), runs["verify_ms"].median()
+    return runs.assign(c=runs["draft_ms"] / call, v=verify / call, predicted_speedup=runs["tokens_per_call"] * call / (gamma * runs["draft_ms"] + verify))
+
 # %% ../nbs/09_bench.ipynb #530da8f0
-DRAFTING = {"acceptance_rate": "α, held-out text", "greedy_acceptance_rate": "α, greedy HumanEval", "sampled_acceptance_rate": "α, sampled HumanEval", "tokens_per_call": "tokens per call", "c": "c", "predicted_speedup": "predicted speedup", "seconds": "training, s"}
+DRAFTING = {"acceptance_rate": "α, held-out text", "greedy_acceptance_rate": "α, greedy", "sampled_acceptance_rate": "α of first drafts, sampled", "tokens_per_call": "tokens per call", "c": "c", "predicted_speedup": "predicted speedup", "seconds": "training, s"}
+PLOTTED = ("acceptance_rate", "greedy_acceptance_rate", "c", "predicted_speedup")
 
 def columns_of(runs: pd.DataFrame) -> dict[str, str]:
     """What the runs of an experiment are compared by, with its heading: drafting, or where that was not measured, held-out text alone."""
     return DRAFTING if set(DRAFTING) <= set(runs) else METRICS
 
 def compare_runs(runs: pd.DataFrame) -> pd.DataFrame:  # one row for each variant
-    """Mean and standard deviation over the seeds, the variant with the best acceptance rate first."""
-    groups = runs.groupby("variant")[list(columns_of(runs))]
+    """Mean and standard deviation over the seeds, the best variant first: by predicted speedup, or where that was not measured, by acceptance rate."""
+    groups = runs.groupby("variant")[[name for name in METRICS | DRAFTING if name in runs]]
     both = groups.mean().join(groups.std(ddof=1).add_suffix("_deviation"))
-    return both.sort_values("acceptance_rate", ascending=False)
+    return both.sort_values("predicted_speedup" if "predicted_speedup" in runs else "acceptance_rate", ascending=False)
 
-def plot_runs(runs: pd.DataFrame) -> Figure:
-    """A dot for each training, a line at the mean of each variant."""
-    table, shown = compare_runs(runs), {name: label for name, label in columns_of(runs).items() if name not in ("tokens_per_call", "sampled_acceptance_rate", "seconds")}
-    figure, axes = plt.subplots(1, len(shown), figsize=(9, .8 + .3 * len(table)), sharey=True, layout="constrained")
-    for ax, (name, label) in zip(axes, shown.items()):
+def plot_runs(runs: pd.DataFrame, names: Iterable[str] | None = None) -> Figure:
+    """A dot for each training, a line at the mean of each variant; of these figures, or of those that the runs are compared by."""
+    table, labels = compare_runs(runs), METRICS | DRAFTING
+    names = names or [name for name in columns_of(runs) if name in (*PLOTTED, *METRICS)]
+    figure, axes = plt.subplots(1, len(names), figsize=(9, .8 + .3 * len(table)), sharey=True, layout="constrained")
+    for ax, name in zip(axes, names):
         for row, variant in enumerate(reversed(table.index)):
             values = runs.loc[runs["variant"] == variant, name]
             ax.plot(values, [row] * len(values), "o", color="tab:green", ms=4, alpha=.6)
             ax.plot([values.mean()] * 2, [row - .3, row + .3], color="black", lw=1.2)
-        ax.set(xlabel=label, yticks=range(len(table)), yticklabels=list(reversed(table.index)))
+        ax.set(xlabel=labels[name], yticks=range(len(table)), yticklabels=list(reversed(table.index)))
         ax.grid(axis="x", alpha=.3)
     return figure
 
 def rounded(value: float) -> str:
     """With as many digits as say something."""
-    return f"{value:.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
+    return f"{value:.{3 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, command: str) -> Report:
     """Writes table and plot."""
-    table, config = compare_runs(runs), experiment.config
+    write_whole(folder/"runs.csv", runs.to_csv(index=False))
+    table, decode, several = compare_runs(runs), experiment.config.decode, len(experiment.seeds) > 1
     figure = plot_runs(runs)
     figure.savefig(folder/"runs.png", dpi=150)
     plt.close(figure)
-    def spread(mean, deviation): return rounded(mean) + (f" ± {rounded(deviation)}" if len(experiment.seeds) > 1 else "")
+    def spread(mean, deviation): return rounded(mean) + (f" ± {rounded(deviation)}" if several else "")
     rows = [{"variant": variant} | {label: spread(row[name], row[f"{name}_deviation"]) for name, label in columns_of(runs).items()} for variant, row in table.iterrows()]
     figures = {f"{name}, {variant}": row[name] for variant, row in table.iterrows() for name in table.columns}
-    notes = [experiment.question, f"{f'Mean and standard deviation over {len(experiment.seeds)} seeds' if len(experiment.seeds) > 1 else 'One seed'}, of the best checkpoint of each training: on held-out text at temperature 1, and on the teacher's own text after {config.decode.problems} HumanEval prompts, with γ = {config.decode.gamma}."]
-    report = Report(command, config, figures, rows, notes, ("runs.png",))
+    notes = [experiment.question, f"{f'Mean and standard deviation over {len(experiment.seeds)} seeds' if several else 'One seed'}, of the best checkpoint of each training: on held-out text of its own corpus at temperature 1, and on the teacher's own text after {decode.problems} HumanEval prompts, greedy (α over all judged places of γ = {decode.gamma} drafts) and at temperature 1 (α of first drafts). Costs and predicted speedup as on the page about benchmarks; α of the student in float32."]
+    report = Report(command, experiment.config, figures, rows, notes, ("runs.png",))
     report.save(folder)
     return report
 

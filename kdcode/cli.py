@@ -12,12 +12,12 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .config import Config, ConfigError, add_config, check_keys, check_space, one_line, read_experiment, read_yaml, resolve, run_folder, run_place, text_folder
+from .config import Config, ConfigError, add_config, check_keys, check_space, one_line, read_experiment, read_yaml, resolve, run_folder, run_place, short_hash, text_folder
 
 # %% ../nbs/12_cli.ipynb #676e3ca6
 class Steps:
@@ -44,8 +44,8 @@ def bar(
     return progress
 
 # %% ../nbs/12_cli.ipynb #f21293b3
-def corpus_and_teacher(config: Config, folder: Path, steps: Steps) -> tuple:
-    """The first two steps of a run: the corpus, the teacher in its decoding format, and the same in the format in which it labels."""
+def corpus_and_teacher(config: Config, folder: Path, steps: Steps, teachers: dict | None = None) -> tuple:
+    """The first two steps of a run: the corpus, the teacher in its decoding format, and the same in the format in which it labels; taken from `teachers` where it was loaded before."""
     import torch
     from accelerate import PartialState
     from kdcode.data import build_corpus
@@ -53,11 +53,14 @@ def corpus_and_teacher(config: Config, folder: Path, steps: Steps) -> tuple:
     def corpus_step(build):
         steps(f"corpus: {config.data.tokens:,} tokens to train on, from {', '.join(config.data.sources)}")
         with PartialState(cpu=pick_device(config.teacher.device).type == "cpu").main_process_first(): return build()
+    teachers, key = {} if teachers is None else teachers, repr(config.teacher)
     def teacher_step():
         steps(f"teacher: {config.teacher.name}")
+        if key in teachers: return teachers[key]
         teacher = load_teacher(config.teacher)
         labels = fastest_dtype(teacher.device) if config.teacher.label_dtype == "auto" else getattr(torch, config.teacher.label_dtype)
-        return teacher, teacher.converted(labels)
+        teachers[key] = teacher, teacher.converted(labels)
+        return teachers[key]
     if "teacher" not in config.data.sources:
         corpus = corpus_step(lambda: build_corpus(config.data, load_tokenizer(config.teacher.name), folder/"corpus", config.seed, bar("token")))
         return corpus, *teacher_step()
@@ -177,10 +180,10 @@ def run_experiment(config: Config, options) -> None:
     """`kdcode experiment FILE`: trains the variants of an experiment, and compares them."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ConfigError("an experiment runs in one process; start it without accelerate launch")
     from kdcode import bench
-    folder, prepared = run_folder(config), {}
+    folder, prepared, teachers = run_folder(config), {}, {}
     def prepare(variant):
-        key = repr((variant.teacher, variant.data))
-        if key not in prepared: prepared[key] = corpus_and_teacher(variant, folder/f"data-{len(prepared) + 1}", Steps(2))
+        key = short_hash([asdict(variant.teacher), asdict(variant.data)])[:8]
+        if key not in prepared: prepared[key] = corpus_and_teacher(variant, folder/f"data-{key}", Steps(2), teachers)
         return prepared[key]
     report = bench.run_experiment(options.experiment, prepare, folder, options.command_line, bar("training"))
     print("\n\n".join([*report.notes, bench.markdown_table(report.rows), f"the report is in {shown(folder/'report.md')}"]))
@@ -266,7 +269,8 @@ def configuration(parser: ArgumentParser, parsed, options) -> Config:
     """The settings of a command line; those of an experiment are in its file."""
     if parsed.command != "experiment": return resolve(parser, parsed, parsed.command)
     options.experiment = read_experiment(options.file)
-    return replace(options.experiment.config, out=options.out)
+    options.experiment.config.out = options.out or options.experiment.config.out
+    return options.experiment.config
 
 def main(arguments: list[str] | None = None) -> int:
     """The `kdcode` command. Returns its exit status: 0, 2 for a person's mistake, 1 for what went wrong otherwise, 130 when interrupted."""

@@ -228,7 +228,7 @@ def evaluation_texts(
     file: Path,                # keeps what is written
 ) -> dict[str, Texts]:         # "greedy" and "sampled" (at temperature 1), after prompts of HumanEval
     """Texts that students are compared on; read from the file where it has them."""
-    asked = {"teacher": teacher.name, "dtype": str(teacher.model.dtype), "problems": settings.problems, "max_new_tokens": settings.max_new_tokens, "seed": seed}
+    asked = teacher.identity | {"problems": settings.problems, "max_new_tokens": settings.max_new_tokens, "seed": seed}
     try: found = json.loads(file.read_text())
     except (OSError, ValueError): found = {}
     if found.get("asked") != asked:

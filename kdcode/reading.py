@@ -48,13 +48,13 @@ class ReadingBody(StudentBody):
     def fused(self, teacher_states: Tensor) -> Tensor:
         """One state (..., hidden) from those that are read (..., reads × hidden), each brought to the same size first."""
         each = teacher_states.to(self.state_norm.weight.dtype).unflatten(-1, (len(self.config.reads), -1))
-        return self.fuse(F.rms_norm(each, each.shape[-1:]).flatten(-2))
+        return self.fuse(F.rms_norm(each, each.shape[-1:]).flatten(-2)).to(each.dtype)  # also where mixed precision computes in a shorter format
 
     def embed(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
         """Each token joined with the state before it: (batch, new, hidden). Raises `ValueError` without the teacher's embedding or states."""
         if self.borrowed is None: raise ValueError(f"this student reads its teacher {self.config.teacher} and has no embedding of its own; call attach(teacher.model) first")
         if states is None: raise ValueError(f"this student reads its teacher {self.config.teacher} and can't work without its states; decode with it (kdcode.speculative), which hands them over")
-        return self.narrow(self.borrowed(input_ids).detach().to(states.dtype)) + self.join(self.state_norm(states))
+        return self.narrow(self.borrowed(input_ids).detach().to(states.dtype)).to(states.dtype) + self.join(self.state_norm(states)).to(states.dtype)
 
 # %% ../nbs/02a_reading.ipynb #487e0a38
 class Passes:

@@ -325,7 +325,7 @@ KINDS = {"products": r"::(mm|addmm|bmm|baddbmm|linear|linear_dynamic|_weight_int
 
 def kind_of(operation: str) -> str:
     """The kind of work of an operation, by the name that the profiler gives it."""
-    return next((kind for kind, names in KINDS.items() if re.search(names, operation)), "number by number")
+    return next((kind for kind, names in KINDS.items() if re.search(names, operation)), "elementwise")
 
 @torch.no_grad()
 def profile_call(
@@ -340,8 +340,9 @@ def profile_call(
         for _ in range(repeats):
             state.feed([[0] * count], [count])
             state.crop([context])
-    spent = dict.fromkeys([*KINDS, "number by number"], 0.)
+    spent = dict.fromkeys([*KINDS, "elementwise"], 0.)
     for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU: continue  # a kernel, whose time its operation has too
         time = event.self_cpu_time_total if state.model.device.type == "cpu" else event.self_device_time_total
         spent[kind_of(event.key)] += time / repeats / 1e3
     return spent | {"framework": max(whole - sum(spent.values()), 0.), "all": whole}

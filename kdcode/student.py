@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LLAMA_LIKE', 'StudentConfig', 'attend', 'angles', 'sinusoidal_table', 'rotary_table', 'rotate', 'KVCache',
-           'Attention', 'SwiGLU', 'GELUNetwork', 'RMSNorm', 'make_norm', 'StudentLayer', 'visible', 'StudentBody',
-           'spread', 'rows_of', 'Student', 'dense_weight', 'student_config', 'narrowed', 'copy_module',
-           'teacher_layers', 'check_draft_ids', 'from_teacher', 'main_directions', 'inward', 'copy_ends', 'to_llama']
+           'Attention', 'SwiGLU', 'GELUNetwork', 'make_norm', 'StudentLayer', 'visible', 'StudentBody', 'spread',
+           'rows_of', 'Student', 'dense_weight', 'student_config', 'narrowed', 'copy_module', 'teacher_layers',
+           'check_draft_ids', 'from_teacher', 'main_directions', 'inward', 'copy_ends', 'to_llama']
 
 # %% ../nbs/02_student.ipynb #04352128
 import math
@@ -186,14 +186,9 @@ class GELUNetwork(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 # %% ../nbs/02_student.ipynb #0a301446
-class RMSNorm(nn.RMSNorm):
-    """Computes in the format of its weights, also where a training in mixed precision hands it a shorter one."""
-
-    def forward(self, x: Tensor) -> Tensor: return super().forward(x.to(self.weight.dtype))
-
 def make_norm(config: StudentConfig) -> nn.Module:
     """RMSNorm or LayerNorm, by dialect."""
-    return RMSNorm(config.hidden_size, config.rms_norm_eps) if config.dialect == "llama" else nn.LayerNorm(config.hidden_size)
+    return nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if config.dialect == "llama" else nn.LayerNorm(config.hidden_size)
 
 class StudentLayer(GradientCheckpointingLayer):
     """Attention and feed-forward network, each behind a norm and added to its input."""

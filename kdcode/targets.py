@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TeacherLabels', 'top_k_law', 'sampled_law', 'shard_schema', 'to_row', 'from_row', 'states_of', 'shard_path',
-           'file_hash', 'write_shard', 'check_shard', 'weights_fingerprint', 'targets_fingerprint', 'check_fingerprint',
-           'shard_generator', 'block_targets', 'write_targets', 'counted', 'TargetCache', 'shared_targets',
-           'starting_student', 'draft_vocabulary', 'make_targets']
+           'file_hash', 'write_shard', 'check_shard', 'targets_fingerprint', 'check_fingerprint', 'shard_generator',
+           'block_targets', 'write_targets', 'counted', 'TargetCache', 'shared_targets', 'starting_student',
+           'draft_vocabulary', 'make_targets']
 
 # %% ../nbs/05_targets.ipynb #fdfb91a6
 import hashlib
@@ -163,12 +163,6 @@ def check_shard(path: Path) -> None:
     raise ConfigError(f"targets shard {path} is damaged: its SHA-256 is {actual[:16]}…, and {recorded[:16]}… was written; remove it, and start again with --resume to have it written anew")
 
 # %% ../nbs/05_targets.ipynb #669546ac
-def weights_fingerprint(teacher: Teacher) -> str:
-    """16 hexadecimal digits of the SHA-256 over the first rows of the teacher's head and its last norm, so that teachers of one name are told apart."""
-    norm = [weight for weight in teacher.model.parameters() if weight.dim() == 1][-1]
-    parts = (dense_weight(teacher.head)[:64], norm)
-    return hashlib.sha256(b"".join(part.detach().float().cpu().numpy().tobytes() for part in parts)).hexdigest()[:16]
-
 def targets_fingerprint(
     config: Config,
     teacher: Teacher,          # in the number format in which it labels
@@ -180,7 +174,7 @@ def targets_fingerprint(
     slots = {"k": t.k} if t.kind == "top_k" else {"samples": t.samples, "seed": config.seed}
     reads = {"reads": list(config.student.reads)} if config.student.reads else {}
     ids = "all" if draft_ids is None else hashlib.sha256(draft_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
-    return {"teacher": teacher.name, "dtype": str(teacher.model.dtype).removeprefix("torch."), "weights": weights_fingerprint(teacher), "quantization": config.teacher.quantization,
+    return teacher.identity | {"quantization": config.teacher.quantization,
             "tokenizer": tokenizer_fingerprint(teacher.tokenizer), "draft_ids": ids,
             "data": corpus.statistics["train"]["sha256"], "blocks": len(corpus.train), "block_size": len(corpus.train[0]["input_ids"]), "shard_blocks": t.shard_blocks,
             "temperature": config.loss.temperature, "kind": t.kind} | slots | reads

@@ -11,6 +11,7 @@ __all__ = ['EMBEDDED_FILE', 'BEGINNINGS', 'WRITING', 'embedded_teacher', 'model_
 # %% ../nbs/04_teacher.ipynb #9b81692e
 import ast
 import copy
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from .config import ConfigError, DataSettings, TeacherSettings, short_hash, write_whole
 from .data import Document, read_source, usable_documents
+from .student import dense_weight
 
 # %% ../nbs/04_teacher.ipynb #12981d18
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -114,6 +116,14 @@ class Teacher:
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, time, rows) that follow each of `input_ids` (batch, time)."""
         return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells this teacher from others, of the same name too: number format, quantisation, and 16 hexadecimal digits of the SHA-256 over the first rows of its head and its last norm."""
+        norm = [weight for weight in self.model.parameters() if weight.dim() == 1][-1]
+        weights = hashlib.sha256(b"".join(part.detach().float().cpu().numpy().tobytes() for part in (dense_weight(self.head)[:64], norm))).hexdigest()[:16]
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        return {"teacher": self.name, "dtype": str(self.model.dtype).removeprefix("torch."), "weights": weights, "quantization": str(quantizer.quantization_config.quant_method) if quantizer else "none"}
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
@@ -206,14 +216,14 @@ def generate_ids(teacher, prompts, max_new_tokens=128, temperature=0.0, top_k=0,
     """As `generate`, but the new token ids: each list ends with an end of text, or is `max_new_tokens` long."""
     for i, prompt in enumerate(prompts):
         if not prompt: raise ConfigError(f"prompt {i} is empty; give at least one character")
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": 0.0} if temperature > 0 else {"do_sample": False}
     pad = teacher.tokenizer.eos_token_id if teacher.tokenizer.pad_token_id is None else teacher.tokenizer.pad_token_id
     rows = []
     with torch.random.fork_rng(), no_views(teacher.head):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = left_padded(teacher, prompts[start:start + batch_size], pad)
-            out = teacher.model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)
+            out = teacher.model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, repetition_penalty=1.0, **sampling)  # the law itself, whatever the model's own configuration adds
             rows += [until_end(row, teacher.ends) for row in out[:, batch["input_ids"].shape[1]:].tolist()]
     return rows
 
@@ -310,15 +320,16 @@ def teacher_documents(
     batch_size: int = 64,    # texts written at once
 ) -> Iterator[Document]:
     """Texts of the teacher, without end: the beginning is the prompt. Another process that asks for the same waits until this one has enough. Raises `ConfigError` where the beginnings can't be read."""
-    first = {"teacher": teacher.name, "seed": seed, "batch_size": batch_size} | {name: getattr(settings, name) for name in WRITING}
+    first = teacher.identity | {"seed": seed, "batch_size": batch_size} | {name: getattr(settings, name) for name in WRITING}
     file = folder/f"{short_hash(first)}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/f".{file.name}.lock"):
-        done = written_batches(file, first)
+        done, again = written_batches(file, first), Counter()
         for number, batch in enumerate(in_batches(beginnings(settings, teacher.tokenizer, seed), batch_size)):
             prompts, temperature = [text for text, _ in batch], 0. if greedy_batch(number, settings.greedy_share) else settings.temperature
-            texts = done.get(key := short_hash([prompts, temperature]))
-            if texts is None:
+            again[asked := short_hash([prompts, temperature])] += 1
+            key = asked if again[asked] == 1 else f"{asked}-{again[asked]}"  # where beginnings are few, the same batch comes again
+            if (texts := done.get(key)) is None:
                 texts = generate(teacher, prompts, settings.new_tokens, temperature, seed=seed + 1000 * number, batch_size=batch_size)
                 with file.open("a") as out: out.write(json.dumps([key, texts]) + "\n")
             for (prompt, document), text in zip(batch, texts): yield Document(text, prompt, f"{teacher.name} after {document.origin}", document.text, f"{document.language} by teacher")
