@@ -286,7 +286,7 @@ class TrainSettings(Settings):
     threads: int = within(0, default=0)
     """CPU threads for tensor work; 0: torch's own choice"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """number format of the training steps (weights stay float32); auto: the fastest in which the device computes, bfloat16 on many CPUs too"""
+    """number format of the training steps (weights stay float32); auto: the fastest in which a CPU or a CUDA GPU computes, float32 elsewhere"""
     gradient_checkpointing: bool = False
     """keep less of each layer for the backward pass and compute it again: less memory, more time"""
     auto_batch_size: bool = False

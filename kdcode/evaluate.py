@@ -23,7 +23,7 @@ from .reading import ReadingStudent
 from .speculative import Statistics, prompt_ids
 from .student import Student
 from .targets import TeacherLabels
-from .teacher import Teacher, generate_ids
+from .teacher import Teacher, generate_ids, identity
 from .train import draft_law
 
 # %% ../nbs/08_evaluate.ipynb #16b1a2b9
@@ -85,7 +85,10 @@ FUNCTIONS = ('''def moving_average(values, window):
             if waiting[target] == 0:
                 ready.append(target)
     return order
-''', '''def format_size(size):
+''')
+
+# %% ../nbs/08_evaluate.ipynb #e4eb76a8
+FUNCTIONS += ('''def format_size(size):
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     value = float(size)
     for unit in units:
@@ -228,7 +231,7 @@ def evaluation_texts(
     file: Path,                # keeps what is written
 ) -> dict[str, Texts]:         # "greedy" and "sampled" (at temperature 1), after prompts of HumanEval
     """Texts that students are compared on; read from the file where it has them."""
-    asked = teacher.identity | {"problems": settings.problems, "max_new_tokens": settings.max_new_tokens, "seed": seed}
+    asked = identity(teacher) | {"problems": settings.problems, "max_new_tokens": settings.max_new_tokens, "seed": seed}
     try: found = json.loads(file.read_text())
     except (OSError, ValueError): found = {}
     if found.get("asked") != asked:

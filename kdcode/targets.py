@@ -33,7 +33,7 @@ from .data import Corpus, most_used_ids, tokenizer_fingerprint
 from .loss import SparseLaw, log_probs
 from .reading import open_student
 from .student import Student, dense_weight
-from .teacher import Teacher
+from .teacher import Teacher, identity
 
 # %% ../nbs/05_targets.ipynb #3c6a26c8
 class TeacherLabels:
@@ -174,7 +174,7 @@ def targets_fingerprint(
     slots = {"k": t.k} if t.kind == "top_k" else {"samples": t.samples, "seed": config.seed}
     reads = {"reads": list(config.student.reads)} if config.student.reads else {}
     ids = "all" if draft_ids is None else hashlib.sha256(draft_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
-    return teacher.identity | {"quantization": config.teacher.quantization,
+    return identity(teacher) | {"quantization": config.teacher.quantization,
             "tokenizer": tokenizer_fingerprint(teacher.tokenizer), "draft_ids": ids,
             "data": corpus.statistics["train"]["sha256"], "blocks": len(corpus.train), "block_size": len(corpus.train[0]["input_ids"]), "shard_blocks": t.shard_blocks,
             "temperature": config.loss.temperature, "kind": t.kind} | slots | reads

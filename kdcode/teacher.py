@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'BEGINNINGS', 'WRITING', 'embedded_teacher', 'model_source', 'fastest_dtype', 'pick_device',
-           'end_ids', 'Teacher', 'check_head', 'quantization_options', 'load_teacher', 'name_ends', 'load_tokenizer',
-           'absent', 'generate', 'generate_ids', 'no_views', 'left_padded', 'until_end', 'cut_beginning',
-           'function_beginning', 'beginnings', 'written_batches', 'in_batches', 'teacher_documents', 'greedy_batch']
+           'end_ids', 'Teacher', 'identity', 'check_head', 'quantization_options', 'load_teacher', 'name_ends',
+           'load_tokenizer', 'absent', 'generate', 'generate_ids', 'no_views', 'left_padded', 'until_end',
+           'cut_beginning', 'function_beginning', 'beginnings', 'written_batches', 'in_batches', 'teacher_documents',
+           'greedy_batch']
 
 # %% ../nbs/04_teacher.ipynb #9b81692e
 import ast
@@ -79,6 +80,7 @@ def end_ids(model: PreTrainedModel) -> set[int]:
     ends = model.generation_config.eos_token_id
     return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
+# %% ../nbs/04_teacher.ipynb #1ff9a457
 @dataclass
 class Teacher:
     """A frozen language model with its tokenizer."""
@@ -117,14 +119,6 @@ class Teacher:
         """Logits (batch, time, rows) that follow each of `input_ids` (batch, time)."""
         return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What tells this teacher from others, of the same name too: number format, quantisation, and 16 hexadecimal digits of the SHA-256 over the first rows of its head and its last norm."""
-        norm = [weight for weight in self.model.parameters() if weight.dim() == 1][-1]
-        weights = hashlib.sha256(b"".join(part.detach().float().cpu().numpy().tobytes() for part in (dense_weight(self.head)[:64], norm))).hexdigest()[:16]
-        quantizer = getattr(self.model, "hf_quantizer", None)
-        return {"teacher": self.name, "dtype": str(self.model.dtype).removeprefix("torch."), "weights": weights, "quantization": str(quantizer.quantization_config.quant_method) if quantizer else "none"}
-
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
         """States (batch, time, which × hidden), one beside the other; −1: after the final norm, which `head` turns into logits; i: behind layer i; 0: the embedding."""
@@ -135,6 +129,14 @@ class Teacher:
         """This teacher in another number format; quantised weights stay as they are, and then it is the same teacher."""
         if dtype == self.model.dtype or getattr(self.model, "hf_quantizer", None): return self
         return Teacher(copy.deepcopy(self.model).to(dtype), self.tokenizer, self.name)
+
+# %% ../nbs/04_teacher.ipynb #aa8625c3
+def identity(teacher: Teacher) -> dict[str, str]:
+    """What tells a teacher from others, of the same name too: number format, quantisation, and 16 hexadecimal digits of the SHA-256 over the first rows of its head and its last norm."""
+    norm = [weight for weight in teacher.model.parameters() if weight.dim() == 1][-1]
+    weights = hashlib.sha256(b"".join(part.detach().float().cpu().numpy().tobytes() for part in (dense_weight(teacher.head)[:64], norm))).hexdigest()[:16]
+    quantizer = getattr(teacher.model, "hf_quantizer", None)
+    return {"teacher": teacher.name, "dtype": str(teacher.model.dtype).removeprefix("torch."), "weights": weights, "quantization": str(quantizer.quantization_config.quant_method) if quantizer else "none"}
 
 # %% ../nbs/04_teacher.ipynb #e7202759
 def check_head(
@@ -320,7 +322,7 @@ def teacher_documents(
     batch_size: int = 64,    # texts written at once
 ) -> Iterator[Document]:
     """Texts of the teacher, without end: the beginning is the prompt. Another process that asks for the same waits until this one has enough. Raises `ConfigError` where the beginnings can't be read."""
-    first = teacher.identity | {"seed": seed, "batch_size": batch_size} | {name: getattr(settings, name) for name in WRITING}
+    first = identity(teacher) | {"seed": seed, "batch_size": batch_size} | {name: getattr(settings, name) for name in WRITING}
     file = folder/f"{short_hash(first)}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/f".{file.name}.lock"):
