@@ -11,8 +11,8 @@ __all__ = ['ALONE', 'STUDENT', 'LOOP', 'OTHERS', 'GAMMAS', 'Method', 'BY_TASK', 
            'interval', 'task_row', 'plot_tasks', 'bench_tasks', 'loss_tensors', 'loss_step', 'plain_distillation_loss',
            'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
            'teacher_forms', 'llama_cpp_times', 'bench_steps', 'warm_seconds', 'plot_steps', 'bench_profile',
-           'report_training', 'drafting_figures', 'run_experiment', 'one_run', 'predicted_runs', 'columns_of',
-           'compare_runs', 'plot_runs', 'rounded', 'report_experiment', 'report_search']
+           'report_training', 'drafting_figures', 'measured_speedup', 'run_experiment', 'one_run', 'predicted_runs',
+           'columns_of', 'compare_runs', 'plot_runs', 'rounded', 'report_experiment', 'report_search']
 
 # %% ../nbs/09_bench.ipynb #0cfcf16b
 import functools
@@ -693,10 +693,22 @@ def drafting_figures(
     texts: dict[str, Texts],  # of `evaluation_texts`
     settings: DecodeSettings,
 ) -> dict[str, float]:
-    """What a student does as a draft: its acceptance rates on both kinds of text, tokens per call of greedy text, and milliseconds of its step and of the teacher's calls over one token and over γ + 1."""
+    """What a student does as a draft: its acceptance rates on both kinds of text, tokens per call of greedy text, milliseconds of its step and of the teacher's calls over one token and over γ + 1, and its speed."""
     counted, costs = replay(labelling, student, texts["greedy"], settings.gamma, settings.max_new_tokens), step_costs(teacher.model, student, settings.gamma, settings)
     return {"greedy_acceptance_rate": counted.acceptance_rate, "sampled_acceptance_rate": acceptance_on(labelling, student, texts["sampled"]), "tokens_per_call": counted.tokens_per_call,
-            "draft_ms": costs.draft, "call_ms": costs.calls[1], "verify_ms": costs.calls[settings.gamma + 1]}
+            "draft_ms": costs.draft, "call_ms": costs.calls[1], "verify_ms": costs.calls[settings.gamma + 1], "measured_speedup": measured_speedup(teacher, student, settings)}
+
+def measured_speedup(
+    teacher: Teacher,
+    student: Student,
+    settings: DecodeSettings,
+    problems: int = 4,  # HumanEval prompts
+) -> float:
+    """Speed of greedy text with γ drafts in each round against our loop without drafts, each prompt by both before the next."""
+    def methods(wanted): return {name: method for name, method in decode_methods(teacher, student, replace(wanted, adaptive=False), 0, "loop").items() if name != ALONE}
+    decode_in_turns(methods(replace(settings, max_new_tokens=16)), task_prompts("completion", 1), teacher.device)  # warms up
+    decoded = decode_in_turns(methods(settings), task_prompts("completion", problems), teacher.device)
+    return decoded[STUDENT].speed / decoded[LOOP].speed
 
 def run_experiment(
     experiment: Experiment,
@@ -721,7 +733,7 @@ def one_run(experiment: Experiment, config: Config, prepare: Callable, folder: P
     asked = {"decode": asdict(config.decode), "machine": machine()}
     try: left = json.loads((run/"figures.json").read_text())
     except (OSError, ValueError): left = {}
-    if left.get("asked") == asked: return left["figures"]
+    if left.get("asked") == asked and set(left["figures"]) >= set(DRAFTING) - {"c", "predicted_speedup"}: return left["figures"]
     corpus, teacher, labelling = prepare(replace(config, seed=experiment.config.seed))
     student = distill(shared_targets(config, folder), labelling, corpus, run, resume=True, progress=False)
     shutil.rmtree(run/"checkpoints", ignore_errors=True)
@@ -739,7 +751,7 @@ def predicted_runs(
     return runs.assign(c=runs["draft_ms"] / call, v=verify / call, predicted_speedup=runs["tokens_per_call"] * call / (gamma * runs["draft_ms"] + verify))
 
 # %% ../nbs/09_bench.ipynb #530da8f0
-DRAFTING = {"acceptance_rate": "α, held-out text", "greedy_acceptance_rate": "α, greedy", "sampled_acceptance_rate": "α of first drafts, sampled", "tokens_per_call": "tokens per call", "c": "c", "predicted_speedup": "predicted speedup", "seconds": "training, s"}
+DRAFTING = {"acceptance_rate": "α, held-out text", "greedy_acceptance_rate": "α, greedy", "sampled_acceptance_rate": "α of first drafts, sampled", "tokens_per_call": "tokens per call", "c": "c", "predicted_speedup": "predicted speedup", "measured_speedup": "measured speedup", "seconds": "training, s"}
 PLOTTED = ("acceptance_rate", "greedy_acceptance_rate", "c", "predicted_speedup")
 
 def columns_of(runs: pd.DataFrame) -> dict[str, str]:
@@ -780,7 +792,7 @@ def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, 
     def spread(mean, deviation): return rounded(mean) + (f" ± {rounded(deviation)}" if several else "")
     rows = [{"variant": variant} | {label: spread(row[name], row[f"{name}_deviation"]) for name, label in columns_of(runs).items()} for variant, row in table.iterrows()]
     figures = {f"{name}, {variant}": row[name] for variant, row in table.iterrows() for name in table.columns}
-    notes = [experiment.question, f"{f'Mean and standard deviation over {len(experiment.seeds)} seeds' if several else 'One seed'}, of the best checkpoint of each training: on held-out text of its own corpus at temperature 1, and on the teacher's own text after {decode.problems} HumanEval prompts, greedy (α over all judged places of γ = {decode.gamma} drafts) and at temperature 1 (α of first drafts). Costs and predicted speedup as on the page about benchmarks; α of the student in float32."]
+    notes = [experiment.question, f"{f'Mean and standard deviation over {len(experiment.seeds)} seeds' if several else 'One seed'}, of the best checkpoint of each training: on held-out text of its own corpus at temperature 1, and on the teacher's own text after {decode.problems} HumanEval prompts, greedy (α over all judged places of γ = {decode.gamma} drafts) and at temperature 1 (α of first drafts). Speedups are those of greedy text with γ drafts in each round against our loop without drafts, predicted from the texts of all these prompts, measured on the first four. α is that of the student in float32."]
     report = Report(command, experiment.config, figures, rows, notes, ("runs.png",))
     report.save(folder)
     return report
