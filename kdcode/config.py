@@ -190,6 +190,8 @@ class StudentSettings(Settings):
     """a list: these layers of the teacher are copied (-1 is its last; llama dialect only); a number: that many new layers"""
     width: int = within(0, default=0)
     """of its hidden states, for new layers (student.layers a number); 0: the teacher's"""
+    feed_forward: int = within(0, default=0)
+    """neurons of its feed-forward networks; of copied layers, those with the largest weights; 0: all of the teacher's, fewer for a smaller width"""
     draft_vocabulary: int = within(0, default=16_384)
     """how many of the corpus's most used token ids the student can predict; 0: all"""
     start: str | None = None
@@ -291,7 +293,7 @@ class TrainSettings(Settings):
     """keep less of each layer for the backward pass and compute it again: less memory, more time"""
     auto_batch_size: bool = False
     """make the batch a tenth smaller and start again, until it fits into memory"""
-    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    save_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     """number format in which the finished student is saved; it is always opened in float32"""
     upload: str | None = None
     """folder elsewhere that gets a copy of each checkpoint and of the student, such as s3://bucket/folder; a run that goes on elsewhere takes them from there"""

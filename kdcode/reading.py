@@ -135,11 +135,12 @@ def reading_from_teacher(
     tokenizer_fingerprint: str = "",
     seed: int = 0,
     width: int = 0,                # of new layers; 0: the teacher's
+    feed_forward: int = 0,         # neurons of the feed-forward networks; 0: the teacher's, in proportion to the width
 ) -> ReadingStudent:               # float32, on the CPU, attached to the teacher
     """A reading student that begins with layers, final norm and head of its teacher. Raises `ValueError` for states or layers that the teacher lacks, or an impossible width."""
     depth = teacher.config.get_text_config().num_hidden_layers
     if wrong := [i for i in reads if not -depth - 1 <= i <= depth]: raise ValueError(f"there is no hidden state {wrong[0]} in a teacher of {depth} layers; allowed are {-depth - 1} to {depth} (0 is the embedding, -1 the last)")
-    plain = Student.from_teacher(teacher, layers, dialect, draft_ids, teacher_name, tokenizer_fingerprint, seed, width)
+    plain = Student.from_teacher(teacher, layers, dialect, draft_ids, teacher_name, tokenizer_fingerprint, seed, width, feed_forward)
     shape = {name: value for name, value in plain.config.to_diff_dict().items() if name not in ("model_type", "transformers_version", "architectures", "dtype")}
     into = inward(teacher, plain.config.hidden_size)
     student = ReadingStudent(ReadingConfig(**shape | {"reads": list(reads), "teacher_width": into.shape[1], "tie_word_embeddings": False}))

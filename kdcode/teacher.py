@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'BEGINNINGS', 'WRITING', 'embedded_teacher', 'model_source', 'fastest_dtype', 'pick_device',
            'end_ids', 'Teacher', 'identity', 'check_head', 'quantization_options', 'load_teacher', 'name_ends',
-           'load_tokenizer', 'absent', 'generate', 'generate_ids', 'no_views', 'left_padded', 'until_end',
-           'cut_beginning', 'function_beginning', 'beginnings', 'written_batches', 'in_batches', 'teacher_documents',
-           'greedy_batch']
+           'load_tokenizer', 'absent', 'generate', 'generate_ids', 'Drawn', 'sampling_steps', 'no_views', 'left_padded',
+           'until_end', 'cut_beginning', 'function_beginning', 'beginnings', 'written_batches', 'in_batches',
+           'teacher_documents', 'greedy_batch']
 
 # %% ../nbs/04_teacher.ipynb #9b81692e
 import ast
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .config import ConfigError, DataSettings, TeacherSettings, short_hash, write_whole
 from .data import Document, read_source, usable_documents
@@ -218,16 +218,30 @@ def generate_ids(teacher, prompts, max_new_tokens=128, temperature=0.0, top_k=0,
     """As `generate`, but the new token ids: each list ends with an end of text, or is `max_new_tokens` long."""
     for i, prompt in enumerate(prompts):
         if not prompt: raise ConfigError(f"prompt {i} is empty; give at least one character")
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": 0.0} if temperature > 0 else {"do_sample": False}
+    choose = LogitsProcessorList(sampling_steps(temperature, top_k, top_p) if temperature > 0 else [])
     pad = teacher.tokenizer.eos_token_id if teacher.tokenizer.pad_token_id is None else teacher.tokenizer.pad_token_id
     rows = []
     with torch.random.fork_rng(), no_views(teacher.head):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = left_padded(teacher, prompts[start:start + batch_size], pad)
-            out = teacher.model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, repetition_penalty=1.0, **sampling)  # the law itself, whatever the model's own configuration adds
+            out = teacher.model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, repetition_penalty=1.0, do_sample=False, logits_processor=choose)  # the law itself, whatever the model's own configuration adds
             rows += [until_end(row, teacher.ends) for row in out[:, batch["input_ids"].shape[1]:].tolist()]
     return rows
+
+# %% ../nbs/04_teacher.ipynb #d83f83ad
+class Drawn(LogitsProcessor):
+    """Leaves one token of each row, drawn from the row's law."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        sums = scores.float().softmax(-1).cumsum(-1)
+        place = (1 - torch.rand(len(scores), 1, device=scores.device)) * sums[:, -1:]  # above 0, so that no token without probability is met
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.searchsorted(sums, place), 0.0)
+
+def sampling_steps(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:
+    """What sampling does with logits: first the settings, in `transformers`' order, then the draw."""
+    settings = [TemperatureLogitsWarper(temperature)] + ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
+    return [*settings, Drawn()]
 
 # %% ../nbs/04_teacher.ipynb #78e345a2
 @contextmanager

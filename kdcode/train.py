@@ -51,7 +51,7 @@ from .config import Config, ConfigError, Space, check_space, provenance, save_co
 from .data import Corpus, collate, tokenizer_fingerprint
 from .loss import Chunk, LossSums, acceptance_probability, chunked_distillation_loss, forward_kl, log_probs, real_rows
 from .reading import ReadingStudent, open_student
-from .student import Student
+from .student import Student, stored
 from .targets import TargetCache, TeacherLabels, draft_vocabulary, make_targets, shared_targets, starting_student
 from .teacher import Teacher, check_head, fastest_dtype
 
@@ -66,7 +66,7 @@ def make_student(
     if s.start: return starting_student(config, teacher)
     draft_ids = draft_vocabulary(config, teacher, corpus)
     begin = partial(ReadingStudent.from_teacher, reads=s.reads) if s.reads else Student.from_teacher
-    try: student = begin(teacher.model, layers=s.layers, dialect=s.dialect, width=s.width, draft_ids=draft_ids, teacher_name=teacher.name, tokenizer_fingerprint=tokenizer_fingerprint(teacher.tokenizer), seed=config.seed)
+    try: student = begin(teacher.model, layers=s.layers, dialect=s.dialect, width=s.width, feed_forward=s.feed_forward, draft_ids=draft_ids, teacher_name=teacher.name, tokenizer_fingerprint=tokenizer_fingerprint(teacher.tokenizer), seed=config.seed)
     except ValueError as error: raise ConfigError(f"student: {error}") from None
     return student.to(teacher.device)
 
@@ -522,9 +522,7 @@ def finish_run(trainer: Distiller, folder: Path) -> Student:
         figure = plot_history(trainer.state.log_history)
         figure.savefig(folder/"loss.png", dpi=150)
         plt.close(figure)
-        dtype = getattr(torch, trainer.config.train.save_dtype)
-        weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
-        student.save_pretrained(folder/"student.unfinished", state_dict=weights)
+        student.save_pretrained(folder/"student.unfinished", state_dict=stored(weights, trainer.config.train.save_dtype))
         (folder/"student.unfinished").replace(folder/"student")
         if uploader := listener(trainer, Uploader): uploader.finish(folder/"student")
     PartialState().wait_for_everyone()
