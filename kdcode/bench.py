@@ -710,6 +710,7 @@ def measured_speedup(
     decoded = decode_in_turns(methods(settings), task_prompts("completion", problems), teacher.device)
     return decoded[STUDENT].speed / decoded[LOOP].speed
 
+# %% ../nbs/09_bench.ipynb #a813c524
 def run_experiment(
     experiment: Experiment,
     prepare: Callable[[Config], tuple[Corpus, Teacher, Teacher]],  # gives the corpus of a configuration, and the teacher as it decodes and as it labels
@@ -733,7 +734,7 @@ def one_run(experiment: Experiment, config: Config, prepare: Callable, folder: P
     asked = {"decode": asdict(config.decode), "machine": machine()}
     try: left = json.loads((run/"figures.json").read_text())
     except (OSError, ValueError): left = {}
-    if left.get("asked") == asked and set(left["figures"]) >= set(DRAFTING) - {"c", "predicted_speedup"}: return left["figures"]
+    if left.get("asked") == asked: return left["figures"]
     corpus, teacher, labelling = prepare(replace(config, seed=experiment.config.seed))
     student = distill(shared_targets(config, folder), labelling, corpus, run, resume=True, progress=False)
     shutil.rmtree(run/"checkpoints", ignore_errors=True)

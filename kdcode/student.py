@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCALE', 'LLAMA_LIKE', 'StudentConfig', 'attend', 'angles', 'sinusoidal_table', 'rotary_table', 'rotate', 'KVCache',
            'Attention', 'SwiGLU', 'GELUNetwork', 'make_norm', 'StudentLayer', 'visible', 'StudentBody', 'spread',
-           'rows_of', 'Student', 'stored', 'unpacked', 'dense_weight', 'student_config', 'narrowed', 'copy_module',
-           'copy_layer', 'teacher_layers', 'check_draft_ids', 'from_teacher', 'main_directions', 'inward', 'copy_ends',
-           'to_llama']
+           'rows_of', 'stored', 'unpacked', 'EightBits', 'Student', 'dense_weight', 'student_config', 'narrowed',
+           'copy_module', 'copy_layer', 'teacher_layers', 'check_draft_ids', 'from_teacher', 'main_directions',
+           'inward', 'copy_ends', 'to_llama']
 
 # %% ../nbs/02_student.ipynb #04352128
 import math
@@ -276,8 +276,40 @@ def rows_of(
     rows = torch.searchsorted(draft_ids, labels).clamp(max=len(draft_ids) - 1)
     return torch.where(draft_ids[rows] == labels, rows, -100)
 
+# %% ../nbs/02_student.ipynb #dc457d41
+SCALE = "_scale"  # ends the name of a matrix's scales
+
+def stored(
+    weights: dict[str, Tensor],
+    dtype: str,  # float32, bfloat16, float16; or int8: matrices (rows, columns) in 8 bits with a scale (rows, 1) each, the rest in float16
+) -> dict[str, Tensor]:
+    """Weights as a file should hold them."""
+    floats = {name: weight.to(getattr(torch, "float16" if dtype == "int8" else dtype)) for name, weight in weights.items() if weight.is_floating_point()}
+    if dtype != "int8": return weights | floats
+    matrices = {name: weights[name].float() for name in floats if weights[name].dim() == 2}
+    scales = {name: matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127 for name, matrix in matrices.items()}
+    return weights | floats | {name: (matrix / scales[name]).round().to(torch.int8) for name, matrix in matrices.items()} | {name + SCALE: scale for name, scale in scales.items()}
+
+def unpacked(file: str) -> dict[str, Tensor] | None:
+    """The weights in a file of safetensors with matrices in 8 bits, multiplied out; None for another file."""
+    with safe_open(file, "pt") as found:
+        if not any(name.endswith(SCALE) for name in found.keys()): return None
+        weights = {name: found.get_tensor(name) for name in found.keys()}
+    return {name: weight * weights.get(name + SCALE, 1) for name, weight in weights.items() if not name.endswith(SCALE)}
+
+class EightBits:
+    """What a model needs to be opened with weights that were `stored` in 8 bits."""
+
+    @classmethod
+    def from_pretrained(cls, place, *inputs, config: PreTrainedConfig | None = None, **options) -> PreTrainedModel:
+        """As for any model; weights that were `stored` in 8 bits are multiplied out."""
+        where = {name: value for name, value in options.items() if name in ("revision", "token", "cache_dir", "local_files_only")}
+        file = None if place is None else cached_file(place, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
+        if file is None or (weights := unpacked(file)) is None: return super().from_pretrained(place, *inputs, config=config, **options)
+        return super().from_pretrained(None, *inputs, config=config or cls.config_class.from_pretrained(place, **where), state_dict=weights, **options)
+
 # %% ../nbs/02_student.ipynb #27ee71df
-class Student(PreTrainedModel, GenerationMixin):
+class Student(EightBits, PreTrainedModel, GenerationMixin):
     """A small causal language model."""
     config: StudentConfig
     config_class = StudentConfig
@@ -294,14 +326,6 @@ class Student(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size or config.vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, place, *inputs, config: StudentConfig | None = None, **options) -> "Student":
-        """As for any model; weights that were `stored` in 8 bits are multiplied out."""
-        where = {name: value for name, value in options.items() if name in ("revision", "token", "cache_dir", "local_files_only")}
-        file = None if place is None else cached_file(place, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
-        if file is None or (weights := unpacked(file)) is None: return super().from_pretrained(place, *inputs, config=config, **options)
-        return super().from_pretrained(None, *inputs, config=config or cls.config_class.from_pretrained(place, **where), state_dict=weights, **options)
 
     def hidden_states(
         self,
@@ -344,27 +368,6 @@ class Student(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module: return self.model.embed_tokens
     def set_input_embeddings(self, value: nn.Module) -> None: self.model.embed_tokens = value
     def get_output_embeddings(self) -> nn.Module: return self.lm_head
-
-# %% ../nbs/02_student.ipynb #4adc393c
-SCALE = "_scale"  # ends the name of a matrix's scales
-
-def stored(
-    weights: dict[str, Tensor],
-    dtype: str,  # float32, bfloat16, float16; or int8: matrices (rows, columns) in 8 bits with a scale (rows, 1) each, the rest in float16
-) -> dict[str, Tensor]:
-    """Weights as a file should hold them."""
-    floats = {name: weight.to(getattr(torch, "float16" if dtype == "int8" else dtype)) for name, weight in weights.items() if weight.is_floating_point()}
-    if dtype != "int8": return weights | floats
-    matrices = {name: weights[name].float() for name in floats if weights[name].dim() == 2}
-    scales = {name: matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127 for name, matrix in matrices.items()}
-    return weights | floats | {name: (matrix / scales[name]).round().to(torch.int8) for name, matrix in matrices.items()} | {name + SCALE: scale for name, scale in scales.items()}
-
-def unpacked(file: str) -> dict[str, Tensor] | None:
-    """The weights in a file of safetensors with matrices in 8 bits, multiplied out; None for another file."""
-    with safe_open(file, "pt") as found:
-        if not any(name.endswith(SCALE) for name in found.keys()): return None
-        weights = {name: found.get_tensor(name) for name in found.keys()}
-    return {name: weight * weights.get(name + SCALE, 1) for name, weight in weights.items() if not name.endswith(SCALE)}
 
 # %% ../nbs/02_student.ipynb #6cb29aea
 AutoConfig.register(StudentConfig.model_type, StudentConfig, exist_ok=True)
