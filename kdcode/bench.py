@@ -11,8 +11,9 @@ __all__ = ['ALONE', 'STUDENT', 'LOOP', 'OTHERS', 'GAMMAS', 'Method', 'BY_TASK', 
            'interval', 'task_row', 'plot_tasks', 'bench_tasks', 'loss_tensors', 'loss_step', 'plain_distillation_loss',
            'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
            'teacher_forms', 'llama_cpp_times', 'bench_steps', 'warm_seconds', 'plot_steps', 'bench_profile',
-           'report_training', 'drafting_figures', 'measured_speedup', 'run_experiment', 'one_run', 'predicted_runs',
-           'columns_of', 'compare_runs', 'plot_runs', 'rounded', 'report_experiment', 'report_search']
+           'report_training', 'acceptance_figures', 'speed_figures', 'measured_speedup', 'run_experiment', 'one_run',
+           'kept_figures', 'predicted_runs', 'columns_of', 'compare_runs', 'plot_runs', 'rounded', 'trained_on',
+           'report_experiment', 'report_search']
 
 # %% ../nbs/09_bench.ipynb #0cfcf16b
 import functools
@@ -43,8 +44,8 @@ from .config import Config, ConfigError, DecodeSettings, Experiment, LossSetting
 from .data import Corpus
 from .evaluate import TASKS, Texts, acceptance_on, evaluation_texts, replay, task_prompts
 from .loss import chunked_distillation_loss
-from .reading import ReadingStudent
-from .speculative import SpeculativeResult, Statistics, complete, drafting_form, end_ids, make_texts, predicted_speedup, prompt_ids, word_ids
+from .reading import ReadingStudent, open_student
+from .speculative import SpeculativeResult, Statistics, complete, drafting_form, end_ids, in_8_bits, make_texts, predicted_speedup, prompt_ids, word_ids
 from .steps import CachedModel, call_times, int8, machine_limits, profile_call, roof, timed, warm_up
 from .student import Student
 from .targets import shared_targets
@@ -663,7 +664,7 @@ def bench_profile(
     spent = {"draft step": profile_call(model(drafting_form(student, config.decode)), 1, context), "teacher, 1 token": profile_call(model(teacher.model), 1, context),
              f"teacher, {gamma + 1} tokens": profile_call(model(teacher.model), gamma + 1, context)}
     rows = [{"kind of work": kind} | {f"{name}, ms": parts[kind] for name, parts in spent.items()} for kind in spent["draft step"]]
-    notes = [f"After {context} tokens of context; the student in {'8 bits' if config.decode.student_weights == 'int8' else 'its own format'}, the teacher in {str(teacher.model.dtype).removeprefix('torch.')}. Framework: at least what the operations don't explain, Python above all."]
+    notes = [f"After {context} tokens of context; the student in {'8 bits' if in_8_bits(student, config.decode) else 'its own format'}, the teacher in {str(teacher.model.dtype).removeprefix('torch.')}. Framework: at least what the operations don't explain, Python above all."]
     report = Report(command, config, {f"{kind}, {name}": value for name, parts in spent.items() for kind, value in parts.items()}, rows, notes)
     report.save(folder)
     return report
@@ -686,17 +687,24 @@ def report_training(
     return report
 
 # %% ../nbs/09_bench.ipynb #2a1f80a4
-def drafting_figures(
-    teacher: Teacher,    # in the number format in which it decodes
-    labelling: Teacher,  # in the one in which it wrote the texts
+def acceptance_figures(
+    labelling: Teacher,  # in the number format in which it wrote the texts
     student: Student,
     texts: dict[str, Texts],  # of `evaluation_texts`
     settings: DecodeSettings,
 ) -> dict[str, float]:
-    """What a student does as a draft: its acceptance rates on both kinds of text, tokens per call of greedy text, milliseconds of its step and of the teacher's calls over one token and over γ + 1, and its speed."""
-    counted, costs = replay(labelling, student, texts["greedy"], settings.gamma, settings.max_new_tokens), step_costs(teacher.model, student, settings.gamma, settings)
-    return {"greedy_acceptance_rate": counted.acceptance_rate, "sampled_acceptance_rate": acceptance_on(labelling, student, texts["sampled"]), "tokens_per_call": counted.tokens_per_call,
-            "draft_ms": costs.draft, "call_ms": costs.calls[1], "verify_ms": costs.calls[settings.gamma + 1], "measured_speedup": measured_speedup(teacher, student, settings)}
+    """What becomes of a student's drafts: its acceptance rates on both kinds of text, and tokens per call of greedy text."""
+    counted = replay(labelling, student, texts["greedy"], settings.gamma, settings.max_new_tokens)
+    return {"greedy_acceptance_rate": counted.acceptance_rate, "sampled_acceptance_rate": acceptance_on(labelling, student, texts["sampled"]), "tokens_per_call": counted.tokens_per_call}
+
+def speed_figures(
+    teacher: Teacher,    # in the number format in which it decodes
+    student: Student,
+    settings: DecodeSettings,
+) -> dict[str, float]:
+    """What a student's drafts cost: milliseconds of its step, and of the teacher's calls over one token and over γ + 1; and its measured speed."""
+    costs = step_costs(teacher.model, student, settings.gamma, settings)
+    return {"draft_ms": costs.draft, "call_ms": costs.calls[1], "verify_ms": costs.calls[settings.gamma + 1], "measured_speedup": measured_speedup(teacher, student, settings)}
 
 def measured_speedup(
     teacher: Teacher,
@@ -730,26 +738,41 @@ def run_experiment(
     return report_experiment(experiment, predicted_runs(pd.DataFrame(rows), experiment.config.decode.gamma), folder, command)
 
 def one_run(experiment: Experiment, config: Config, prepare: Callable, folder: Path, run: Path) -> dict[str, float]:
-    """The figures of one training of an experiment; of a finished one, those that it left, if they answer what is asked now."""
-    asked = {"decode": asdict(config.decode), "machine": machine()}
-    try: left = json.loads((run/"figures.json").read_text())
+    """The figures of one training of an experiment; those of its speed where it has the first seed."""
+    @functools.cache
+    def trained():
+        corpus, teacher, labelling = prepare(replace(config, seed=experiment.config.seed))
+        if (run/"student").exists(): return teacher, labelling, open_student(run/"student", labelling.model).to(labelling.device)
+        student = distill(shared_targets(config, folder), labelling, corpus, run, resume=True, progress=False)
+        shutil.rmtree(run/"checkpoints", ignore_errors=True)
+        return teacher, labelling, student
+    def acceptance():
+        _, labelling, student = trained()
+        texts = evaluation_texts(labelling, config.decode, experiment.config.seed, folder/"evaluation-texts.json")
+        return best_validation(run) | acceptance_figures(labelling, student, texts, config.decode)
+    def speed():
+        teacher, _, student = trained()
+        return speed_figures(teacher, student, config.decode)
+    figures, asked = {}, {"decode": asdict(config.decode)}
+    figures |= kept_figures(run/"acceptance.json", asked, acceptance)
+    return figures | (kept_figures(run/"speed.json", asked | {"machine": machine()}, speed) if config.seed == experiment.seeds[0] else {})
+
+def kept_figures(file: Path, asked: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The figures that a file has, if they answer what is asked now; otherwise they are measured, and kept there."""
+    try: left = json.loads(file.read_text())
     except (OSError, ValueError): left = {}
     if left.get("asked") == asked: return left["figures"]
-    corpus, teacher, labelling = prepare(replace(config, seed=experiment.config.seed))
-    student = distill(shared_targets(config, folder), labelling, corpus, run, resume=True, progress=False)
-    shutil.rmtree(run/"checkpoints", ignore_errors=True)
-    texts = evaluation_texts(labelling, config.decode, experiment.config.seed, folder/"evaluation-texts.json")
-    figures = best_validation(run) | drafting_figures(teacher, labelling, student, texts, config.decode)
-    write_whole(run/"figures.json", json.dumps({"asked": asked, "figures": figures}))
+    figures = measure()
+    write_whole(file, json.dumps({"asked": asked, "figures": figures}))
     return figures
 
 def predicted_runs(
     runs: pd.DataFrame,
     gamma: int,
 ) -> pd.DataFrame:
-    """With `c`, `v` and the speedup that theory predicts for greedy text against our loop without drafts, (tokens per call) / (γc + v); the teacher's times are the medians over all runs, so that their noise ranks nobody. Source: Leviathan et al. 2023, theorem 3.8."""
-    call, verify = runs["call_ms"].median(), runs["verify_ms"].median()
-    return runs.assign(c=runs["draft_ms"] / call, v=verify / call, predicted_speedup=runs["tokens_per_call"] * call / (gamma * runs["draft_ms"] + verify))
+    """With `c`, `v` and the speedup that theory predicts for greedy text against our loop without drafts, (tokens per call) / (γc + v); a variant's draft step is its first seed's, and the teacher's times are the medians over all runs, so that their noise ranks nobody. Source: Leviathan et al. 2023, theorem 3.8."""
+    draft, call, verify = runs.groupby("variant")["draft_ms"].transform("first"), runs["call_ms"].median(), runs["verify_ms"].median()
+    return runs.assign(c=draft / call, v=verify / call, predicted_speedup=runs["tokens_per_call"] * call / (gamma * draft + verify))
 
 # %% ../nbs/09_bench.ipynb #530da8f0
 DRAFTING = {"acceptance_rate": "α, held-out text", "greedy_acceptance_rate": "α, greedy", "sampled_acceptance_rate": "α of first drafts, sampled", "tokens_per_call": "tokens per call", "c": "c", "predicted_speedup": "predicted speedup", "measured_speedup": "measured speedup", "seconds": "training, s"}
@@ -783,17 +806,23 @@ def rounded(value: float) -> str:
     """With as many digits as say something."""
     return f"{value:.{3 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
+def trained_on(folder: Path) -> str:
+    """The machines on which the trainings of an experiment ran."""
+    machines = [json.loads(file.read_text())["machine"] for file in folder.glob("*/seed-*/run.json")]
+    return ", ".join(sorted({one["gpu"] or f"{one['processor']}, {one['threads']} threads" for one in machines})) or "no machine that left its name"
+
 def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, command: str) -> Report:
     """Writes table and plot."""
     write_whole(folder/"runs.csv", runs.to_csv(index=False))
     table, decode, several = compare_runs(runs), experiment.config.decode, len(experiment.seeds) > 1
+    whose = " with the first seed's student" if several else ""
     figure = plot_runs(runs)
     figure.savefig(folder/"runs.png", dpi=150)
     plt.close(figure)
-    def spread(mean, deviation): return rounded(mean) + (f" ± {rounded(deviation)}" if several else "")
+    def spread(mean, deviation): return rounded(mean) + ("" if math.isnan(deviation) else f" ± {rounded(deviation)}")
     rows = [{"variant": variant} | {label: spread(row[name], row[f"{name}_deviation"]) for name, label in columns_of(runs).items()} for variant, row in table.iterrows()]
     figures = {f"{name}, {variant}": row[name] for variant, row in table.iterrows() for name in table.columns}
-    notes = [experiment.question, f"{f'Mean and standard deviation over {len(experiment.seeds)} seeds' if several else 'One seed'}, of the best checkpoint of each training: on held-out text of its own corpus at temperature 1, and on the teacher's own text after {decode.problems} HumanEval prompts, greedy (α over all judged places of γ = {decode.gamma} drafts) and at temperature 1 (α of first drafts). Speedups are those of greedy text with γ drafts in each round against our loop without drafts, predicted from the texts of all these prompts, measured on the first four. α is that of the student in float32."]
+    notes = [experiment.question, f"{f'Mean and standard deviation over {len(experiment.seeds)} seeds' if several else 'One seed'}, of the best checkpoint of each training: on held-out text of its own corpus at temperature 1, and on the teacher's own text after {decode.problems} HumanEval prompts, greedy (α over all judged places of γ = {decode.gamma} drafts) and at temperature 1 (α of first drafts). Speedups are those of greedy text with γ drafts in each round against our loop without drafts, predicted from the texts of all these prompts, measured on the first four{whose}. α is that of the student in float32. The trainings ran on {trained_on(folder)}."]
     report = Report(command, experiment.config, figures, rows, notes, ("runs.png",))
     report.save(folder)
     return report

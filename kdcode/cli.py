@@ -205,7 +205,7 @@ def shipped_student(teacher, config: Config) -> dict:
     """For `bench_decode`: the student that comes with this checkout for the teacher, with the settings that suit it; none where there is none."""
     from kdcode.speculative import load_draft, shipped_drafts
     if teacher.name not in shipped_drafts(): return {}
-    settings = replace(config.decode, gamma=4, adaptive=None, student_weights="int8" if teacher.device.type == "cpu" else "plain")
+    settings = replace(config.decode, gamma=4, adaptive=None, student_weights="auto")
     return {"teacher with the shipped student": (load_draft(teacher.name, teacher), settings)}
 
 def shown(path: Path) -> str:

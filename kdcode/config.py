@@ -151,6 +151,8 @@ class DataSettings(Settings):
     """at which the teacher writes; 0: greedy, for source teacher"""
     greedy_share: float = within(0, 1, default=0.0)
     """share of the texts that the teacher writes greedily whatever the temperature, for source teacher"""
+    texts_at_once: int = within(1, default=64)
+    """texts that the teacher writes side by side, for source teacher; a GPU is faster with several hundred"""
     path: str | None = None
     """folder to read, for source folder"""
     suffixes: list[str] = listing(".py")
@@ -328,8 +330,8 @@ class DecodeSettings(Settings):
     """who drafts: the student; lookup, which copies what followed the same tokens earlier in the text; hybrid, which looks up a long match and else asks the student"""
     draft: Literal["sampled", "greedy"] = "sampled"
     """how the student drafts where the text is sampled: from its law, or its best token; the text's law is the same"""
-    student_weights: Literal["plain", "int8"] = "plain"
-    """int8: the student drafts with weights of 8 bits (CPU only); what it drafts is judged as ever"""
+    student_weights: Literal["plain", "int8", "auto"] = "plain"
+    """int8: the student drafts with weights of 8 bits (CPU only), auto: on the CPU it does; what it drafts is judged as ever"""
     compile: bool = False
     """compile the layers of both models: the first texts wait for it"""
     problems: int = within(1, 164, default=10)

@@ -7,10 +7,10 @@ __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', '
            'add_counts', 'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'ReadingDrafter',
            'Index', 'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Round', 'same_width', 'judge',
            'SpeculativeDecoder', 'checked', 'check_prompts', 'text_pieces', 'SpeculativeResult', 'history_processors',
-           'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form', 'is_adaptive',
-           'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate',
-           'check_inputs', 'check_generation', 'check_student', 'shipped_drafts', 'load_draft', 'prompt_ids',
-           'complete', 'stream', 'open_texts']
+           'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form', 'in_8_bits',
+           'is_adaptive', 'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch',
+           'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'shipped_drafts', 'load_draft',
+           'prompt_ids', 'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
@@ -753,7 +753,11 @@ def make_drafter(
 
 def drafting_form(student: PreTrainedModel, settings: DecodeSettings) -> PreTrainedModel:
     """The student as it drafts: as it is, or with weights of 8 bits."""
-    return int8(student) if settings.student_weights == "int8" else student
+    return int8(student) if in_8_bits(student, settings) else student
+
+def in_8_bits(student: PreTrainedModel, settings: DecodeSettings) -> bool:
+    """Whether the student drafts with weights of 8 bits."""
+    return settings.student_weights == "int8" or settings.student_weights == "auto" and student.device.type == "cpu"
 
 def is_adaptive(settings: DecodeSettings) -> bool:
     """Whether γ adapts."""

@@ -283,7 +283,9 @@ def stored(
     weights: dict[str, Tensor],
     dtype: str,  # float32, bfloat16, float16; or int8: matrices (rows, columns) in 8 bits with a scale (rows, 1) each, the rest in float16
 ) -> dict[str, Tensor]:
-    """Weights as a file should hold them."""
+    """Weights as a file should hold them; of two that are one in memory, such as a tied embedding and head, the first."""
+    places = {}
+    weights = {name: weight for name, weight in weights.items() if places.setdefault((weight.data_ptr(), weight.shape), name) == name}
     floats = {name: weight.to(getattr(torch, "float16" if dtype == "int8" else dtype)) for name, weight in weights.items() if weight.is_floating_point()}
     if dtype != "int8": return weights | floats
     matrices = {name: weights[name].float() for name in floats if weights[name].dim() == 2}

@@ -333,20 +333,19 @@ def teacher_documents(
     settings: DataSettings,
     seed: int,
     folder: Path,            # keeps what is written, in a file for each way of writing; made if it is missing
-    batch_size: int = 64,    # texts written at once
 ) -> Iterator[Document]:
     """Texts of the teacher, without end: the beginning is the prompt. Another process that asks for the same waits until this one has enough. Raises `ConfigError` where the beginnings can't be read."""
-    first = identity(teacher) | {"seed": seed, "batch_size": batch_size} | {name: getattr(settings, name) for name in WRITING}
+    first = identity(teacher) | {"seed": seed, "batch_size": settings.texts_at_once} | {name: getattr(settings, name) for name in WRITING}
     file = folder/f"{short_hash(first)}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/f".{file.name}.lock"):
         done, again = written_batches(file, first), Counter()
-        for number, batch in enumerate(in_batches(beginnings(settings, teacher.tokenizer, seed), batch_size)):
+        for number, batch in enumerate(in_batches(beginnings(settings, teacher.tokenizer, seed), settings.texts_at_once)):
             prompts, temperature = [text for text, _ in batch], 0. if greedy_batch(number, settings.greedy_share) else settings.temperature
             again[asked := short_hash([prompts, temperature])] += 1
             key = asked if again[asked] == 1 else f"{asked}-{again[asked]}"  # where beginnings are few, the same batch comes again
             if (texts := done.get(key)) is None:
-                texts = generate(teacher, prompts, settings.new_tokens, temperature, seed=seed + 1000 * number, batch_size=batch_size)
+                texts = generate(teacher, prompts, settings.new_tokens, temperature, seed=seed + 1000 * number, batch_size=len(prompts))
                 with file.open("a") as out: out.write(json.dumps([key, texts]) + "\n")
             for (prompt, document), text in zip(batch, texts): yield Document(text, prompt, f"{teacher.name} after {document.origin}", document.text, f"{document.language} by teacher")
 

@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.utils.notebook import NotebookProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .config import Config, ConfigError, Space, check_space, provenance, save_config, with_values, write_whole
 from .data import Corpus, collate, tokenizer_fingerprint
@@ -494,7 +494,7 @@ def make_trainer(config: Config, teacher: Teacher, corpus: Corpus, folder: Path,
     numbered = corpus.train.add_column("block", list(range(len(corpus.train))))  # by which the cache knows a block
     trainer = Distiller(student, teacher, config, validation, targets, train_dataset=numbered, eval_dataset=corpus.validation,
                         callbacks=[*beside, *callbacks], args=training_arguments(config, folder/"checkpoints", teacher.device, progress))
-    noisy = (PrinterCallback, ProgressCallback, NotebookProgressCallback)
+    noisy = (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)  # the last is another one in a notebook
     trainer.callback_handler.callbacks = [callback for callback in trainer.callback_handler.callbacks if not isinstance(callback, noisy)]
     if progress: trainer.add_callback(QuietProgress())
     return trainer

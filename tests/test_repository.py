@@ -141,7 +141,7 @@ def test_constraints_pin_every_requirement():
     assert {"torch==2.13.0", "nbdev==2.4.14"} <= set(pins.values())
 
 
-def test_library_runs_without_nbdev_and_fastcore():
+def test_library_runs_without_nbdev_fastcore_and_ipython():
     needed, seen = ["kdcode"], set()
     while needed:  # everything that `pip install kdcode` brings
         name = canonicalize_name(needed.pop())
@@ -152,7 +152,7 @@ def test_library_runs_without_nbdev_and_fastcore():
         needed += [r.name for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
     assert {"torch", "transformers"} <= seen and not {"nbdev", "fastcore", "execnb", "ghapi"} & seen
     modules = [path.stem for path in (ROOT/"kdcode").glob("*.py") if path.stem != "_modidx"]
-    block = "import sys; sys.modules |= {'nbdev': None, 'fastcore': None}; " + "; ".join(f"import kdcode.{name}" for name in modules if name != "__init__")
+    block = "import sys; sys.modules |= {'nbdev': None, 'fastcore': None, 'IPython': None}; " + "; ".join(f"import kdcode.{name}" for name in modules if name != "__init__")
     subprocess.run([sys.executable, "-c", block], check=True, cwd=ROOT)
 
 

@@ -232,3 +232,10 @@ def test_an_experiment_goes_on_and_compares(kdcode, tiny_teacher, tmp_path):
     figures = json.loads((run/"report.json").read_text())["figures"]
     assert figures["perplexity, text"] != figures["perplexity, teacher"]
     assert "| text |" in done.stdout and "±" in done.stdout and len(list(run.glob("targets-*"))) == 1
+    for seed in (0, 1): assert (run/"text"/f"seed-{seed}"/"speed.json").exists() == (seed == 0)  # a step costs the same whatever the weights are
+    (run/"text"/"seed-0"/"speed.json").unlink()  # as on another machine, to which one student was brought
+    shutil.rmtree(run/"text"/"seed-1"/"student")
+    again = kdcode("experiment", "guide.yaml")
+    assert again.returncode == 0, again.stderr
+    assert (run/"text"/"seed-0"/"speed.json").exists() and not (run/"text"/"seed-1"/"student").exists() and first == (run/"text"/"seed-0"/"history.json").stat().st_mtime_ns
+    assert json.loads((run/"report.json").read_text())["figures"]["perplexity, text"] == figures["perplexity, text"]
