@@ -809,7 +809,7 @@ def rounded(value: float) -> str:
 def trained_on(folder: Path) -> str:
     """The machines on which the trainings of an experiment ran."""
     machines = [json.loads(file.read_text())["machine"] for file in folder.glob("*/seed-*/run.json")]
-    return ", ".join(sorted({one["gpu"] or f"{one['processor']}, {one['threads']} threads" for one in machines})) or "no machine that left its name"
+    return ", ".join(sorted({one["gpu"] or f"{one['processor']} with {one['threads']} of {one['cores']} cores" for one in machines})) or "no machine that left its name"
 
 def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, command: str) -> Report:
     """Writes table and plot."""

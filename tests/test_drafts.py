@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdcode import load_draft
-from kdcode.bench import decode_alone
+from kdcode.bench import decode_alone, decode_assisted
 from kdcode.config import ConfigError, DecodeSettings, load_config
 from kdcode.data import Document, evaluation_lines, humaneval_problems, read_source, usable_documents
 from kdcode.reading import ReadingStudent
@@ -18,19 +18,20 @@ from kdcode.teacher import load_teacher
 
 ROOT = Path(__file__).parent.parent
 DRAFTS = {"smollm2-135m-draft": (25e6, "smollm2-draft.yaml"), "qwen2.5-coder-1.5b-draft": (40e6, "qwen-draft.yaml")}  # folder: its largest size, and the configuration that makes it again
-CONFIGS = [load_config(ROOT/"configs"/config) for _, config in DRAFTS.values()]
+INDEPENDENT = {"smollm2-135m-draft-independent": (25e6, "smollm2-independent.yaml")}  # that reads nothing of its teacher
+CONFIGS = [load_config(ROOT/"configs"/config) for _, config in (DRAFTS | INDEPENDENT).values()]
 
 
-@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("name", DRAFTS | INDEPENDENT)
 def test_a_draft_is_whole_and_small(name):
-    folder, (largest, config) = ROOT/"models"/name, DRAFTS[name]
+    folder, (largest, config) = ROOT/"models"/name, (DRAFTS | INDEPENDENT)[name]
     files = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "README.md"} <= files
     assert not [file for file in files if file.endswith((".bin", ".pt", ".pkl"))]
     assert sum(path.stat().st_size for path in folder.iterdir()) <= largest
     settings, shape = load_config(ROOT/"configs"/config), json.loads((folder/"config.json").read_text())
     made_for = Path(settings.teacher.name).stem if settings.teacher.name.endswith(".gguf") else settings.teacher.name
-    assert (settings.student.reads, settings.student.draft_vocabulary, made_for) == (shape["reads"], shape["draft_vocab_size"], shape["teacher"])
+    assert (settings.student.reads, settings.student.draft_vocabulary, made_for) == (shape.get("reads", []), shape["draft_vocab_size"], shape["teacher"])
     card = (folder/"README.md").read_text()
     for word in ("license: apache-2.0", config, "tokens", "HumanEval", "kdcode bench decode"): assert word in card, word
 
@@ -42,6 +43,20 @@ def test_the_draft_of_smollm2_pays():
         settings = DecodeSettings(max_new_tokens=48, gamma=3, adaptive=False, student_weights="int8")
         result = complete(teacher, student, problem["prompt"], settings)
         assert result.tokens == decode_alone(teacher, problem["prompt"], settings, 0)
+        statistics += result.statistics
+    assert statistics.acceptance_rate > .5 and statistics.tokens_per_call > 1.8, statistics
+
+
+def test_the_independent_draft_works_in_other_engines():
+    teacher, (name,) = load_teacher("smollm2"), INDEPENDENT
+    student = load_draft(str(ROOT/"models"/name), teacher)
+    llama, settings, statistics = student.to_llama(), DecodeSettings(max_new_tokens=48, gamma=3, adaptive=False), Statistics()
+    ids = torch.tensor([teacher.tokenizer("def fibonacci(n):").input_ids])
+    torch.testing.assert_close(llama(ids).logits, student(ids).logits)
+    for problem in humaneval_problems(4):
+        alone = decode_alone(teacher, problem["prompt"], settings, 0)
+        result = complete(teacher, student, problem["prompt"], settings)
+        assert result.tokens == alone == decode_assisted(teacher, llama, problem["prompt"], settings, 0)
         statistics += result.statistics
     assert statistics.acceptance_rate > .5 and statistics.tokens_per_call > 1.8, statistics
 
