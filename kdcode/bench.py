@@ -742,7 +742,7 @@ def one_run(experiment: Experiment, config: Config, prepare: Callable, folder: P
     @functools.cache
     def trained():
         corpus, teacher, labelling = prepare(replace(config, seed=experiment.config.seed))
-        if (run/"student").exists(): return teacher, labelling, open_student(run/"student", labelling.model).to(labelling.device)
+        if (run/"student").exists(): return teacher, labelling, open_student(run/"student", labelling.model)  # without a word in run.json, where the machine stands that trained it
         student = distill(shared_targets(config, folder), labelling, corpus, run, resume=True, progress=False)
         shutil.rmtree(run/"checkpoints", ignore_errors=True)
         return teacher, labelling, student
@@ -753,9 +753,10 @@ def one_run(experiment: Experiment, config: Config, prepare: Callable, folder: P
     def speed():
         teacher, _, student = trained()
         return speed_figures(teacher, student, config.decode)
-    figures, asked = {}, {"decode": asdict(config.decode)}
-    figures |= kept_figures(run/"acceptance.json", asked, acceptance)
-    return figures | (kept_figures(run/"speed.json", asked | {"machine": machine()}, speed) if config.seed == experiment.seeds[0] else {})
+    asked = {"decode": asdict(config.decode)}
+    figures = kept_figures(run/"acceptance.json", asked, acceptance)
+    if config.seed == experiment.seeds[0]: figures |= kept_figures(run/"speed.json", asked | {"machine": machine()}, speed)
+    return figures
 
 def kept_figures(file: Path, asked: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """The figures that a file has, if they answer what is asked now; otherwise they are measured, and kept there."""
