@@ -800,6 +800,8 @@ def plot_runs(runs: pd.DataFrame, names: Iterable[str] | None = None) -> Figure:
             ax.plot(values, [row] * len(values), "o", color="tab:green", ms=4, alpha=.6)
             ax.plot([values.mean()] * 2, [row - .3, row + .3], color="black", lw=1.2)
         ax.set(xlabel=labels[name], yticks=range(len(table)), yticklabels=list(reversed(table.index)))
+        ax.locator_params(axis="x", nbins=3)  # more numbers would run into each other
+        ax.tick_params(axis="x", labelsize=7)
         ax.grid(axis="x", alpha=.3)
     return figure
 
