@@ -280,7 +280,7 @@ def decode_figures(
     if "assisted_speedup" in compared: compared["ratio_to_assisted"] = ours.speed / alone.speed / compared["assisted_speedup"]
     loop, predicted = (decoded[LOOP].speed / alone.speed, predicted_of_run(s, costs, decoded[LOOP])) if LOOP in decoded else (math.nan, math.nan)
     return {"identical": ours.identical(alone), "acceptance_rate": s.acceptance_rate, "tokens_per_call": s.tokens_per_call, "speedup": ours.speed / alone.speed,
-            "teacher_tokens_per_second": alone.speed, "speculative_tokens_per_second": ours.speed, "outside_share": s.outside_share,
+            "teacher_tokens_per_second": alone.speed, "speculative_tokens_per_second": ours.speed, "outside_share": s.outside_share, "draft_share": s.student_seconds / s.seconds,
             "c": costs.c, "v": costs.v(gamma), "loop_speedup": loop, "predicted_speedup": predicted * loop} | compared
 
 
@@ -297,7 +297,7 @@ def explain_speed(figures: dict[str, float], gamma: int) -> str:
     loop, predicted = figures["loop_speedup"], figures["predicted_speedup"]
     theory = "" if math.isnan(loop) else (f"Our loop without drafts is {loop:.2f} times as fast as `generate`. With the run's own α = {figures['acceptance_rate']:.2f}, its drafts and the time they took, theory says {predicted:.2f} times its speed. ")
     return (f"Why: a step of the student costs c = {figures['c']:.2f} steps of the teacher, and a call of the teacher over γ + 1 = {gamma + 1} tokens costs v = {figures['v']:.2f}. {theory}"
-            f"Measured was {figures['speedup']:.2f} times the speed of `generate`, with {figures['tokens_per_call']:.2f} tokens a call. {figures['outside_share']:.1%} of the time went into neither model.")
+            f"Measured was {figures['speedup']:.2f} times the speed of `generate`, with {figures['tokens_per_call']:.2f} tokens a call. {figures['draft_share']:.1%} of the time went into drafting, {figures['outside_share']:.1%} into neither model.")
 
 # %% ../nbs/09_bench.ipynb #9ce2d47c
 def plot_acceptance(
@@ -693,9 +693,9 @@ def acceptance_figures(
     texts: dict[str, Texts],  # of `evaluation_texts`
     settings: DecodeSettings,
 ) -> dict[str, float]:
-    """What becomes of a student's drafts: its acceptance rates on both kinds of text, and tokens per call of greedy text."""
+    """What becomes of a student's drafts: its acceptance rates on each kind of text, and tokens per call of greedy text."""
     counted = replay(labelling, student, texts["greedy"], settings.gamma, settings.max_new_tokens)
-    return {"greedy_acceptance_rate": counted.acceptance_rate, "sampled_acceptance_rate": acceptance_on(labelling, student, texts["sampled"]), "tokens_per_call": counted.tokens_per_call}
+    return {"greedy_acceptance_rate": counted.acceptance_rate, "sampled_acceptance_rate": acceptance_on(labelling, student, texts["sampled"]), "human_acceptance_rate": acceptance_on(labelling, student, texts["human"]), "tokens_per_call": counted.tokens_per_call}
 
 def speed_figures(
     teacher: Teacher,    # in the number format in which it decodes
@@ -776,12 +776,12 @@ def predicted_runs(
     return runs.assign(c=draft / call, v=verify / call, predicted_speedup=runs["tokens_per_call"] * call / (gamma * draft + verify))
 
 # %% ../nbs/09_bench.ipynb #530da8f0
-DRAFTING = {"acceptance_rate": "α, held-out text", "greedy_acceptance_rate": "α, greedy", "sampled_acceptance_rate": "α of first drafts, sampled", "tokens_per_call": "tokens per call", "c": "c", "predicted_speedup": "predicted speedup", "measured_speedup": "measured speedup", "seconds": "training, s"}
+DRAFTING = {"acceptance_rate": "α, held-out text", "greedy_acceptance_rate": "α, greedy", "sampled_acceptance_rate": "α of first drafts, sampled", "human_acceptance_rate": "α of first drafts, people's code", "tokens_per_call": "tokens per call", "c": "c", "predicted_speedup": "predicted speedup", "measured_speedup": "measured speedup", "seconds": "training, s"}
 PLOTTED = ("acceptance_rate", "greedy_acceptance_rate", "c", "predicted_speedup")
 
 def columns_of(runs: pd.DataFrame) -> dict[str, str]:
     """What the runs of an experiment are compared by, with its heading: drafting, or where that was not measured, held-out text alone."""
-    return DRAFTING if set(DRAFTING) <= set(runs) else METRICS
+    return {name: label for name, label in DRAFTING.items() if name in runs} if "predicted_speedup" in runs else METRICS
 
 def compare_runs(runs: pd.DataFrame) -> pd.DataFrame:  # one row for each variant
     """Mean and standard deviation over the seeds, the best variant first: by predicted speedup, or where that was not measured, by acceptance rate."""
@@ -825,7 +825,7 @@ def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, 
     def spread(mean, deviation): return rounded(mean) + ("" if math.isnan(deviation) else f" ± {rounded(deviation)}")
     rows = [{"variant": variant} | {label: spread(row[name], row[f"{name}_deviation"]) for name, label in columns_of(runs).items()} for variant, row in table.iterrows()]
     figures = {f"{name}, {variant}": row[name] for variant, row in table.iterrows() for name in table.columns}
-    notes = [experiment.question, f"{f'Mean and standard deviation over {len(experiment.seeds)} seeds' if several else 'One seed'}, of the best checkpoint of each training: on held-out text of its own corpus at temperature 1, and on the teacher's own text after {decode.problems} HumanEval prompts, greedy (α over all judged places of γ = {decode.gamma} drafts) and at temperature 1 (α of first drafts). Speedups are those of greedy text with γ drafts in each round against our loop without drafts, predicted from the texts of all these prompts, measured on the first four{whose}. α is that of the student in float32. The trainings ran on {trained_on(folder)}."]
+    notes = [experiment.question, f"{f'Mean and standard deviation over {len(experiment.seeds)} seeds' if several else 'One seed'}, of the best checkpoint of each training: on held-out text of its own corpus at temperature 1, and on the teacher's own text after {decode.problems} HumanEval prompts, greedy (α over all judged places of γ = {decode.gamma} drafts) and at temperature 1 (α of first drafts); then on the solutions that people wrote to them. Speedups are those of greedy text with γ drafts in each round against our loop without drafts, predicted from the texts of all these prompts, measured on the first four{whose}. α is that of the student in float32. The trainings ran on {trained_on(folder)}."]
     report = Report(command, experiment.config, figures, rows, notes, ("runs.png",))
     report.save(folder)
     return report

@@ -213,7 +213,7 @@ def acceptance_on(
     student: Student,
     texts: Texts,
 ) -> float:
-    """Mean probability, over the tokens that the teacher wrote, that a first draft at temperature 1 is accepted. Source: Leviathan et al. 2023, theorem 3.5."""
+    """Mean probability, over the tokens behind the prompts, that a first draft at temperature 1 is accepted. Source: Leviathan et al. 2023, theorem 3.5."""
     labels, rates = TeacherLabels(teacher, torch.empty(0, dtype=torch.long), getattr(student.config, "reads", ())), []
     for prompt, text in texts:
         ids, drafting = torch.tensor([prompt + text], device=teacher.device), slice(len(prompt) - 1, -1)
@@ -228,15 +228,17 @@ def evaluation_texts(
     teacher: Teacher,
     settings: DecodeSettings,  # its problems, and max_new_tokens
     seed: int,
-    file: Path,                # keeps what is written
-) -> dict[str, Texts]:         # "greedy" and "sampled" (at temperature 1), after prompts of HumanEval
-    """Texts that students are compared on; read from the file where it has them."""
+    file: Path,                # keeps what the teacher writes
+) -> dict[str, Texts]:         # "greedy", "sampled" (at temperature 1) and "human" (HumanEval's solutions), after prompts of HumanEval
+    """Texts that students are compared on; the teacher's own are read from the file where it has them."""
     asked = identity(teacher) | {"problems": settings.problems, "max_new_tokens": settings.max_new_tokens, "seed": seed}
+    problems = humaneval_problems(settings.problems)
+    prompts, solutions = [problem["prompt"] for problem in problems], teacher.tokenizer([problem["canonical_solution"] for problem in problems], add_special_tokens=False).input_ids
+    ids = [prompt_ids(teacher, prompt) for prompt in prompts]
     try: found = json.loads(file.read_text())
     except (OSError, ValueError): found = {}
     if found.get("asked") != asked:
-        prompts = [problem["prompt"] for problem in humaneval_problems(settings.problems)]
-        ids, write = [prompt_ids(teacher, prompt) for prompt in prompts], functools.partial(generate_ids, teacher, prompts, settings.max_new_tokens, seed=seed)
+        write = functools.partial(generate_ids, teacher, prompts, settings.max_new_tokens, seed=seed)
         found = {"asked": asked, "greedy": list(zip(ids, write())), "sampled": list(zip(ids, write(temperature=1.)))}
         write_whole(file, json.dumps(found))
-    return {kind: found[kind] for kind in ("greedy", "sampled")}
+    return {kind: found[kind] for kind in ("greedy", "sampled")} | {"human": [(prompt, text[:settings.max_new_tokens]) for prompt, text in zip(ids, solutions)]}
