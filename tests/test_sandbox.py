@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from kdcode import sandbox
 from kdcode.config import ConfigError
@@ -39,6 +40,12 @@ SPIES = {  # they pass where they get what they want
     "writes outside its folder": "open('{place}/written', 'w').write('x')",
     "writes into Python": "import json\nopen(json.__file__, 'a').write('')",
 }
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory):
+    """One test at a time, so that what is left over is its own."""
+    with FileLock(tmp_path_factory.getbasetemp().parent/"sandbox.lock"): yield
 
 
 def left_over():
