@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from .bench import ALONE, Report, decode_in_turns, kept_figures
 from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings, short_hash
-from .data import Document, humaneval_problems, read_source, split_of, tokenizer_fingerprint, usable_documents
+from .data import Document, humaneval_problems, read_source, single_sources, split_of, tokenizer_fingerprint, usable_documents
 from .metrics import chat_prompt, held_out_lines, line_marks, parses, pass_at_k, read_problems, solution, surprise, tested
 from .reading import ReadingStudent
 from .sandbox import Limits, run_programs
@@ -106,8 +106,8 @@ def held_out_documents(
     seed: int,
     n: int,
 ) -> list[Document]:
-    """The first documents of the source that belong to the validation split. Raises `ConfigError` where there is none, or the source is the teacher's own text."""
-    if settings.source == "teacher" or not isinstance(settings.source, str): settings = replace(settings, source=settings.beginnings, path=settings.path)
+    """The first documents of the validation split, of the first source that people wrote. Raises `ConfigError` where there is none."""
+    settings = next((part for part in single_sources(settings) if part.source != "teacher"), replace(settings, source=settings.beginnings))
     found = []
     for document in usable_documents(read_source(settings, seed), settings, Counter()):
         if split_of(document.family or document.text, settings.validation_share) == "validation": found.append(document)

@@ -49,9 +49,9 @@ def read_problems(
     if source == "humaneval": return humaneval_problems(n)
     if source == "mbpp": return [mbpp_problem(row) for row in mbpp_rows()][:n]
     path = Path(source).expanduser()
-    if not path.is_file(): raise ConfigError(f"eval.problems_from is {source}; allowed are humaneval, mbpp, or a .jsonl file, and there is no such file")
+    if not path.is_file(): raise ConfigError(f"eval.problems is {source}; allowed are humaneval, mbpp, or a .jsonl file, and there is no such file")
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines: found = [problem_of(line, number, source) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found: raise ConfigError(f"eval.problems_from is {source}, which is empty")
+    if not found: raise ConfigError(f"eval.problems is {source}, which is empty")
     return found[:n]
 
 def problem_of(line: str, number: int, source: str) -> dict:
