@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'Space', 'UNSEARCHED', 'PACKAGES', 'ConfigError', 'within', 'listing', 'fits',
            'type_name', 'Settings', 'TeacherSettings', 'SourceSettings', 'DataSettings', 'StudentSettings',
-           'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'Config', 'add_config', 'one_line',
-           'check_keys', 'read_yaml', 'config_parser', 'make_config', 'resolve', 'load_config', 'write_whole',
-           'short_hash', 'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space',
+           'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'EvalSettings', 'Config', 'add_config',
+           'one_line', 'check_keys', 'read_yaml', 'config_parser', 'make_config', 'resolve', 'load_config',
+           'write_whole', 'short_hash', 'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space',
            'check_dimension', 'ends_of_range', 'home', 'run_place', 'text_folder', 'run_folder', 'versions', 'machine',
            'commit', 'provenance']
 
@@ -342,6 +342,35 @@ class DecodeSettings(Settings):
         for name in ("bad_words", "stop"):
             if "" in getattr(self, name): raise ConfigError(f"decode.{name} has an empty text, which is everywhere; leave it out")
 
+# %% ../nbs/00_config.ipynb #e4fd8208
+@dataclass
+class EvalSettings(Settings):
+    """how well models write"""
+    problems: str = "humaneval"
+    """humaneval, mbpp (from the model hub), or a .jsonl file of HumanEval's format"""
+    first: int = within(1, default=164)
+    """problems of these, from the first on"""
+    samples: int = within(1, default=1)
+    """programs for each problem; several are of use at a decode.temperature above 0"""
+    k: list[int] = listing(1)
+    """pass@k is reported for each; at most eval.samples"""
+    prompt: Literal["auto", "plain", "chat"] = "auto"
+    """plain: the model goes on with the problem; chat: it is asked in its chat template; auto: chat where its tokenizer has one"""
+    max_new_tokens: int = within(1, default=512)
+    """tokens of a program, with the words around it, at most"""
+    texts_at_once: int = within(1, default=8)
+    """texts that are written side by side"""
+    seconds: float = within(0, default=10.0, open_low=True)
+    """that a program may run"""
+    lines: int = within(0, default=100)
+    """held-out lines to be finished, each of another document; 0: none"""
+    documents: int = within(0, default=40)
+    """held-out documents whose tokens are predicted; 0: none"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if wrong := [k for k in self.k if not 1 <= k <= self.samples]: raise ConfigError(f"eval.k has {wrong[0]} and eval.samples is {self.samples}; allowed is 1 to the number of samples")
+
 # %% ../nbs/00_config.ipynb #eea0a4b3
 @dataclass
 class Config(Settings):
@@ -359,6 +388,7 @@ class Config(Settings):
     loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     decode: DecodeSettings = field(default_factory=DecodeSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
 
     section = ""
 

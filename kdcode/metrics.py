@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'ASK', 'pass_at_k', 'read_problems', 'problem_of', 'mbpp_rows', 'mbpp_problem', 'function_body',
            'code_block', 'chat_prompt', 'solution', 'beginning', 'parses', 'tested', 'Line', 'held_out_lines',
-           'line_marks', 'surprise', 'calibration_error']
+           'line_cut', 'line_marks', 'surprise', 'calibration_error']
 
 # %% ../nbs/08b_metrics.ipynb #c6cb8761
 import ast
@@ -49,9 +49,9 @@ def read_problems(
     if source == "humaneval": return humaneval_problems(n)
     if source == "mbpp": return [mbpp_problem(row) for row in mbpp_rows()][:n]
     path = Path(source).expanduser()
-    if not path.is_file(): raise ConfigError(f"eval.problems_from is {source}; allowed are humaneval, mbpp, or a .jsonl file, and there is no such file")
+    if not path.is_file(): raise ConfigError(f"eval.problems is {source}; allowed are humaneval, mbpp, or a .jsonl file, and there is no such file")
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines: found = [problem_of(line, number, source) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found: raise ConfigError(f"eval.problems_from is {source}, which is empty")
+    if not found: raise ConfigError(f"eval.problems is {source}, which is empty")
     return found[:n]
 
 def problem_of(line: str, number: int, source: str) -> dict:
@@ -134,9 +134,9 @@ def tested(problem: dict, code: str) -> str:
 class Line:
     """A line to be finished."""
     above: str
-    """what stands before it, up to and with its indentation"""
+    """what stands before it, the line's first half included"""
     text: str
-    """what its author wrote, without space at the ends"""
+    """the rest that its author wrote, without space at the ends"""
 
 def held_out_lines(
     documents: Iterable[Document],
@@ -148,13 +148,18 @@ def held_out_lines(
     chance, found = random.Random(seed), []
     for document in documents:
         lines = document.text.splitlines(keepends=True)
-        fit = [place for place, line in enumerate(lines) if place >= 5 and 10 <= len(line.strip()) <= 100 and not line.strip().startswith(("#", '"', "'"))]
+        fit = [place for place, line in enumerate(lines) if place >= 5 and 10 <= len(line.strip()) <= 100 and not line.strip().startswith(("#", '"', "'")) and line_cut(line.rstrip())]
         if not fit: continue
-        line = lines[place := chance.choice(fit)]
-        indent = line[:len(line) - len(line.lstrip())]
-        found.append(Line("".join(lines[:place])[-context:] + indent, line.strip()))
+        place = chance.choice(fit)
+        cut = line_cut(lines[place].rstrip())
+        found.append(Line(("".join(lines[:place]) + lines[place][:cut])[-context:], lines[place][cut:].strip()))
         if len(found) == n: break
     return found
+
+def line_cut(line: str) -> int:
+    """The end of a word, nearest to the middle of a line; 0 where it has one word only. (Tokenizers join a space with the word behind it, so the rest begins with the space.)"""
+    ends = [match.end() for match in re.finditer(r"\w(?=\W)", line)]
+    return min(ends, key=lambda end: abs(2 * end - len(line) - len(line) + len(line.lstrip())), default=0)
 
 def line_marks(
     lines: list[Line],
@@ -170,13 +175,13 @@ def line_marks(
 def surprise(
     model: Teacher,
     texts: list[str],
-    longest: int = 1024,  # tokens that are read of a text at most
+    longest: int = 1024,  # tokens that are read of a text at most, as far as the model's context goes
 ) -> dict[str, float]:
     """`bits_per_byte`, `perplexity` (by token), `top_1` (share of tokens that the model held likeliest) and `calibration_error` over the texts. Source of the last: Guo et al. 2017."""
     start = next(id for id in (model.tokenizer.bos_token_id, *model.ends) if id is not None)
     nats, right, sure, size = [], [], [], 0
     for text in texts:
-        ids = model.tokenizer(text, add_special_tokens=False).input_ids[:longest]
+        ids = model.tokenizer(text, add_special_tokens=False).input_ids[:min(longest, model.context_size)]
         if not ids: continue
         laws = log_probs(real_rows(model.logits(torch.tensor([[start, *ids[:-1]]], device=model.device))[0], model.vocabulary_size))
         wanted = torch.tensor(ids, device=model.device)
