@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALONE_SETTINGS', 'STOPS', 'HEADINGS', 'answers', 'asked_in_chat', 'program_figures', 'same_law', 'held_out_documents',
-           'text_figures', 'Candidate', 'is_student', 'open_candidate', 'speed_rows', 'quality_figures',
-           'compare_models', 'place_of', 'about', 'as_good', 'report_models', 'plot_models']
+           'text_figures', 'Candidate', 'is_student', 'open_candidate', 'speed_rows', 'quality_figures', 'place_of',
+           'about', 'as_good', 'report_models', 'plot_models', 'compare_models']
 
 # %% ../nbs/09a_compare.ipynb #050ebdcd
 import functools
@@ -23,8 +23,8 @@ import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from .bench import ALONE, Report, decode_in_turns, kept_figures
-from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings, short_hash
+from .bench import Report, decode_in_turns, kept_figures
+from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings, machine, short_hash, write_whole
 from .data import Document, humaneval_problems, read_source, single_sources, split_of, tokenizer_fingerprint, usable_documents
 from .metrics import chat_prompt, held_out_lines, line_marks, parses, pass_at_k, read_problems, solution, surprise, tested
 from .reading import ReadingStudent
@@ -82,7 +82,7 @@ def program_figures(
     codes = [solution(problem, text, chat) for problem, text in zip(asked, texts)]
     outcomes = run_programs([tested(problem, code) for problem, code in zip(asked, codes)], room, Limits(seconds=settings.seconds))
     rows = [{"task_id": problem["task_id"], "outcome": outcome, "program": code} for problem, outcome, code in zip(asked, outcomes, codes)]
-    (folder/"programs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(folder/"programs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     passed = [sum(outcome == "passed" for outcome in outcomes[start:start + settings.samples]) for start in range(0, len(outcomes), settings.samples)]
     scores = {f"pass_at_{k}": sum(pass_at_k(settings.samples, count, k) for count in passed) / len(passed) for k in settings.k}
     return scores | {"parse_rate": sum(map(parses, codes)) / len(codes), "passed": passed}
@@ -163,7 +163,7 @@ def open_candidate(name: str, teacher: Teacher, config: Config) -> Candidate:
 # %% ../nbs/09a_compare.ipynb #3d6a7179
 def speed_rows(
     teacher: Teacher,
-    candidates: list[Candidate],
+    candidates: list[Candidate],  # the teacher among them
     config: Config,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -172,20 +172,17 @@ def speed_rows(
         def plain(model): return lambda prompt: complete(model, model.model, prompt, replace(wanted, **ALONE_SETTINGS), config.seed)
         def drafted(student): return lambda prompt: complete(teacher, student, prompt, wanted, config.seed)
         alone = {(one.name, "alone"): plain(one.alone) for one in candidates if one.alone}
-        return {("", ALONE): plain(teacher)} | alone | {(one.name, "draft"): drafted(one.draft) for one in candidates if one.draft}
+        return alone | {(one.name, "draft"): drafted(one.draft) for one in candidates if one.draft}
     settings = replace(config.decode, temperature=0.)
     decode_in_turns(methods(replace(settings, max_new_tokens=16)), humaneval_problems(1), teacher.device)  # warms up
     decoded = decode_in_turns(methods(settings), humaneval_problems(settings.problems), teacher.device, progress)
-    rows = {one.name: {} for one in candidates}
+    rows, teachers = {one.name: {} for one in candidates}, decoded[next(one.name for one in candidates if one.alone is teacher), "alone"]
     for (name, way), found in decoded.items():
         if way == "alone": rows[name]["tokens_per_second"] = found.speed
-        if way == "draft": rows[name] |= {"acceptance_rate": found.statistics.acceptance_rate, "tokens_per_call": found.statistics.tokens_per_call, "speedup": found.speed / decoded["", ALONE].speed, "identical": found.identical(decoded["", ALONE])}
+        if way == "draft": rows[name] |= {"acceptance_rate": found.statistics.acceptance_rate, "tokens_per_call": found.statistics.tokens_per_call, "speedup": found.speed / teachers.speed, "identical": found.identical(teachers)}
     return rows
 
 # %% ../nbs/09a_compare.ipynb #c154d25d
-HEADINGS = {"parameters": "parameters, M", "bits_per_byte": "bits per byte", "calibration_error": "calibration error", "exact_match": "lines exact", "edit_similarity": "lines similar", "parse_rate": "Python",
-            "tokens_per_second": "tokens/s", "acceptance_rate": "α as draft", "tokens_per_call": "tokens per call", "speedup": "speedup as draft"}
-
 def quality_figures(one: Candidate, student: PreTrainedModel | None, config: Config, room: str, folder: Path, progress=None) -> dict[str, Any]:
     """What is found out about a model's own text, kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,40 +191,17 @@ def quality_figures(one: Candidate, student: PreTrainedModel | None, config: Con
     def read(): return text_figures(one.alone, config, folder)
     return kept_figures(folder/"programs.json", asked, written) | (kept_figures(folder/"text.json", asked, read) if student is None else {})
 
-def compare_models(
-    teacher: Teacher,
-    names: list[str],  # of models; that of the teacher is one of them
-    draft: str | None,  # a student: the teacher's programs are written with it too
-    config: Config,
-    room: str,         # of the sandbox
-    folder: Path,      # gets report.json, report.md, models.png, and a folder for each model
-    command: str,      # as typed
-    progress: Callable[[str], Callable[[int, int], None]],  # from what is counted to a function that is called with done and total
-) -> Report:
-    """Models alone and as drafts, in one table. Raises `ConfigError` where one of them can't be opened, before anything is measured."""
-    candidates = [open_candidate(name, teacher, config) for name in names]
-    student = load_draft(draft, teacher) if draft else None
-    quality = {one.name: quality_figures(one, None, config, room, folder/place_of(one.name), progress(f"program of {one.name}")) for one in candidates if one.alone}
-    figures = {one.name: {"parameters": one.parameters / 1e6} | quality.get(one.name, {}) for one in candidates}
-    asked = {"decode": asdict(config.decode), "names": names, "seed": config.seed}
-    for name, found in kept_figures(folder/"speed.json", asked, lambda: speed_rows(teacher, candidates, config, progress("prompt"))).items(): figures[name] |= found
-    notes = [about(config, room, candidates)]
-    if student is not None:
-        label, mine = f"{teacher.name} with {draft}", next(one for one in candidates if one.alone is teacher)
-        figures[label] = quality_figures(mine, student, config, room, folder/place_of(label), progress(f"program of {label}"))
-        notes.append(as_good(figures[teacher.name], figures[label], config, [folder/place_of(name)/"programs.jsonl" for name in (teacher.name, label)]))
-    return report_models(figures, notes, config, folder, command)
-
 def place_of(name: str) -> str:
     """A folder's name for a model."""
     return f"{''.join(letter if letter.isalnum() or letter in '.-' else '-' for letter in Path(name).name)}-{short_hash(name)[:6]}"
 
+# %% ../nbs/09a_compare.ipynb #ac194258
 def about(config: Config, room: str, candidates: list[Candidate]) -> str:
     """How it was measured."""
     settings, chat = config.eval, [one.name for one in candidates if one.alone and asked_in_chat(one.alone, config.eval)]
     how = "greedily" if config.decode.temperature == 0 else f"at temperature {config.decode.temperature:g}"
     return (f"{settings.problems}, the first {settings.first} problems at most, {settings.samples} program{'s' * (settings.samples > 1)} each, {how}, at most {settings.max_new_tokens} tokens; asked in their chat template: {', '.join(chat) or 'none'}. "
-            f"Programs ran in isolation by {room}, {settings.seconds:g} s each at most. Held-out code: {settings.documents} documents and {settings.lines} lines at most, of {', '.join(config.data.sources)}. "
+            f"Programs ran {'without isolation' if room == 'none' else f'in isolation by {room}'}, {settings.seconds:g} s each at most. Held-out code: {settings.documents} documents and {settings.lines} lines at most, of {', '.join(config.data.sources)}. "
             f"Speeds: {config.decode.problems} HumanEval prompts, {config.decode.max_new_tokens} tokens at most, greedily, all in turns; alone in our loop, and as drafts against the teacher in it.")
 
 def as_good(alone: dict[str, Any], drafted: dict[str, Any], config: Config, files: list[Path]) -> str:
@@ -235,7 +209,11 @@ def as_good(alone: dict[str, Any], drafted: dict[str, Any], config: Config, file
     texts = [[json.loads(line)["program"] for line in file.read_text().splitlines()] for file in files]
     same = sum(a == b for a, b in zip(*texts))
     if config.decode.temperature == 0: return f"With the draft {same} of {len(texts[0])} programs are the same as without."
-    return f"With and without the draft the programs are drawn from one law: as different counts of passed programs come with p = {same_law(alone['passed'], drafted['passed'], config.eval.samples):.2f}."
+    return f"If programs with and without the draft come from one law, counts of passed ones that differ as much as these have the probability p = {same_law(alone['passed'], drafted['passed'], config.eval.samples):.2f}."
+
+# %% ../nbs/09a_compare.ipynb #f61cdc3b
+HEADINGS = {"parameters": "parameters, M", "bits_per_byte": "bits per byte", "calibration_error": "calibration error", "exact_match": "lines exact", "edit_similarity": "lines similar", "parse_rate": "Python",
+            "tokens_per_second": "tokens/s", "acceptance_rate": "α as draft", "tokens_per_call": "tokens per call", "speedup": "speedup as draft"}
 
 def report_models(figures: dict[str, dict[str, Any]], notes: list[str], config: Config, folder: Path, command: str) -> Report:
     """Writes table and plot."""
@@ -261,3 +239,28 @@ def plot_models(figures: dict[str, dict[str, Any]], k: int) -> Figure:
         ax.set(xlabel=label)
         ax.tick_params(axis="x", labelsize=7)
     return figure
+
+# %% ../nbs/09a_compare.ipynb #565d7b27
+def compare_models(
+    teacher: Teacher,
+    names: list[str],  # of models; that of the teacher is one of them
+    draft: str | None,  # a student: the teacher's programs are written with it too
+    config: Config,
+    room: str,         # of the sandbox
+    folder: Path,      # gets report.json, report.md, models.png, and a folder for each model
+    command: str,      # as typed
+    progress: Callable[[str], Callable[[int, int], None]],  # from what is counted to a function that is called with done and total
+) -> Report:
+    """Models alone and as drafts, in one table. Raises `ConfigError` where one of them can't be opened, before anything is measured."""
+    candidates = [open_candidate(name, teacher, config) for name in names]
+    student = load_draft(draft, teacher) if draft else None
+    quality = {one.name: quality_figures(one, None, config, room, folder/place_of(one.name), progress(f"program of {one.name}")) for one in candidates if one.alone}
+    figures = {one.name: {"parameters": one.parameters / 1e6} | quality.get(one.name, {}) for one in candidates}
+    asked = {"decode": asdict(config.decode), "names": names, "seed": config.seed, "machine": machine()}
+    for name, found in kept_figures(folder/"speed.json", asked, lambda: speed_rows(teacher, candidates, config, progress("prompt"))).items(): figures[name] |= found
+    notes = [about(config, room, candidates)]
+    if student is not None:
+        label, mine = f"{teacher.name} with {draft}", next(one for one in candidates if one.alone is teacher)
+        figures[label] = quality_figures(mine, student, config, room, folder/place_of(label), progress(f"program of {label}"))
+        notes.append(as_good(figures[teacher.name], figures[label], config, [folder/place_of(name)/"programs.jsonl" for name in (teacher.name, label)]))
+    return report_models(figures, notes, config, folder, command)

@@ -28,7 +28,7 @@ def test_models_side_by_side(kdcode, tiny_teacher, student, tmp_path):
     teacher, alone, drafted = report["rows"]
     assert [row["model"] for row in report["rows"]] == [str(tiny_teacher), str(student), f"{tiny_teacher} with {student}"]
     assert teacher["bits per byte"] > 0 and teacher["α as draft"] is None and 0 <= alone["α as draft"] <= 1 and drafted["pass@1"] == teacher["pass@1"] == 0
-    assert "With the draft 3 of 3 programs are the same as without." in done.stdout and "isolation by none" in done.stdout
+    assert "With the draft 3 of 3 programs are the same as without." in done.stdout and "Programs ran without isolation" in done.stdout
     assert (folder/"models.png").stat().st_size > 0
     outcomes = [json.loads(line) for file in folder.glob("*/programs.jsonl") for line in file.read_text().splitlines()]
     assert len(outcomes) == 9 and all({"task_id", "outcome", "program"} == set(row) for row in outcomes)
