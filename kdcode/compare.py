@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALONE_SETTINGS', 'STOPS', 'HEADINGS', 'answers', 'asked_in_chat', 'program_figures', 'same_law', 'held_out_documents',
-           'text_figures', 'Candidate', 'is_student', 'open_candidate', 'speed_rows', 'quality_figures', 'place_of',
-           'about', 'as_good', 'report_models', 'plot_models', 'compare_models']
+           'text_figures', 'Candidate', 'is_student', 'open_candidate', 'digest', 'agreement_figures', 'speed_rows',
+           'quality_figures', 'draft_figures', 'place_of', 'about', 'as_good', 'report_models', 'plot_models',
+           'compare_models']
 
 # %% ../nbs/09a_compare.ipynb #050ebdcd
 import functools
+import hashlib
 import json
 import math
 from collections import Counter
@@ -26,6 +28,7 @@ from transformers import PreTrainedModel
 from .bench import Report, decode_in_turns, kept_figures
 from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings, machine, short_hash, write_whole
 from .data import Document, humaneval_problems, read_source, single_sources, split_of, tokenizer_fingerprint, usable_documents
+from .evaluate import agreement_on
 from .metrics import chat_prompt, held_out_lines, line_marks, parses, pass_at_k, read_problems, solution, surprise, tested
 from .reading import ReadingStudent
 from .sandbox import Limits, run_programs
@@ -160,6 +163,19 @@ def open_candidate(name: str, teacher: Teacher, config: Config) -> Candidate:
     model = load_teacher(replace(config.teacher, name=name, quantization="none"))
     return Candidate(name, model, model.model if tokenizer_fingerprint(model.tokenizer) == tokenizer_fingerprint(teacher.tokenizer) else None)
 
+# %% ../nbs/09a_compare.ipynb #397dcea2
+def digest(model: PreTrainedModel) -> str:
+    """16 hexadecimal digits of the SHA-256 over the first 64 numbers of every weight; tells models of one name apart."""
+    found = hashlib.sha256()
+    for weight in model.parameters(): found.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+def agreement_figures(teacher: Teacher, draft: PreTrainedModel, config: Config) -> dict[str, float]:
+    """The share of places in held-out code at which both hold the same id likeliest."""
+    documents = held_out_documents(config.data, config.seed, config.eval.documents)
+    longest = min(1024, teacher.context_size, getattr(draft.config, "max_position_embeddings", 1024))
+    return {"agreement": agreement_on(teacher, draft, [prompt_ids(teacher, document.text[:4000])[:longest] for document in documents])}
+
 # %% ../nbs/09a_compare.ipynb #3d6a7179
 def speed_rows(
     teacher: Teacher,
@@ -191,6 +207,13 @@ def quality_figures(one: Candidate, student: PreTrainedModel | None, config: Con
     def read(): return text_figures(one.alone, config, folder)
     return kept_figures(folder/"programs.json", asked, written) | (kept_figures(folder/"text.json", asked, read) if student is None else {})
 
+def draft_figures(one: Candidate, teacher: Teacher, config: Config, folder: Path) -> dict[str, float]:
+    """What is found out about a draft without decoding, kept in `folder`."""
+    if one.draft is None or not config.eval.documents: return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = identity(teacher) | {"draft": digest(one.draft), "seed": config.seed, "data": asdict(config.data), "documents": config.eval.documents}
+    return kept_figures(folder/"agreement.json", asked, lambda: agreement_figures(teacher, one.draft, config))
+
 def place_of(name: str) -> str:
     """A folder's name for a model."""
     return f"{''.join(letter if letter.isalnum() or letter in '.-' else '-' for letter in Path(name).name)}-{short_hash(name)[:6]}"
@@ -213,7 +236,7 @@ def as_good(alone: dict[str, Any], drafted: dict[str, Any], config: Config, file
 
 # %% ../nbs/09a_compare.ipynb #f61cdc3b
 HEADINGS = {"parameters": "parameters, M", "bits_per_byte": "bits per byte", "calibration_error": "calibration error", "exact_match": "lines exact", "edit_similarity": "lines similar", "parse_rate": "Python",
-            "tokens_per_second": "tokens/s", "acceptance_rate": "α as draft", "tokens_per_call": "tokens per call", "speedup": "speedup as draft"}
+            "tokens_per_second": "tokens/s", "agreement": "agrees with teacher", "acceptance_rate": "α as draft", "tokens_per_call": "tokens per call", "speedup": "speedup as draft"}
 
 def report_models(figures: dict[str, dict[str, Any]], notes: list[str], config: Config, folder: Path, command: str) -> Report:
     """Writes table and plot."""
@@ -255,8 +278,8 @@ def compare_models(
     candidates = [open_candidate(name, teacher, config) for name in names]
     student = load_draft(draft, teacher) if draft else None
     quality = {one.name: quality_figures(one, None, config, room, folder/place_of(one.name), progress(f"program of {one.name}")) for one in candidates if one.alone}
-    figures = {one.name: {"parameters": one.parameters / 1e6} | quality.get(one.name, {}) for one in candidates}
-    asked = {"decode": asdict(config.decode), "names": names, "seed": config.seed, "machine": machine()}
+    figures = {one.name: {"parameters": one.parameters / 1e6} | quality.get(one.name, {}) | draft_figures(one, teacher, config, folder/place_of(one.name)) for one in candidates}
+    asked = {"decode": asdict(config.decode), "models": {one.name: digest(one.draft or one.alone.model) for one in candidates}, "seed": config.seed, "machine": machine()}
     for name, found in kept_figures(folder/"speed.json", asked, lambda: speed_rows(teacher, candidates, config, progress("prompt"))).items(): figures[name] |= found
     notes = [about(config, room, candidates)]
     if student is not None:

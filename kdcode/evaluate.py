@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUNCTIONS', 'TASKS', 'Texts', 'unfinished_line', 'undocumented', 'to_be_rewritten', 'untested', 'task_prompts',
-           'right_drafts', 'replay', 'acceptance_on', 'evaluation_texts']
+           'draft_states', 'likeliest', 'right_drafts', 'replay', 'acceptance_on', 'agreement_on', 'evaluation_texts']
 
 # %% ../nbs/08_evaluate.ipynb #56e468ef
 import ast
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .config import ConfigError, DecodeSettings, write_whole
 from .data import humaneval_problems
@@ -168,6 +169,24 @@ def task_prompts(
     return [{"task_id": f"{task}/{number}", "prompt": TASKS[task](code)} for number, code in enumerate(FUNCTIONS[:n])]
 
 # %% ../nbs/08_evaluate.ipynb #ead8f742
+def draft_states(
+    teacher: Teacher,
+    student: Student,
+    ids: Tensor,     # (1, time)
+    depth: int,      # drafts in a round
+) -> list[Tensor]:   # for each of them (1, time, hidden)
+    """The student's hidden states behind each token, for the first draft of a round, the second, ..."""
+    if isinstance(student, ReadingStudent): return student.unrolled(ids, teacher.hidden_states(ids, tuple(student.config.reads)), depth)
+    return [student.hidden_states(ids)] * depth
+
+def likeliest(
+    student: Student,
+    hidden: Tensor,  # (time, hidden)
+) -> Tensor:         # (time,), the teacher's ids
+    """What the student would draft greedily."""
+    best = student.draft_logits(hidden).argmax(-1)
+    return best if student.draft_ids is None else student.draft_ids[best]
+
 @torch.no_grad()
 def right_drafts(
     teacher: Teacher,
@@ -176,12 +195,9 @@ def right_drafts(
     gamma: int,    # drafts in a round
 ) -> Tensor:       # (time,), how many drafts of a round that begins behind each token are right, up to the first wrong one
     """Where a student's best tokens go on as the text does."""
-    if isinstance(student, ReadingStudent): hidden = student.unrolled(ids[None], teacher.hidden_states(ids[None], tuple(student.config.reads)), gamma)
-    else: hidden = [student.hidden_states(ids[None])] * gamma
     right = torch.zeros(gamma, len(ids), dtype=torch.bool, device=ids.device)
-    for i, states in enumerate(hidden):
-        best = student.draft_logits(states[0, i:-1]).argmax(-1)
-        right[i, :len(best)] = (best if student.draft_ids is None else student.draft_ids[best]) == ids[i + 1:]
+    for i, states in enumerate(draft_states(teacher, student, ids[None], gamma)):
+        right[i, :len(ids) - i - 1] = likeliest(student, states[0, i:-1]) == ids[i + 1:]
     return right.int().cumprod(0).sum(0)
 
 Texts = list[tuple[list[int], list[int]]]  # prompts, and what the teacher wrote after them, as ids
@@ -222,6 +238,23 @@ def acceptance_on(
         p, _ = draft_law(student, teacher, teacher_hidden[drafting])
         rates.append(acceptance_probability(log_probs(real_rows(student.draft_logits(hidden[0, drafting]), p.shape[-1])), p))
     return torch.cat(rates).mean().item()
+
+# %% ../nbs/08_evaluate.ipynb #5aa9ef2b
+@torch.no_grad()
+def agreement_on(
+    teacher: Teacher,
+    draft: PreTrainedModel,  # with the teacher's ids
+    texts: list[list[int]],  # token ids
+) -> float:
+    """Share of places at which the draft's likeliest id is the teacher's (top-1 agreement)."""
+    same = []
+    for text in texts:
+        ids = torch.tensor([text], device=teacher.device)
+        wanted = real_rows(teacher.logits(ids)[0], teacher.vocabulary_size).argmax(-1)
+        if isinstance(draft, Student): best = likeliest(draft, draft_states(teacher, draft, ids, 1)[0][0])
+        else: best = real_rows(draft(ids).logits[0], teacher.vocabulary_size).argmax(-1)
+        same.append(best == wanted)
+    return torch.cat(same).double().mean().item()
 
 # %% ../nbs/08_evaluate.ipynb #44e22c02
 def evaluation_texts(
