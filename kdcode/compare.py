@@ -283,7 +283,8 @@ def compare_models(
     for name, found in kept_figures(folder/"speed.json", asked, lambda: speed_rows(teacher, candidates, config, progress("prompt"))).items(): figures[name] |= found
     notes = [about(config, room, candidates)]
     if student is not None:
-        label, mine = f"{teacher.name} with {draft}", next(one for one in candidates if one.alone is teacher)
+        mine = next(one for one in candidates if one.alone is teacher)
+        label = f"{mine.name} with {draft}"
         figures[label] = quality_figures(mine, student, config, room, folder/place_of(label), progress(f"program of {label}"))
-        notes.append(as_good(figures[teacher.name], figures[label], config, [folder/place_of(name)/"programs.jsonl" for name in (teacher.name, label)]))
+        notes.append(as_good(figures[mine.name], figures[label], config, [folder/place_of(name)/"programs.jsonl" for name in (mine.name, label)]))
     return report_models(figures, notes, config, folder, command)

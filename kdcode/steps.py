@@ -295,8 +295,7 @@ def make_compiled(model: PreTrainedModel) -> PreTrainedModel:
     twin = share(few_rows(model))
     layers = getattr(twin.base_model, "layers", None) or getattr(twin.base_model, "h", None)
     if layers is None: raise ConfigError(f"{type(model).__name__} has no list of layers that can be compiled; set decode.compile to false")
-    for layer in layers:
-        layer.compile(dynamic=True, mode="reduce-overhead" if model.device.type == "cuda" else None)  # CUDA graphs there
+    for layer in layers: layer.compile(dynamic=True)
     return twin
 
 def warm_up(state: CachedModel, counts: Iterable[int]) -> float:
