@@ -198,11 +198,11 @@ def run_eval(config: Config, options) -> None:
 
 # %% ../nbs/12_cli.ipynb #9164bee1
 def run_export(config: Config, options) -> None:
-    """`kdcode export STUDENT`: writes a student for another engine."""
+    """`kdcode export MODEL`: writes a student for another engine."""
     from kdcode.export import export_gguf, export_llama
     folder = run_folder(config)
-    if options.to == "llama": place = export_llama(options.student, config.teacher.name, folder/"llama")
-    else: place = export_gguf(options.student, config.teacher.name, folder/"student.gguf")
+    if options.to == "llama": place = export_llama(options.model, config.teacher.name, folder/"llama")
+    else: place = export_gguf(options.model, config.teacher.name, folder/"student.gguf")
     print(f"the student is in {shown(place)}")
 
 def run_record(config: Config, options) -> None:
@@ -286,7 +286,7 @@ OPTIONS: dict[str, dict[str, dict]] = {  # each command's own, besides the setti
         "file": {"type": str, "help": "YAML file with question, config, variants and seeds"},
         "--out": {"type": str, "default": None, "help": "folder for the files; default: runs/NAME, with the name in the file"}},
     "export": {
-        "student": {"type": str, "help": "folder or hub id of the student, or the name of a teacher that one is shipped for"},
+        "model": {"type": str, "help": "folder or hub id of the student, or the name of a teacher that one is shipped for"},
         "--to": {"choices": ["llama", "gguf"], "default": "llama", "help": "llama: a folder that transformers, vLLM and llama.cpp's converter load; gguf: a file for llama.cpp"}},
     "record": {
         "folder": {"type": str, "help": "of the report"},

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALONE_SETTINGS', 'STOPS', 'HEADINGS', 'answers', 'asked_in_chat', 'program_figures', 'same_law', 'held_out_documents',
            'text_figures', 'Candidate', 'is_student', 'open_candidate', 'digest', 'agreement_figures', 'speed_rows',
-           'quality_figures', 'draft_figures', 'place_of', 'about', 'as_good', 'report_models', 'plot_models',
-           'compare_models']
+           'quality_figures', 'draft_figures', 'place_of', 'about', 'as_good', 'report_models', 'short_name',
+           'plot_models', 'compare_models']
 
 # %% ../nbs/09a_compare.ipynb #050ebdcd
 import functools
@@ -250,16 +250,21 @@ def report_models(figures: dict[str, dict[str, Any]], notes: list[str], config: 
     report.save(folder)
     return report
 
+def short_name(name: str) -> str:
+    """A model's name as it fits beside a bar."""
+    return " with\n".join(Path(part).name.removesuffix(".gguf") for part in name.split(" with "))
+
 def plot_models(figures: dict[str, dict[str, Any]], k: int) -> Figure:
     """What each model is worth alone and as a draft, one bar for each that was measured."""
-    shown = {f"pass_at_{k}": f"pass@{k}", "bits_per_byte": "bits per byte", "tokens_per_second": "tokens/s", "speedup": "speedup as draft"}
+    labels = {f"pass_at_{k}": f"pass@{k}", "bits_per_byte": "bits per byte", "tokens_per_second": "tokens/s", "agreement": "agrees with teacher", "speedup": "speedup as draft"}
+    shown = {key: label for key, label in labels.items() if any(key in found for found in figures.values())}
     names = list(figures)[::-1]
-    figure, axes = plt.subplots(1, len(shown), figsize=(9, .9 + .35 * len(names)), sharey=True, layout="constrained")
-    for ax, (key, label) in zip(axes, shown.items()):
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 + 1.6 * len(shown), .9 + .5 * len(names)), sharey=True, squeeze=False, layout="constrained")
+    for ax, (key, label) in zip(axes[0], shown.items()):
         values = [figures[name].get(key, math.nan) for name in names]
-        ax.barh(names, [value if math.isfinite(value) else 0 for value in values], color="tab:green", alpha=.7)
+        ax.barh([short_name(name) for name in names], [value if math.isfinite(value) else 0 for value in values], color="tab:green", alpha=.7)
         for place, value in enumerate(values): ax.text(0, place, f" {value:.2f}" if math.isfinite(value) else " –", va="center", fontsize=8)
-        ax.set(xlabel=label)
+        ax.set_xlabel(label, fontsize=8)
         ax.tick_params(axis="x", labelsize=7)
     return figure
 
