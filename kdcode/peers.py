@@ -15,12 +15,10 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +28,7 @@ from .bench import ALONE, LOOP, STUDENT, Decoded, Method, Report, decode_alone, 
 from .config import Config, ConfigError, DecodeSettings, home
 from .data import humaneval_problems
 from .export import export_gguf, export_llama, export_teacher
-from .speculative import SpeculativeResult, complete, prompt_ids
+from .speculative import complete, prompt_ids
 from .teacher import Teacher, model_source
 
 # %% ../nbs/09b_peers.ipynb #081d0a18
@@ -84,21 +82,23 @@ class Engine:
     """A server that decodes, with a draft or without."""
     url: str
     teacher: Teacher
-    counts: Counter = field(default_factory=Counter)
-    """drafted and accepted tokens"""
+    accepted: int | None = None
+    """drafted tokens that were accepted, as llama.cpp tells with each answer; None: it has not told"""
 
     def vllm(self, prompt: str, settings: DecodeSettings) -> list[int]:
         """vLLM's text after a prompt."""
         answer = call(self.url, "/v1/completions", {"model": "teacher", "prompt": prompt_ids(self.teacher, prompt), "max_tokens": settings.max_new_tokens, "temperature": 0, "return_token_ids": True})
-        metrics = call(self.url, "/metrics")
-        self.counts = Counter(drafted=metric(metrics, "vllm:spec_decode_num_draft_tokens_total"), accepted=metric(metrics, "vllm:spec_decode_num_accepted_tokens_total"))
         return answer["choices"][0]["token_ids"]
 
     def llama_cpp(self, prompt: str, settings: DecodeSettings) -> list[int]:
         """llama.cpp's text after a prompt."""
         answer = call(self.url, "/completion", {"prompt": prompt_ids(self.teacher, prompt), "n_predict": settings.max_new_tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False})
-        self.counts.update(drafted=answer["timings"].get("draft_n", 0), accepted=answer["timings"].get("draft_n_accepted", 0))
+        self.accepted = (self.accepted or 0) + answer["timings"].get("draft_n_accepted", 0)
         return answer["tokens"]
+
+    def accepted_tokens(self) -> int:
+        """Drafts that were accepted since the server's start; asked outside of what is timed."""
+        return metric(call(self.url, "/metrics"), "vllm:spec_decode_num_accepted_tokens_total") if self.accepted is None else self.accepted
 
 def metric(text: str, name: str) -> int:
     """The sum over a metric's series in Prometheus' text format."""
@@ -167,17 +167,17 @@ def own_methods(teacher: Teacher, student: PreTrainedModel, settings: DecodeSett
 
 def peer_rows(
     decoded: dict[str, Decoded],   # by method
-    counts: dict[str, Counter],    # of engines: drafted and accepted tokens, by method
+    accepted: dict[str, int],      # of engines: accepted drafts, by method
     teacher: Teacher,
 ) -> list[dict]:
     """A row for each method. An engine's text with a draft is held against its own without one, too."""
     found = {name: replace(one, texts=[without_end(text, teacher) for text in one.texts]) for name, one in decoded.items()}
     def row(name, one):
-        alone, tokens, accepted = found[f"{name.split(',')[0]}, {WITH[False]}" if name in counts else ALONE], sum(map(len, one.texts)), counts.get(name, {}).get("accepted")
-        calls = one.statistics.tokens_per_call if one.statistics else tokens / (tokens - accepted) if accepted else None
+        alone, tokens = found[f"{name.split(',')[0]}, {WITH[False]}" if name in accepted else ALONE], sum(map(len, one.texts))
+        calls = one.statistics.tokens_per_call if one.statistics else tokens / (tokens - accepted[name]) if accepted.get(name) else None
         def same(other): return None if other is one else f"{one.identical(other):.0%}"
-        return {"method": name, "tokens/s": one.speed, "speedup over `generate`": one.speed / found[ALONE].speed, "over the same engine alone": one.speed / alone.speed if name in counts else None,
-                "tokens per teacher call": calls, "as `generate`'s text": same(found[ALONE]), "as the engine's own": same(alone) if name in counts else None}
+        return {"method": name, "tokens/s": one.speed, "speedup over `generate`": one.speed / found[ALONE].speed, "over the same engine alone": one.speed / alone.speed if name in accepted else None,
+                "tokens per teacher call": calls, "as `generate`'s text": same(found[ALONE]), "as the engine's own": same(alone) if name in accepted else None}
     return [row(name, one) for name, one in found.items()]
 
 # %% ../nbs/09b_peers.ipynb #f51e4cd8
@@ -197,14 +197,14 @@ def bench_peers(
             def asked(decode): return lambda prompt: decode(prompt, wanted)
             return own_methods(teacher, student, wanted, config.seed) | {name: asked(decode) for name, (_, decode) in engines.items()}
         decode_in_turns(methods(replace(settings, max_new_tokens=16)), problems[:1], teacher.device)  # warms up
-        before = {name: Counter(engine.counts) for name, (engine, _) in engines.items()}
+        before = {name: engine.accepted_tokens() for name, (engine, _) in engines.items()}
         decoded = decode_in_turns(methods(settings), problems, teacher.device, progress)
-        rows = peer_rows(decoded, {name: engine.counts - before[name] for name, (engine, _) in engines.items()}, teacher)
-    report = Report(command, config, {f"speedup, {row['method']}": row["speedup over `generate`"] for row in rows}, rows, about_peers(config, settings, engines))
+        rows = peer_rows(decoded, {name: engine.accepted_tokens() - before[name] for name, (engine, _) in engines.items()}, teacher)
+    report = Report(command, config, {f"speedup, {row['method']}": row["speedup over `generate`"] for row in rows}, rows, about_peers(settings, engines))
     report.save(folder)
     return report
 
-def about_peers(config: Config, settings: DecodeSettings, engines: dict) -> list[str]:
+def about_peers(settings: DecodeSettings, engines: dict) -> list[str]:
     """How it was measured, and what was not."""
     missing = [name for name in PROGRAMS if f"{name}, {WITH[False]}" not in engines]
     notes = [f"{settings.problems} HumanEval prompts, at most {settings.max_new_tokens} new tokens, greedy, all in turns; engines draft {settings.gamma} tokens in each round. Time is that of the whole answer, with the reading of the prompt.",
