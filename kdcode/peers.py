@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from .bench import ALONE, LOOP, STUDENT, Decoded, Method, Report, decode_alone, decode_in_turns, peer_methods
 from .config import Config, ConfigError, DecodeSettings, home
 from .data import humaneval_problems
-from .export import export_gguf, export_llama, export_teacher
+from .export import as_llama, export_gguf, export_llama, export_teacher
 from .speculative import complete, prompt_ids
 from .teacher import Teacher, model_source
 
@@ -127,14 +127,12 @@ def llama_command(program: str, teacher: Path, draft: Path | None, gamma: int, t
     drafting = ["--spec-type", "draft-simple", "--model-draft", str(draft), "--spec-draft-n-max", str(gamma)]
     return [program, "--model", str(teacher), "--ctx-size", "2048", "--parallel", "1", "--threads", str(threads), "--no-ui"] + (drafting if draft else [])
 
-def engine_files(teacher: Teacher, student: PreTrainedModel, name: str, folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Teacher and student in each engine's format. Raises `ConfigError` for a student that can't be a Llama."""
-    export_llama(student, teacher.tokenizer, folder/"student")
-    export_teacher(teacher, folder/"teacher")
+def engine_files(engine: str, teacher: Teacher, student: PreTrainedModel, name: str, folder: Path) -> tuple[Path, Path]:
+    """Teacher and student in an engine's format. Raises `ConfigError` for a student that can't be a Llama."""
+    if engine == "vLLM": return export_teacher(teacher, folder/"teacher"), export_llama(student, teacher.tokenizer, folder/"student")
     place, files = model_source(name)
-    export_gguf(student, name if files else teacher.tokenizer, folder/"student.gguf")
     packed = Path(place)/files["gguf_file"] if files else export_gguf(teacher.model, teacher.tokenizer, folder/"teacher.gguf")
-    return {"vLLM": (folder/"teacher", folder/"student"), "llama.cpp": (packed, folder/"student.gguf")}
+    return packed, export_gguf(student, name if files else teacher.tokenizer, folder/"student.gguf")
 
 # %% ../nbs/09b_peers.ipynb #2227f145
 WITH = {False: "alone", True: "with student"}
@@ -146,10 +144,10 @@ def engine_methods(
     gamma: int,
     folder: Path,                         # gets the servers' logs
 ) -> Iterator[dict[str, tuple[Engine, Callable[[str, DecodeSettings], list[int]]]]]:  # by name of the method
-    """Starts those engines that are installed, alone and with the student."""
+    """Starts the engines, alone and with the student."""
     with ExitStack() as stack:
         found, threads = {}, torch.get_num_threads()
-        for engine in (name for name in files if find_program(name)):
+        for engine in files:
             for drafting in (False, True):
                 program, (model, draft) = find_program(engine), files[engine]
                 parts = (program, model, draft if drafting else None, gamma)
@@ -191,7 +189,8 @@ def bench_peers(
 ) -> Report:
     """Our decoder, `transformers`, vLLM and llama.cpp on the same prompts, greedily. Raises `ConfigError` for a student that no engine can use."""
     settings, problems = replace(config.decode, temperature=0.), humaneval_problems(config.decode.problems)
-    files = engine_files(teacher, student, config.teacher.name, folder)
+    as_llama(student, teacher.tokenizer)  # one that can't be is refused, whatever is installed
+    files = {engine: engine_files(engine, teacher, student, config.teacher.name, folder) for engine in PROGRAMS if find_program(engine)}
     with engine_methods(teacher, files, settings.gamma, folder) as engines:
         def methods(wanted):
             def asked(decode): return lambda prompt: decode(prompt, wanted)
