@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup',
            'add_counts', 'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'ReadingDrafter',
-           'Index', 'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Round', 'same_width', 'judge',
-           'SpeculativeDecoder', 'checked', 'check_prompts', 'text_pieces', 'SpeculativeResult', 'history_processors',
-           'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form', 'in_8_bits',
-           'is_adaptive', 'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch',
-           'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'shipped_drafts', 'load_draft',
-           'prompt_ids', 'complete', 'stream', 'open_texts']
+           'Index', 'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Scores', 'Round', 'same_width',
+           'judge', 'scores_of', 'SpeculativeDecoder', 'checked', 'check_prompts', 'text_pieces', 'SpeculativeResult',
+           'history_processors', 'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form',
+           'in_8_bits', 'is_adaptive', 'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect',
+           'InBatch', 'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'shipped_drafts',
+           'load_draft', 'prompt_ids', 'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
@@ -224,13 +224,18 @@ class Text:
     ends: Ends = field(default_factory=Ends)
     generator: torch.Generator | None = None
     """of its random numbers"""
+    gamma: int | None = None
+    """drafted tokens for each call of the teacher, at most; None: as many as the decoder's"""
+    scores: int | None = None
+    """how many of the likeliest tokens are named, with their log-probabilities, beside each new one; None: nothing of it"""
     statistics: Statistics = field(default_factory=Statistics)
     ended: bool = False
 
     @property
     def room(self) -> int:
         """How many tokens a draft may have: the teacher adds one more itself."""
-        return self.limit - len(self.tokens) - 1
+        room = self.limit - len(self.tokens) - 1
+        return room if self.gamma is None else min(room, self.gamma)
 
 # %% ../nbs/07_speculative.ipynb #1c8e2e72
 @dataclass
@@ -260,6 +265,9 @@ class Drafter:
     def keep(self, rows: list[int]) -> None:
         """Only these texts go on; the others have ended."""
 
+    def join(self, other: "Drafter") -> None:
+        """The texts of another drafter, made like this one, come behind its own, as far as they are."""
+
 def no_draft(device: torch.device | str = "cpu") -> Draft:
     """An empty one."""
     return Draft([], torch.empty(0, 0, device=device))
@@ -281,8 +289,8 @@ class ModelDrafter(Drafter):
 
     def begin(self, texts: list[Text]) -> None:
         """Takes an empty memory."""
-        capacity = max(text.limit for text in texts) * min(len(texts), 2)  # a row that catches up pushes padding past the others' end
-        self.state = CachedModel(self.model, capacity, len(texts), self.compiled)
+        self.longest = max(text.limit for text in texts)
+        self.state = CachedModel(self.model, self.longest * min(len(texts), 2), len(texts), self.compiled)  # a row that catches up pushes padding past the others' end
 
     def propose(self, texts: list[Text], room: list[int]) -> list[Draft]:
         """Drafts token by token, for all texts at once; less than `room` where the model's context ends."""
@@ -317,6 +325,11 @@ class ModelDrafter(Drafter):
     def keep(self, rows: list[int]) -> None:
         """Forgets the other texts."""
         self.state.keep(rows)
+
+    def join(self, other: "ModelDrafter") -> None:
+        """Takes over the other's memory."""
+        self.longest = max(self.longest, other.longest)
+        self.state.join(other.state, 2 * self.longest)
 
 # %% ../nbs/07_speculative.ipynb #e3a4e789
 class ReadingDrafter(ModelDrafter):
@@ -355,6 +368,11 @@ class ReadingDrafter(ModelDrafter):
         """Forgets the other texts."""
         super().keep(rows)
         self.read, self.waiting = [self.read[row] for row in rows], [self.waiting[row] for row in rows]
+
+    def join(self, other: "ReadingDrafter") -> None:
+        """Takes over the other's memory and states."""
+        super().join(other)
+        self.read, self.waiting = self.read + other.read, self.waiting + other.waiting
 
 # %% ../nbs/07_speculative.ipynb #df8ee4ad
 class Index:
@@ -398,6 +416,10 @@ class LookupDrafter(Drafter):
         """Forgets the other texts."""
         self.indices = [self.indices[row] for row in rows]
 
+    def join(self, other: "LookupDrafter") -> None:
+        """Takes over the other's indices."""
+        self.indices = self.indices + other.indices
+
 # %% ../nbs/07_speculative.ipynb #6171e305
 class HybridDrafter(Drafter):
     """Looks up where it can, and asks a model otherwise."""
@@ -423,6 +445,11 @@ class HybridDrafter(Drafter):
     def keep(self, rows: list[int]) -> None:
         """Tells both."""
         for drafter in (self.lookup, self.model): drafter.keep(rows)
+
+    def join(self, other: "HybridDrafter") -> None:
+        """Tells both."""
+        self.lookup.join(other.lookup)
+        self.model.join(other.model)
 
 # %% ../nbs/07_speculative.ipynb #786605f6
 class Times:
@@ -478,8 +505,9 @@ class Adaptive(Drafter):
         calls: Times,         # of the teacher, by tokens in a call; the decoder adds to them
         pace: Pace | None = None,  # what is known of the drafter from earlier texts
         memory: float = .97,  # weight of a judged place against the next one's
+        sampled: bool = True,  # adapts for sampled texts too, which then don't repeat under their seeds
     ):
-        self.drafter, self.device, self.calls, self.pace, self.memory = drafter, device, calls, pace or Pace(), memory
+        self.drafter, self.device, self.calls, self.pace, self.memory, self.sampled = drafter, device, calls, pace or Pace(), memory, sampled
         self.reads = drafter.reads
         self.plain, self.patience, self.drafts, self.steady = 0, 8, [], False
 
@@ -502,7 +530,7 @@ class Adaptive(Drafter):
         if gamma: self.plain, self.patience = 0, 8
         else: gamma = self.attempt()
         start = clock(self.device)
-        self.drafts = self.drafter.propose(texts, [min(n, gamma) for n in room])
+        self.drafts = self.drafter.propose(texts, [min(n, gamma) if self.sampled or text.law.temperature == 0 else n for n, text in zip(room, texts)])
         longest = max(len(draft.tokens) for draft in self.drafts)
         if longest and self.steady: self.pace.steps.add(len(texts), (clock(self.device) - start) / longest)
         self.steady = longest > 0  # a drafter that has not drafted before first reads what it missed, and that time is no measure
@@ -525,7 +553,20 @@ class Adaptive(Drafter):
         """Tells the other drafter."""
         self.drafter.keep(rows)
 
+    def join(self, other: "Adaptive") -> None:
+        """Tells the other drafter."""
+        self.drafter.join(other.drafter)
+        self.steady = False
+
 # %% ../nbs/07_speculative.ipynb #2e0819b8
+@dataclass
+class Scores:
+    """How likely the teacher holds a token, before temperature and the rest of the law."""
+    logprob: float
+    """natural logarithm of its probability"""
+    likeliest: dict[int, float]
+    """the same for the likeliest tokens at its place, by id"""
+
 @dataclass
 class Round:
     """What one call of the teacher brought to one text."""
@@ -535,6 +576,10 @@ class Round:
     """how many of them, from the first, had been drafted"""
     text: int = 0
     """which of the texts"""
+    rejected: list[int] = field(default_factory=list)
+    """what had been drafted beyond the accepted tokens"""
+    scores: list[Scores] = field(default_factory=list)
+    """for each new token, where the text asks for them"""
 
 def same_width(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Two laws over as many ids: models pad their vocabularies differently, and an id that one of them lacks has probability 0."""
@@ -554,7 +599,18 @@ def judge(
     text.tokens += new
     text.ended |= len(text.tokens) >= text.limit
     text.statistics.add_round(len(new), len(draft.tokens), min(accepted, len(new)), sum(draft.judged))
-    return Round(new, min(accepted, len(new)))
+    kept = min(accepted, len(new))
+    return Round(new, kept, rejected=draft.tokens[kept:], scores=[] if text.scores is None else scores_of(logits[:len(new)], new, text.scores))
+
+def scores_of(
+    logits: Tensor,     # (tokens, vocab)
+    tokens: list[int],
+    n: int,             # of the likeliest ones
+) -> list[Scores]:
+    """What the teacher says of tokens, from the logits at their places."""
+    laws = logits.float().log_softmax(-1)
+    tops = laws.topk(n)
+    return [Scores(law[token].item(), dict(zip(*row))) for law, token, *row in zip(laws, tokens, tops.indices.tolist(), tops.values.tolist())]
 
 # %% ../nbs/07_speculative.ipynb #2bdf765c
 class SpeculativeDecoder:
@@ -578,14 +634,23 @@ class SpeculativeDecoder:
         texts: list[Text],  # each with a prompt of at least one token; they are written on in place
     ) -> Iterator[Round]:
         """Decodes all texts until each has ended. Raises `ValueError` for a prompt that is empty or fills the teacher's context."""
-        check_prompts(texts, self.context_size, self.vocabulary_size)
-        for text in texts: text.limit = min(text.limit, self.context_size or text.limit)
-        self.teacher = CachedModel(self.model, max(text.limit for text in texts) + self.gamma + 1, len(texts), self.compiled)
-        self.drafter.begin(texts)
+        self.begin(texts)
         rows = self.drop_ended(texts, list(range(len(texts))))
         while rows:
             for row, new in zip(rows, self.step([texts[row] for row in rows])): yield replace(new, text=row)
             rows = self.drop_ended(texts, rows)
+
+    def begin(self, texts: list[Text]) -> None:
+        """Takes empty memories for these texts. Raises `ValueError` for a prompt that is empty or fills the teacher's context."""
+        check_prompts(texts, self.context_size, self.vocabulary_size)
+        for text in texts: text.limit = min(text.limit, self.context_size or text.limit)
+        self.teacher = CachedModel(self.model, max(text.limit for text in texts) + self.gamma + 1, len(texts), self.compiled)
+        self.drafter.begin(texts)
+
+    def join(self, other: "SpeculativeDecoder") -> None:
+        """Takes over the texts of another decoder of the same models, behind its own, as far as they are."""
+        self.teacher.join(other.teacher)
+        self.drafter.join(other.drafter)
 
     def drop_ended(self, texts: list[Text], rows: list[int]) -> list[int]:
         """The texts that go on; the memories of the others are given up."""
@@ -594,6 +659,7 @@ class SpeculativeDecoder:
             for memory in (self.teacher, self.drafter): memory.keep(going)
         return [rows[place] for place in going]
 
+    @torch.no_grad()
     def step(self, texts: list[Text]) -> list[Round]:
         """One round: draft, verify in one call, cut the memories back."""
         times, read = [clock(self.device)], self.teacher.lengths
@@ -741,7 +807,7 @@ def make_drafter(
     """The drafter that the settings name; a `student` that is one already is taken as it is. Raises `ValueError` for models whose vocabularies can't be the same tokenizer's, `ConfigError` for two devices."""
     if isinstance(student, Drafter): return student
     width = teacher.config.get_text_config().vocab_size
-    def paced(drafter, pace): return Adaptive(drafter, teacher.device, running(teacher, Times, settings.compile), pace) if is_adaptive(settings) else drafter
+    def paced(drafter, pace): return Adaptive(drafter, teacher.device, running(teacher, Times, settings.compile), pace, sampled=bool(settings.adaptive)) if is_adaptive(settings) else drafter
     def lookup(shortest): return paced(LookupDrafter(width, teacher.device, shortest), running(teacher, Pace, shortest))
     if settings.drafter == "lookup": return lookup(2)
     check_pair(teacher, student)

@@ -268,6 +268,10 @@ class CachedModel:
         """Forgets all rows but these."""
         self.cache.keep(rows)
 
+    def join(self, other: "CachedModel", capacity: int = 0) -> None:
+        """Takes the texts of another memory of the same model behind its own, with room for `capacity` positions at least."""
+        self.cache.join(other.cache, capacity)
+
 # %% ../nbs/06a_steps.ipynb #0ab027d1
 INT8 = weakref.WeakKeyDictionary()  # by model: the versions of its weights, and the copy
 
