@@ -83,6 +83,11 @@ class Batcher:
         self.thread.start()
 
     @property
+    def ready(self) -> bool:
+        """Whether new texts are taken."""
+        return self.thread.is_alive() and not self.closing
+
+    @property
     def writing(self) -> int:
         """Texts that are being written."""
         return len(self.listeners) - len(self.line)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'Space', 'UNSEARCHED', 'PACKAGES', 'ConfigError', 'within', 'listing', 'fits',
            'type_name', 'Settings', 'TeacherSettings', 'SourceSettings', 'DataSettings', 'StudentSettings',
-           'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'EvalSettings', 'Config', 'add_config',
-           'one_line', 'check_keys', 'read_yaml', 'config_parser', 'make_config', 'resolve', 'load_config',
-           'write_whole', 'short_hash', 'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space',
-           'check_dimension', 'ends_of_range', 'home', 'run_place', 'text_folder', 'run_folder', 'versions', 'machine',
-           'commit', 'provenance']
+           'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'EvalSettings', 'ServeSettings',
+           'Config', 'add_config', 'one_line', 'check_keys', 'read_yaml', 'config_parser', 'make_config', 'resolve',
+           'load_config', 'write_whole', 'short_hash', 'save_config', 'with_values', 'Experiment', 'read_experiment',
+           'check_space', 'check_dimension', 'ends_of_range', 'home', 'run_place', 'text_folder', 'run_folder',
+           'versions', 'machine', 'commit', 'provenance']
 
 # %% ../nbs/00_config.ipynb #764a932e
 import copy
@@ -371,6 +371,25 @@ class EvalSettings(Settings):
         super().__post_init__()
         if wrong := [k for k in self.k if not 1 <= k <= self.samples]: raise ConfigError(f"eval.k has {wrong[0]} and eval.samples is {self.samples}; allowed is 1 to the number of samples")
 
+# %% ../nbs/00_config.ipynb #6170c1f3
+@dataclass
+class ServeSettings(Settings):
+    """the REST API"""
+    host: str = "127.0.0.1"
+    """address to listen on; at any but this machine's own the server asks for the token in KDCODE_API_KEY"""
+    port: int = within(1, 65535, default=8000)
+    """to listen on"""
+    places: int = within(1, default=8)
+    """texts that are written side by side"""
+    waiting: int = within(0, default=64)
+    """texts that may wait for a place; requests for more are answered with 429"""
+    max_prompt_tokens: int = within(1, default=4096)
+    """tokens of a prompt, at most"""
+    max_new_tokens: int = within(1, default=1024)
+    """tokens of an answer, at most"""
+    max_bytes: int = within(1, default=1_000_000)
+    """of a request"""
+
 # %% ../nbs/00_config.ipynb #eea0a4b3
 @dataclass
 class Config(Settings):
@@ -389,6 +408,7 @@ class Config(Settings):
     train: TrainSettings = field(default_factory=TrainSettings)
     decode: DecodeSettings = field(default_factory=DecodeSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+    serve: ServeSettings = field(default_factory=ServeSettings)
 
     section = ""
 

@@ -115,10 +115,10 @@ def find_program(engine: str) -> str | None:
     """The engine's program; None where it isn't installed."""
     return shutil.which(PROGRAMS[engine], path=os.pathsep.join([str(home()/".engines"/"bin"), os.environ.get("PATH", "")]))
 
-def vllm_command(program: str, teacher: Path, draft: Path | None, gamma: int, dtype: str) -> list[str]:
-    """Starts vLLM, with folders of safetensors."""
+def vllm_command(program: str, teacher: Path, draft: Path | None, gamma: int, dtype: str, name: str = "teacher") -> list[str]:
+    """Starts vLLM, with folders of safetensors; `name` is that of the model for its clients."""
     drafting = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": gamma}
-    return [program, "serve", str(teacher), "--served-model-name", "teacher", "--dtype", dtype, "--enforce-eager", "--max-model-len", "2048"] + (["--speculative-config", json.dumps(drafting)] if draft else [])
+    return [program, "serve", str(teacher), "--served-model-name", name, "--dtype", dtype, "--enforce-eager", "--max-model-len", "2048"] + (["--speculative-config", json.dumps(drafting)] if draft else [])
 
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -577,7 +577,7 @@ class Round:
     text: int = 0
     """which of the texts"""
     rejected: list[int] = field(default_factory=list)
-    """what had been drafted beyond the accepted tokens"""
+    """drafted tokens in whose place the teacher put its own: the first was refused, the others fell with it"""
     scores: list[Scores] = field(default_factory=list)
     """for each new token, where the text asks for them"""
 
@@ -600,7 +600,7 @@ def judge(
     text.ended |= len(text.tokens) >= text.limit
     text.statistics.add_round(len(new), len(draft.tokens), min(accepted, len(new)), sum(draft.judged))
     kept = min(accepted, len(new))
-    return Round(new, kept, rejected=draft.tokens[kept:], scores=[] if text.scores is None else scores_of(logits[:len(new)], new, text.scores))
+    return Round(new, kept, rejected=draft.tokens[accepted:] if len(new) > accepted else [], scores=[] if text.scores is None else scores_of(logits[:len(new)], new, text.scores))
 
 def scores_of(
     logits: Tensor,     # (tokens, vocab)

@@ -375,7 +375,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if (path.parent/"model.safetensors").exists() or (path.parent/SHARDED).exists()]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
-FREE = {"name", "out", "decode", "eval", "train.threads", "train.upload", "train.keep", "train.logging_steps", "teacher.device", "targets.folder"}
+FREE = {"name", "out", "decode", "eval", "serve", "train.threads", "train.upload", "train.keep", "train.logging_steps", "teacher.device", "targets.folder"}
 
 # %% ../nbs/06_train.ipynb #b248db8d
 def changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
