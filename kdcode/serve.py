@@ -577,7 +577,7 @@ class Reply:
         except Exception as error:
             told = refusal(error)
             yield f"data: {json.dumps(problem(told.status, str(told), told.param, told.code))}\n\n"
-            if told.status == 500: LOG.exception("a text could not be written to its end")
+            if told.status == 500: LOG.exception("an answer could not be brought to its end")
 
     def event(self, choices: list[dict], **more: Any) -> str:
         """A server-sent event."""
@@ -595,13 +595,19 @@ class Guard:
     async def __call__(self, scope, receive, send) -> None:
         """An ASGI application."""
         if scope["type"] != "http": return await self.app(scope, receive, send)
+        started = False
         async def counted(message):
-            if message["type"] == "http.response.start": self.service.metrics.requests.labels(known_path(scope["path"]), message["status"]).inc()
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                self.service.metrics.requests.labels(known_path(scope["path"]), message["status"]).inc()
             await send(message)
-        headers = dict(scope["headers"])
-        try: self.check(scope["path"], headers)
-        except Refused as error: return await as_response(error)(scope, receive, counted)
-        await self.app(scope, self.bounded(receive), counted)
+        try:
+            self.check(scope["path"], dict(scope["headers"]))
+            await self.app(scope, self.bounded(receive), counted)
+        except Exception as error:
+            if not isinstance(error, Refused): LOG.exception("a request could not be answered")
+            if not started: await as_response(error)(scope, receive, counted)
 
     def check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raises `Refused` without the right token, or where the announced length is too large."""
@@ -666,7 +672,7 @@ def create_app(
         yield
         await asyncio.to_thread(service.batcher.close)
     app = FastAPI(title="kdcode", version="1", description="OpenAI's API over speculative decoding.", lifespan=lifespan, docs_url=None, redoc_url=None)
-    for kind in (Exception, HTTPException, RequestValidationError, Refused, Full, Closed, ValueError): app.add_exception_handler(kind, lambda request, error: as_response(error))
+    for kind in (HTTPException, RequestValidationError, Refused, Full, Closed, ValueError): app.add_exception_handler(kind, lambda request, error: as_response(error))
     add_text_routes(app, service)
     add_other_routes(app, service)
     app.add_middleware(Guard, service=service, key=key)

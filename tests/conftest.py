@@ -1,7 +1,11 @@
 """What several tests share: the repository's root, a tiny teacher in a folder, and the command as a process."""
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,3 +35,44 @@ def kdcode(tmp_path):
         environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
         return subprocess.run([sys.executable, "-m", "kdcode.cli", *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
     return run
+
+
+@pytest.fixture(scope="session")
+def pair(tiny_teacher):
+    """That teacher, and a student that begins with its first layer."""
+    from kdcode.config import TeacherSettings
+    from kdcode.student import Student
+    from kdcode.teacher import load_teacher
+    teacher = load_teacher(TeacherSettings(name=str(tiny_teacher), dtype="float32", device="cpu"))
+    return teacher, Student.from_teacher(teacher.model, layers=[0]).eval()
+
+
+def wait_until(true, seconds=60):
+    """Waits for something that must happen."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it has not happened"
+        time.sleep(.01)
+
+
+@pytest.fixture(scope="session")
+def served(pair):
+    """Serves both in a thread: gives a client, and the service."""
+    import httpx
+    from kdcode.config import Config, DecodeSettings, ServeSettings
+    from kdcode.serve import Service, create_app, make_server
+
+    @contextmanager
+    def serving(**limits):
+        service = Service(*pair, Config(decode=DecodeSettings(gamma=3), serve=ServeSettings(**limits)))
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = make_server(create_app(service))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=120, limits=httpx.Limits(max_connections=100)) as client: yield client, service
+        finally:
+            server.should_exit = True
+            thread.join()
+    return serving

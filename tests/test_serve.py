@@ -5,53 +5,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import pytest
-import torch
+from conftest import wait_until
 
-from kdcode.config import Config, DecodeSettings, ServeSettings
-from kdcode.serve import Service, create_app, make_server
+from kdcode.config import Config, DecodeSettings
+from kdcode.serve import Service, create_app
 from kdcode.speculative import complete
-from kdcode.student import Student
-from kdcode.teacher import load_teacher
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_teacher):
-    """Teacher and student."""
-    from kdcode.config import TeacherSettings
-    teacher = load_teacher(TeacherSettings(name=str(tiny_teacher), dtype="float32", device="cpu"))
-    torch.manual_seed(1)
-    return teacher, Student.from_teacher(teacher.model, layers=[0]).eval()
-
-
-@contextmanager
-def served(pair, key=None, **limits):
-    """A client for a server in a thread, and its service."""
-    service = Service(*pair, Config(decode=DecodeSettings(gamma=3), serve=ServeSettings(**limits)))
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = make_server(create_app(service, key))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=120, limits=httpx.Limits(max_connections=100)) as client: yield client, service
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def wait_until(true, seconds=60):
-    """Waits for something that must happen."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it has not happened"
-        time.sleep(.01)
 
 
 def body(**changes):
@@ -75,7 +37,7 @@ def memory():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def test_200_requests_from_16_clients(pair):
+def test_200_requests_from_16_clients(pair, served):
     wanted = {json.dumps(asked): alone(pair, asked) for asked in kinds()}
     requests = [kinds()[i % 8] | {"stream": i % 3 == 0} for i in range(200)]
     def ask(client, asked):
@@ -85,7 +47,7 @@ def test_200_requests_from_16_clients(pair):
         lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
         assert lines[-1] == "[DONE]"
         return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
-    with served(pair, places=6) as (client, service), ThreadPoolExecutor(16) as clients:
+    with served(places=6) as (client, service), ThreadPoolExecutor(16) as clients:
         used = []
         for _ in range(2):
             found = list(clients.map(lambda asked: ask(client, asked), requests))
@@ -98,8 +60,8 @@ def test_200_requests_from_16_clients(pair):
     assert len(set(wanted.values())) == 8  # or equal answers would say nothing
 
 
-def test_a_full_line_is_told_and_empties(pair):
-    with served(pair, places=1, waiting=2) as (client, service), ThreadPoolExecutor(12) as clients:
+def test_a_full_line_is_told_and_empties(pair, served):
+    with served(places=1, waiting=2) as (client, service), ThreadPoolExecutor(12) as clients:
         replies = list(clients.map(lambda seed: client.post("/v1/completions", json=body(max_tokens=150, seed=seed)), range(12)))
         assert {reply.status_code for reply in replies} == {200, 429}
         for reply in replies:
@@ -108,8 +70,8 @@ def test_a_full_line_is_told_and_empties(pair):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_goes_away_frees_the_place(pair, stream):
-    with served(pair, places=1) as (client, service):
+def test_who_goes_away_frees_the_place(pair, served, stream):
+    with served(places=1) as (client, service):
         asked = json.dumps(body(max_tokens=450, stream=stream)).encode()
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(asked), asked))
@@ -119,11 +81,11 @@ def test_who_goes_away_frees_the_place(pair, stream):
         assert not text.ended and service.batcher.writing == 0
 
 
-def test_a_stop_string_ends_the_writing(pair):
+def test_a_stop_string_ends_the_writing(pair, served):
     teacher = pair[0]
     whole = alone(pair, body(max_tokens=200, seed=0))
     stop = whole[10:14]
-    with served(pair) as (client, service):
+    with served() as (client, service):
         for stream in (False, True):
             reply = client.post("/v1/completions", json=body(max_tokens=200, stop=[stop, "\0"], stream=stream))
             told = reply.json() if not stream else None
@@ -133,10 +95,10 @@ def test_a_stop_string_ends_the_writing(pair):
         assert service.batcher.writing == 0
 
 
-def test_bodies_without_a_length_are_bounded(pair):
+def test_bodies_without_a_length_are_bounded(pair, served):
     def endless():
         for _ in range(1000): yield b"x" * 100_000
-    with served(pair, max_bytes=50_000) as (client, service):
+    with served(max_bytes=50_000) as (client, service):
         try: status = client.post("/v1/completions", content=endless(), headers={"Content-Type": "application/json"}).status_code
         except (httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError): status = 413  # the server has hung up on the rest
         assert status == 413
@@ -144,16 +106,16 @@ def test_bodies_without_a_length_are_bounded(pair):
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[" * 20_000, b'{"model": "teacher0", "prompt": ' + b"9" * 5000 + b"}", b'{"model": "teacher0", "prompt": ["x", 1]}', b'{"model": "teacher0", "prompt": "x", "n": 1e400}', b"\xff\xfe", b'{"\\ud800": 1}', b'{"model": "' + b"m" * 10_000 + b'", "prompt": "x"}'])
-def test_odd_bodies_are_told(pair, content):
-    with served(pair) as (client, service):
+def test_odd_bodies_are_told(pair, served, content):
+    with served() as (client, service):
         reply = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
         error = reply.json()["error"]
         assert reply.status_code in (400, 404) and set(error) == {"message", "type", "param", "code"} and 0 < len(error["message"]) <= 300 and "Traceback" not in error["message"]
         assert client.post("/v1/completions", json=body()).status_code == 200
 
 
-def test_what_breaks_inside_is_not_told(pair, monkeypatch):
-    with served(pair) as (client, service):
+def test_what_breaks_inside_is_not_told(pair, served, monkeypatch):
+    with served() as (client, service):
         whole = service.batcher.batch.round
         def breaks(): raise RuntimeError("secret detail")
         monkeypatch.setattr(service.batcher.batch, "round", breaks)
@@ -166,7 +128,7 @@ def test_what_breaks_inside_is_not_told(pair, monkeypatch):
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_its_own_description(pair, known):
+def test_its_own_description(pair, served, known):
     """Whatever the description allows is answered as it says; with a known model too, where texts come out."""
     import hypothesis
     import schemathesis
