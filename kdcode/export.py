@@ -41,6 +41,7 @@ def as_llama(
     student = load_draft(str(model)) if isinstance(model, (str, Path)) else model
     if isinstance(student, ReadingStudent): raise ConfigError(f"a student that reads the states of its teacher ({student.config.teacher or 'unnamed'}) works beside it only and can't become a Llama; train one with student.reads []")
     if not isinstance(student, (Student, LlamaForCausalLM)): raise ConfigError(f"a {type(student).__name__} is neither a student nor a Llama; export a student of the llama dialect")
+    if getattr(student, "hf_quantizer", None): raise ConfigError("the weights of this student are in 4 bits; export the student that it was made from")
     made_for, found = getattr(student.config, "tokenizer_fingerprint", ""), tokenizer_fingerprint(tokenizer)
     if made_for and made_for != found: raise ConfigError(f"the student was made for teacher {student.config.teacher}, and the tokenizer ({len(tokenizer)} tokens) is another one; give the tokenizer of {student.config.teacher}")
     if student.config.vocab_size < len(tokenizer): raise ConfigError(f"the model has {student.config.vocab_size} ids and the tokenizer {len(tokenizer)} tokens; give the tokenizer that the model was made for")

@@ -823,7 +823,7 @@ def drafting_form(student: PreTrainedModel, settings: DecodeSettings) -> PreTrai
 
 def in_8_bits(student: PreTrainedModel, settings: DecodeSettings) -> bool:
     """Whether the student drafts with weights of 8 bits."""
-    return settings.student_weights == "int8" or settings.student_weights == "auto" and student.device.type == "cpu"
+    return settings.student_weights == "int8" or settings.student_weights == "auto" and student.device.type == "cpu" and not getattr(student, "hf_quantizer", None)
 
 def is_adaptive(settings: DecodeSettings) -> bool:
     """Whether γ adapts."""
@@ -994,7 +994,7 @@ def load_draft(
     hub_id = len(place.parts) == 2 and not place.is_absolute() and not place.exists()
     if not hub_id and not (place/"config.json").exists(): raise ConfigError(f"there is no student in {name}; make one with kdcode demo or kdcode distill, or name a folder or a hub id of one (shipped are students for: {', '.join(shipped) or 'no teacher'})")
     try: student = AutoModelForCausalLM.from_pretrained(name if hub_id else place, dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error: raise ConfigError(f"the student in {name} can't be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error: raise ConfigError(f"the student in {name} can't be loaded: {str(error).strip().splitlines()[0]}") from None
     if teacher is None: return student
     check_student(teacher, student)
     return student.to(teacher.device)

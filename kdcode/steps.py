@@ -276,7 +276,8 @@ class CachedModel:
 INT8 = weakref.WeakKeyDictionary()  # by model: the versions of its weights, and the copy
 
 def int8(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose linear layers have weights of 8 bits; made once for each model of a process. Raises `ConfigError` on other devices than the CPU."""
+    """A copy whose linear layers have weights of 8 bits; made once for each model of a process. Raises `ConfigError` on other devices than the CPU, or for weights that are quantised already."""
+    if getattr(model, "hf_quantizer", None): raise ConfigError("the student's weights are in 4 bits, and can't be rounded to 8; use decode.student_weights plain or auto")
     if model.device.type != "cpu": raise ConfigError(f"weights of 8 bits are for the CPU, and the student is on {model.device}; use decode.student_weights plain or auto")
     versions = [None if weight.is_inference() else weight._version for weight in model.parameters()]  # a training step changes them
     if model not in INT8 or INT8[model][0] != versions:

@@ -297,6 +297,7 @@ def starting_student(config: Config, teacher: Teacher) -> Student:
     try: student = open_student(place, teacher.model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error: raise ConfigError(f"student.start is {place}, which can't be loaded: {str(error).strip().splitlines()[0]}") from None
     if list(getattr(student.config, "reads", None) or []) != config.student.reads: raise ConfigError(f"student.start is {place}, which reads the states {student.config.reads}; set student.reads to them (now {config.student.reads})")
+    if getattr(student, "hf_quantizer", None): raise ConfigError(f"student.start is {place}, whose weights are in 4 bits and can't be trained; name the student that it was made from")
     if student.config.tokenizer_fingerprint != tokenizer_fingerprint(teacher.tokenizer): raise ConfigError(f"student.start is {place}, made for teacher {student.config.teacher}, whose tokenizer is not that of {teacher.name}")
     return student
 
