@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'BENCHMARKS', 'DRAFT', 'OPTIONS', 'WITHOUT_SETTINGS', 'Steps', 'bar', 'corpus_and_teacher',
            'train_student', 'run_distill', 'run_targets', 'run_tune', 'run_demo', 'run_generate', 'run_bench',
-           'bench_decoding', 'bench_engines', 'bench_forms', 'bench_caching', 'run_eval', 'run_export', 'run_serve',
-           'draft_of', 'serve_with_vllm', 'run_record', 'run_experiment', 'load_pair', 'shipped_student', 'shown',
-           'make_parser', 'quiet', 'parse', 'configuration', 'main']
+           'bench_decoding', 'bench_engines', 'bench_forms', 'bench_caching', 'run_eval', 'run_export', 'write_student',
+           'grown_student', 'run_serve', 'draft_of', 'serve_with_vllm', 'run_record', 'run_experiment', 'load_pair',
+           'shipped_student', 'shown', 'make_parser', 'quiet', 'parse', 'configuration', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import os
@@ -198,12 +198,36 @@ def run_eval(config: Config, options) -> None:
 
 # %% ../nbs/12_cli.ipynb #9164bee1
 def run_export(config: Config, options) -> None:
-    """`kdcode export MODEL`: writes a student for another engine."""
+    """`kdcode export MODEL`: writes a student for another engine, in fewer bits, or for the hub."""
+    from kdcode.hub import export_hub
+    if options.to == "hub":
+        place = export_hub(options.model, config.teacher.name, options.repo, run_folder(config)/"hub", options.dry_run, options.report, options.license, options.private)
+        return print(f"{'nothing was pushed; what would be is in ' + shown(place) if options.dry_run else 'the student is at ' + place}")
+    if options.repo or options.dry_run: raise ConfigError(f"--repo and --dry-run are for --to hub, and --to is {options.to}")
+    model = grown_student(config, options) if options.grow_vocabulary else options.model
+    print(f"the student is in {shown(write_student(model, config.teacher.name, run_folder(config), options.to))}")
+
+def write_student(model: str | Path, teacher: str, folder: Path, form: str) -> Path:
+    """A student in one of the forms that are files of this machine."""
     from kdcode.export import export_gguf, export_llama
+    from kdcode.quantise import export_quantised
+    if form == "llama": return export_llama(model, teacher, folder/"llama")
+    if form == "gguf": return export_gguf(model, teacher, folder/"student.gguf")
+    return export_quantised(model, folder/form, form)
+
+def grown_student(config: Config, options) -> Path:
+    """A student with a draft vocabulary gets all ids, and a short distillation by the settings finishes it."""
+    from kdcode.grow import export_grown
+    from kdcode.reading import ReadingStudent
+    from kdcode.speculative import load_draft
+    from kdcode.teacher import load_teacher
+    if options.to not in ("llama", "gguf"): raise ConfigError(f"--grow-vocabulary is for --to llama and --to gguf, and --to is {options.to}")
+    student = load_draft(options.model)
+    if isinstance(student, ReadingStudent): raise ConfigError(f"the student reads the states of its teacher ({student.config.teacher}) and can't become a Llama with all ids either; train one with student.reads []")
     folder = run_folder(config)
-    if options.to == "llama": place = export_llama(options.model, config.teacher.name, folder/"llama")
-    else: place = export_gguf(options.model, config.teacher.name, folder/"student.gguf")
-    print(f"the student is in {shown(place)}")
+    start = export_grown(student, load_teacher(config.teacher), folder/"all-ids")
+    train_student(replace(config, student=replace(config.student, start=str(start), reads=[])), folder, Steps(3), resume=True)
+    return folder/"student"
 
 def run_serve(config: Config, options) -> None:
     """`kdcode serve`: answers requests for text, in OpenAI's form."""
@@ -313,7 +337,13 @@ OPTIONS: dict[str, dict[str, dict]] = {  # each command's own, besides the setti
         "--out": {"type": str, "default": None, "help": "folder for the files; default: runs/NAME, with the name in the file"}},
     "export": {
         "model": {"type": str, "help": "folder or hub id of the student, or the name of a teacher that one is shipped for"},
-        "--to": {"choices": ["llama", "gguf"], "default": "llama", "help": "llama: a folder that transformers, vLLM and llama.cpp's converter load; gguf: a file for llama.cpp"}},
+        "--to": {"choices": ["llama", "gguf", "int8", "int4", "hub"], "default": "llama", "help": "llama: a folder that transformers, vLLM and llama.cpp's converter load; gguf: a file for llama.cpp; int8, int4: a student with weights of fewer bits; hub: a repository of the model hub, with a card"},
+        "--grow-vocabulary": {"action": "store_true", "help": "a student with a draft vocabulary first gets all ids of its teacher, and is trained by the settings (data, train, ...) from there"},
+        "--repo": {"type": str, "default": "", "help": "of the hub: USER/NAME"},
+        "--dry-run": {"action": "store_true", "help": "for the hub: write what would be pushed, and push nothing"},
+        "--report": {"type": str, "default": None, "help": "for the hub: the report.json of its training, or its folder; default: that of the student's folder or run"},
+        "--license": {"type": str, "default": None, "help": "for the hub, as it is called there; default: that of the teacher, where it is known"},
+        "--private": {"action": "store_true", "help": "for the hub: a new repository is for you alone"}},
     "serve": {
         "--draft": DRAFT | {"help": "folder or hub id of the student, or the name of a teacher that one is shipped for; default: the student of the run --name, or else the one that is shipped for the teacher"},
         "--engine": {"choices": ["kdcode", "vllm"], "default": "kdcode", "help": "kdcode: our decoder, for a few at a time; vllm: vLLM with the exported student, for many"}},

@@ -546,7 +546,7 @@ def to_llama(student: Student) -> LlamaForCausalLM:
     """The same model as a `LlamaForCausalLM`. Raises `ValueError` for a student that can't be one, with what to train instead."""
     c = student.config
     if c.dialect != "llama": raise ValueError("a student of the classic dialect can't become a Llama; train one with student.dialect llama")
-    if c.draft_vocab_size: raise ValueError(f"a student with a draft vocabulary of {c.draft_vocab_size} ids can't become a Llama; train one with student.draft_vocabulary 0, or give this one all ids (kdcode.grow.grow_vocabulary) and train it a little further (student.start)")
+    if c.draft_vocab_size: raise ValueError(f"a student with a draft vocabulary of {c.draft_vocab_size} ids can't become a Llama; train one with student.draft_vocabulary 0, or give this one all ids: kdcode export --grow-vocabulary")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
             "rms_norm_eps", "attention_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     config = LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **{name: getattr(c, name) for name in same})
