@@ -2,12 +2,13 @@
 # make test: every test
 # Both set up .venv first, once.
 # make engines: vLLM and llama.cpp in environments of their own, for kdcode bench peers
+# make test-engines: our student as the draft of both
 PYTHON ?= python3
 BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test engines readme export
+.PHONY: setup demo test test-engines engines readme export
 
 setup: .venv/complete
 
@@ -26,6 +27,9 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-engines: setup engines
+	$(BIN)/pytest tests/test_engines.py
 
 engines: .engines/bin/vllm .engines/bin/llama-server
 

@@ -1,0 +1,44 @@
+"""Our student drafts in engines that others made: the text is that of our decoder, and as many drafts are accepted. `make test-engines` installs what they need."""
+import pytest
+import torch
+
+from kdcode.config import DecodeSettings, TeacherSettings
+from kdcode.data import humaneval_problems
+from kdcode.peers import Engine, PROGRAMS, VLLM_ENVIRONMENT, engine_files, find_program, llama_command, served, vllm_command, without_end
+from kdcode.speculative import complete, load_draft, shipped_drafts
+from kdcode.teacher import load_teacher
+
+SETTINGS = DecodeSettings(gamma=4, adaptive=False, max_new_tokens=96)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    teacher = load_teacher(TeacherSettings(name="smollm2", dtype="float32", device="cpu"))
+    return teacher, load_draft(str(shipped_drafts()["smollm2"].with_name("smollm2-135m-draft-independent")), teacher)
+
+
+@pytest.fixture(scope="module")
+def ours(pair):
+    """Our decoder's texts, and its tokens per call of the teacher."""
+    results = [complete(*pair, problem["prompt"], SETTINGS) for problem in humaneval_problems(4)]
+    statistics = sum((result.statistics for result in results[1:]), results[0].statistics)
+    return [without_end(result.tokens, pair[0]) for result in results], statistics.tokens_per_call
+
+
+@pytest.mark.parametrize("engine", PROGRAMS)
+def test_our_student_drafts_in(engine, pair, ours, tmp_path):
+    program = find_program(engine)
+    if program is None: pytest.skip(f"{engine} is not installed; make engines")
+    files = engine_files(engine, *pair, "smollm2", tmp_path)
+    def texts(draft):
+        command = vllm_command(program, files[0], draft, SETTINGS.gamma, "float32") if engine == "vLLM" else llama_command(program, files[0], draft, SETTINGS.gamma, torch.get_num_threads())
+        with served(command, VLLM_ENVIRONMENT if engine == "vLLM" else {}, tmp_path/"log") as url:
+            asked = Engine(url, pair[0])
+            found = [(asked.vllm if engine == "vLLM" else asked.llama_cpp)(problem["prompt"], SETTINGS) for problem in humaneval_problems(4)]
+            return [without_end(text, pair[0]) for text in found], asked.drafts()
+    drafted, counts = texts(files[1])
+    assert counts.accepted > 0
+    tokens = sum(map(len, drafted))
+    assert tokens / (tokens - counts.accepted) == pytest.approx(ours[1], rel=.1)
+    if engine == "vLLM": assert drafted == ours[0]
+    else: assert drafted == texts(None)[0]  # llama.cpp multiplies 4-bit blocks, so its text is compared with its own
