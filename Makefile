@@ -29,7 +29,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-engines: setup engines
-	$(BIN)/pytest tests/test_engines.py
+	$(BIN)/pytest -m slow tests/test_engines.py
 
 engines: .engines/bin/vllm .engines/bin/llama-server
 

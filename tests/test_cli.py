@@ -61,6 +61,23 @@ def test_generate_streams_the_teachers_text(kdcode, tiny_teacher, tmp_path):
     assert {"float32, the library's products", "float32, few rows (ours)", "bfloat16"} <= {row["form"] for row in rows}
 
 
+def test_a_trimmed_student_grows_and_becomes_a_llama(kdcode, tiny_teacher, tmp_path):
+    from transformers import AutoModelForCausalLM
+    assert kdcode("distill", "--name", "trimmed", *settings(tiny_teacher)).returncode == 0
+    student = tmp_path/"runs"/"trimmed"/"student"
+    refused = kdcode("export", student, "--name", "llama", "--teacher.name", tiny_teacher)
+    assert (refused.returncode, "--grow-vocabulary" in refused.stderr) == (2, True)
+    done = kdcode("export", student, "--grow-vocabulary", "--name", "grown", *settings(tiny_teacher))
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path/"runs"/"grown"/"llama").config.vocab_size == 49152
+    for form in ("int8", "gguf"):
+        done = kdcode("export", tmp_path/"runs"/"grown"/"student", "--to", form, "--name", "others", "--teacher.name", tiny_teacher)
+        assert done.returncode == 0, done.stderr
+    dry = kdcode("export", tmp_path/"runs"/"grown"/"student", "--to", "hub", "--repo", "me/draft", "--dry-run", "--license", "mit", "--name", "others", "--teacher.name", tiny_teacher)
+    assert dry.returncode == 0, dry.stderr
+    assert "license: mit" in (tmp_path/"runs"/"others"/"hub"/"README.md").read_text()
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(kdcode, tiny_teacher, tmp_path):
     from safetensors.torch import load_file
     common = [*settings(tiny_teacher), "--train.epochs", 2]

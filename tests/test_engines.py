@@ -8,6 +8,7 @@ from kdcode.peers import Engine, PROGRAMS, VLLM_ENVIRONMENT, engine_files, find_
 from kdcode.speculative import complete, load_draft, shipped_drafts
 from kdcode.teacher import load_teacher
 
+pytestmark = pytest.mark.slow
 SETTINGS = DecodeSettings(gamma=4, adaptive=False, max_new_tokens=96)
 
 
