@@ -39,9 +39,16 @@ class Batch:
         for _ in range(ALONE_ROUNDS):
             if not text.ended: yield from decoder.step([text])
         if text.ended: return
-        if self.texts: self.decoder.join(decoder)
+        if self.texts: self.join(decoder)
         else: self.decoder = decoder
         self.texts.append(text)
+
+    def join(self, newcomer: SpeculativeDecoder) -> None:
+        """Takes a newcomer's memories in; where that fails, the batch is as it was."""
+        try: self.decoder.join(newcomer)
+        except BaseException:
+            for memory in (self.decoder.teacher, self.decoder.drafter): memory.keep(list(range(len(self.texts))))
+            raise
 
     def round(self) -> list[tuple[Text, Round]]:
         """One round of all texts; those that have ended leave."""
@@ -56,6 +63,7 @@ class Batch:
         if rows and len(rows) < len(self.texts):
             for memory in (self.decoder.teacher, self.decoder.drafter): memory.keep(rows)
         self.texts = [self.texts[row] for row in rows]
+        if not rows: self.decoder = None  # and its memories with it
 
 # %% ../nbs/07a_batching.ipynb #31dce565
 class Full(Exception):
@@ -88,6 +96,11 @@ class Batcher:
         return self.thread.is_alive() and not self.closing
 
     @property
+    def full(self) -> bool:
+        """Whether not even one more text may wait."""
+        return len(self.listeners) >= self.places + self.limit
+
+    @property
     def writing(self) -> int:
         """Texts that are being written."""
         return len(self.listeners) - len(self.line)
@@ -95,7 +108,7 @@ class Batcher:
     def submit(self, texts: list[Text], listeners: list[Listener]) -> None:
         """Takes these texts, all or none. Raises `Full` where not all of them may wait, `Closed` after `close`."""
         with self.changed:
-            if self.closing: raise Closed
+            if not self.ready: raise Closed
             if len(self.listeners) + len(texts) > self.places + self.limit: raise Full
             self.listeners |= {id(text): listener for text, listener in zip(texts, listeners)}
             self.line.extend(texts)
@@ -116,27 +129,38 @@ class Batcher:
         self.thread.join()
 
     def work(self) -> None:
+        """Rounds, until `close`. Where they can't go on, nobody is left waiting: all listeners are told, and nothing more is taken."""
+        try: self.rounds()
+        except BaseException as error:
+            with self.changed: self.closing, listeners, self.listeners = True, self.listeners, {}
+            for listener in listeners.values(): listener(error)
+            raise
+
+    def rounds(self) -> None:
         """Rounds, as long as there is something to write or may be."""
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.listeners or self.batch.texts or self.closing)
                 if self.closing and not self.listeners: return
-                self.batch.drop([text for text in self.batch.texts if id(text) not in self.listeners])
-                newcomers = [self.line.popleft() for _ in range(min(len(self.line), self.places - len(self.batch.texts)))]
+                gone = [text for text in self.batch.texts if id(text) not in self.listeners]
+                newcomers = [self.line.popleft() for _ in range(min(len(self.line), self.places - len(self.batch.texts) + len(gone)))]
             for text in newcomers: self.admit(text)
-            self.write()
+            self.write(gone)
 
     def admit(self, text: Text) -> None:
         """A newcomer's first rounds; what is wrong with it is told to its own listener alone."""
+        if id(text) not in self.listeners: return  # gone while others were admitted
         try:
             for new in self.batch.add(text): self.tell(text, new)
         except Exception as error: self.tell(text, error)
         else:
             if text.ended: self.tell(text, None)
 
-    def write(self) -> None:
-        """One round. What goes wrong in it is told to all whose texts were in it; the next ones begin with new memories."""
-        try: brought = self.batch.round()
+    def write(self, gone: list[Text]) -> None:
+        """One round, without those texts. What goes wrong in it is told to all whose texts were in it; the next ones begin with new memories."""
+        try:
+            self.batch.drop(gone)
+            brought = self.batch.round()
         except Exception as error:
             texts, self.batch.texts = self.batch.texts, []
             for text in texts: self.tell(text, error)

@@ -232,26 +232,28 @@ def grown_student(config: Config, options) -> Path:
 def run_serve(config: Config, options) -> None:
     """`kdcode serve`: answers requests for text, in OpenAI's form."""
     from kdcode import serve
-    key, draft = serve.token(config.serve.host), options.draft or draft_of(config)
-    if options.engine == "vllm": return serve_with_vllm(config, draft, key)
+    key, draft = serve.token(config.serve.host), options.draft or draft_of(config, options.engine)
+    if options.engine == "vllm": return serve_with_vllm(config, draft, key, shlex.split(options.engine_options))
     with serve.listen(config.serve) as listening:  # a port that is taken is told before the models are loaded
         teacher, student = load_pair(config, draft)
-        print(f"{teacher.name} is served at http://{config.serve.host}:{config.serve.port}/ ({'with the token in KDCODE_API_KEY' if key else 'for this machine alone'}; end it with Ctrl+C)", flush=True)
+        print(f"{teacher.name} is served at {serve.address(config.serve)} ({'with the token in KDCODE_API_KEY' if key else 'for this machine alone'}; end it with Ctrl+C)", flush=True)
         serve.serve(teacher, student, config, listening, key)
 
-def draft_of(config: Config) -> str | None:
-    """The student that is shipped for the teacher; None: that of the run."""
+def draft_of(config: Config, engine: str) -> str | None:
+    """The student that is shipped for the teacher, for vLLM one that reads nothing; None: that of the run."""
     from kdcode.speculative import shipped_drafts
-    return config.teacher.name if config.teacher.name in shipped_drafts() and not (run_place(config)/"student").exists() else None
+    if (run_place(config)/"student").exists() or not (place := shipped_drafts().get(config.teacher.name)): return None
+    independent = place.with_name(f"{place.name}-independent")
+    return str(independent if engine == "vllm" and independent.exists() else place)
 
-def serve_with_vllm(config: Config, draft: str | None, key: str | None) -> None:
+def serve_with_vllm(config: Config, draft: str | None, key: str | None, more: list[str]) -> None:
     """Writes teacher and student in vLLM's form, and becomes vLLM."""
     from kdcode.peers import VLLM_ENVIRONMENT, engine_files, find_program, vllm_command
     program = find_program("vLLM")
     if program is None: raise ConfigError("vLLM is not installed; make engines makes an environment for it, or put its vllm on the PATH")
     teacher, student = load_pair(config, draft)
-    files, dtype = engine_files("vLLM", teacher, student, config.teacher.name, run_folder(config)), str(teacher.model.dtype).removeprefix("torch.")
-    command = [*vllm_command(program, *files, config.decode.gamma, dtype, teacher.name), "--host", config.serve.host, "--port", str(config.serve.port)]
+    files, dtype = engine_files("vLLM", teacher, student, config.teacher.name, run_folder(config)/"vllm"), str(teacher.model.dtype).removeprefix("torch.")
+    command = [*vllm_command(program, *files, config.decode.gamma, dtype, teacher.name), "--host", config.serve.host, "--port", str(config.serve.port), *more]
     os.execve(program, command, os.environ | VLLM_ENVIRONMENT | ({"VLLM_API_KEY": key} if key else {}))
 
 def run_record(config: Config, options) -> None:
@@ -346,7 +348,8 @@ OPTIONS: dict[str, dict[str, dict]] = {  # each command's own, besides the setti
         "--private": {"action": "store_true", "help": "for the hub: a new repository is for you alone"}},
     "serve": {
         "--draft": DRAFT | {"help": "folder or hub id of the student, or the name of a teacher that one is shipped for; default: the student of the run --name, or else the one that is shipped for the teacher"},
-        "--engine": {"choices": ["kdcode", "vllm"], "default": "kdcode", "help": "kdcode: our decoder, for a few at a time; vllm: vLLM with the exported student, for many"}},
+        "--engine": {"choices": ["kdcode", "vllm"], "default": "kdcode", "help": "kdcode: our decoder, for a few at a time; vllm: vLLM with the exported student, for many"},
+        "--engine-options": {"type": str, "default": "", "help": "more options for vLLM, in one string, such as '--tensor-parallel-size 2'"}},
     "record": {
         "folder": {"type": str, "help": "of the report"},
         "result": {"type": str, "help": "its name among the results, for example decode-smollm2"}},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIRECT', 'PROGRAMS', 'VLLM_ENVIRONMENT', 'WITH', 'served', 'wait_until_ready', 'end', 'call', 'Drafts', 'Engine',
            'metric', 'without_end', 'find_program', 'vllm_command', 'llama_command', 'engine_files', 'engine_methods',
-           'own_methods', 'counting', 'peer_rows', 'bench_peers', 'about_peers']
+           'own_methods', 'counting', 'calls_of', 'peer_rows', 'bench_peers', 'about_peers']
 
 # %% ../nbs/09b_peers.ipynb #35ce3fce
 import json
@@ -83,10 +83,12 @@ class Drafts(NamedTuple):
     """Numbers of tokens."""
     drafted: int
     accepted: int
+    rounds: int = 0
+    """with drafts, where they are told"""
 
     def since(self, before: "Drafts") -> "Drafts":
         """What came after an earlier count."""
-        return Drafts(self.drafted - before.drafted, self.accepted - before.accepted)
+        return Drafts(*(now - then for now, then in zip(self, before)))
 
 @dataclass
 class Engine:
@@ -112,7 +114,7 @@ class Engine:
         """Tokens that were drafted since the server's start, and accepted; asked outside of what is timed."""
         if self.told: return self.told
         text = call(self.url, "/metrics")
-        return Drafts(metric(text, "vllm:spec_decode_num_draft_tokens_total"), metric(text, "vllm:spec_decode_num_accepted_tokens_total"))
+        return Drafts(*(metric(text, f"vllm:spec_decode_num_{name}_total") for name in ("draft_tokens", "accepted_tokens", "drafts")))
 
 def metric(text: str, name: str) -> int:
     """The sum over a metric's series in Prometheus' text format."""
@@ -132,7 +134,7 @@ def find_program(engine: str) -> str | None:
 def vllm_command(program: str, teacher: Path, draft: Path | None, gamma: int, dtype: str, name: str = "teacher") -> list[str]:
     """Starts vLLM, with folders of safetensors; `name` is that of the model for its clients."""
     drafting = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": gamma}
-    return [program, "serve", str(teacher), "--served-model-name", name, "--dtype", dtype, "--enforce-eager", "--max-model-len", "2048"] + (["--speculative-config", json.dumps(drafting)] if draft else [])
+    return [program, "serve", str(teacher), "--served-model-name", name, "--dtype", dtype, *(["--enforce-eager", "--max-model-len", "2048"] if not torch.cuda.is_available() else [])] + (["--speculative-config", json.dumps(drafting)] if draft else [])
 
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -185,6 +187,10 @@ def counting(method: Method, model: PreTrainedModel, calls: Counter, name: str) 
         finally: handle.remove()
     return counted
 
+def calls_of(drafts: Drafts, tokens: int, texts: int) -> int:
+    """An engine's calls of the teacher: its rounds, and one without a draft for each prompt; where rounds aren't told, each call brings a token besides the accepted ones."""
+    return drafts.rounds + texts if drafts.rounds else tokens - drafts.accepted
+
 def peer_rows(
     decoded: dict[str, Decoded],   # by method
     drafts: dict[str, Drafts],     # of engines, by method
@@ -196,7 +202,7 @@ def peer_rows(
     def row(name, one):
         alone, tokens = found[f"{name.split(',')[0]}, {WITH[False]}" if name in drafts else ALONE], sum(map(len, one.texts))
         counts = drafts.get(name) or Drafts(*((sum(one.statistics.drafted), sum(one.statistics.accepted)) if one.statistics else (0, 0)))
-        per_call = one.statistics.tokens_per_call if one.statistics else tokens / calls[name] if name in calls else tokens / (tokens - counts.accepted) if counts.accepted else None
+        per_call = one.statistics.tokens_per_call if one.statistics else tokens / calls[name] if name in calls else tokens / calls_of(counts, tokens, len(one.texts)) if counts.accepted else None
         def same(other): return None if other is one else f"{one.identical(other):.0%}"
         return {"method": name, "tokens/s": one.speed, "speedup over `generate`": one.speed / found[ALONE].speed, "over the same engine alone": one.speed / alone.speed if name in drafts else None,
                 "tokens per teacher call": per_call, "accepted / drafted": counts.accepted / counts.drafted if counts.drafted else None, "acceptance rate α": one.statistics.acceptance_rate if one.statistics and counts.drafted else None,

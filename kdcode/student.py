@@ -144,11 +144,11 @@ class KVCache:
 
     def join(self, other: "KVCache", capacity: int = 0) -> None:
         """Takes the rows of another cache of the same model behind its own; there is room for `capacity` positions then, or for as many as before if that is more."""
-        self.capacity = max(self.capacity, other.capacity, capacity)
+        capacity = max(self.capacity, other.capacity, capacity)
         def spaces(cache, like): return cache.layers or [tuple(space.new_zeros(len(cache.lengths), *space.shape[1:]) for space in pair) for pair in like.layers]  # one that was not used yet has none
-        def wide(space): return F.pad(space, (0, 0, 0, self.capacity - space.shape[2]))
+        def wide(space): return F.pad(space, (0, 0, 0, capacity - space.shape[2]))
         self.layers = [tuple(torch.cat([wide(space) for space in both]) for both in zip(*pairs)) for pairs in zip(spaces(self, other), spaces(other, self))]
-        self.lengths = self.lengths + other.lengths
+        self.lengths, self.capacity = self.lengths + other.lengths, capacity  # last: where there is no space for it all, the cache is as it was
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Positions of the longest row, under the name that `transformers` gives it."""
