@@ -64,7 +64,7 @@ def served(pair):
 
     @contextmanager
     def serving(**limits):
-        service = Service(*pair, Config(decode=DecodeSettings(gamma=3), serve=ServeSettings(**limits)))
+        service = Service(*pair, Config(decode=DecodeSettings(gamma=3, adaptive=False), serve=ServeSettings(**limits)))
         listening = socket.create_server(("127.0.0.1", 0))
         server = make_server(create_app(service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

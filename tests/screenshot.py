@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 from kdcode.bench import Report
 from kdcode.config import Config
 
-PROMPT = 'def is_prime(n: int) -> bool:\n    """Return True if n is a prime number."""\n'
+PROMPT = 'def fibonacci(n):\n'
 
 
 def picture(url, file):
