@@ -1,4 +1,5 @@
-"""Takes the picture of the playground in the README: python tests/screenshot.py [FOLDER] serves SmolLM2 with its shipped student, lets the page decode, and writes playground.png and report.json there (results/playground)."""
+"""Takes the picture of the playground in the README: python tests/screenshot.py serves SmolLM2 with its shipped student, lets the page decode, and writes playground.png and a report to runs/playground; kdcode record runs/playground playground keeps them."""
+import re
 import shutil
 import socket
 import subprocess
@@ -39,7 +40,8 @@ def main(folder):
         assert "is served at" in server.stdout.readline()
         said = picture(f"http://127.0.0.1:{port}/", folder/"playground.png")
     finally: server.terminate()
-    Report("python tests/screenshot.py", Config(name="playground"), {}, [{"the page says": said}], ["The playground with SmolLM2 and its shipped student: one text, with drafts and then by the teacher alone."], ("playground.png",)).save(folder)
+    figures = dict(zip(("speculative_tokens_per_second", "speedup"), map(float, re.search(r"([\d.]+) tokens/s, ([\d.]+) times", said).groups())))
+    Report("python tests/screenshot.py", Config(name="playground"), figures, [{"the page says": said}], ["The playground with SmolLM2 and its shipped student: one text, with drafts and then by the teacher alone."], ("playground.png",)).save(folder)
 
 
-if __name__ == "__main__": main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT/"results"/"playground")
+if __name__ == "__main__": main(ROOT/"runs"/"playground")
