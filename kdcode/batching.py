@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-import torch
 from transformers import PreTrainedModel
 
 from .config import DecodeSettings
@@ -74,6 +73,7 @@ class Closed(Exception):
 
 Listener = Callable[[Round | BaseException | None], None]  # hears each round, then None at the end of the text, or what went wrong
 
+# %% ../nbs/07a_batching.ipynb #1da4ef50
 class Batcher:
     """Writes texts that come from any thread. Each is told to a listener, which is called in the batcher's thread and must not wait."""
 

@@ -229,6 +229,7 @@ def grown_student(config: Config, options) -> Path:
     train_student(replace(config, student=replace(config.student, start=str(start), reads=[])), folder, Steps(3), resume=True)
     return folder/"student"
 
+# %% ../nbs/12_cli.ipynb #dbc9e863
 def run_serve(config: Config, options) -> None:
     """`kdcode serve`: answers requests for text, in OpenAI's form."""
     from kdcode import serve
@@ -256,6 +257,7 @@ def serve_with_vllm(config: Config, draft: str | None, key: str | None, more: li
     command = [*vllm_command(program, *files, config.decode.gamma, dtype, teacher.name), "--host", config.serve.host, "--port", str(config.serve.port), *more]
     os.execve(program, command, os.environ | VLLM_ENVIRONMENT | ({"VLLM_API_KEY": key} if key else {}))
 
+# %% ../nbs/12_cli.ipynb #0beec085
 def run_record(config: Config, options) -> None:
     """`kdcode record FOLDER RESULT`: keeps a report among the results."""
     from kdcode.history import record
@@ -319,6 +321,8 @@ BENCHMARKS = {
     "loss": "memory and time of the chunked loss", "targets": "cached targets against a teacher in the loop",
 }
 DRAFT = {"type": str, "default": None, "help": "folder or hub id of the student, or the name of a teacher that one is shipped for; default: the student of the run --name"}
+
+# %% ../nbs/12_cli.ipynb #acf33c93
 OPTIONS: dict[str, dict[str, dict]] = {  # each command's own, besides the settings
     "distill": {"--resume": {"action": "store_true", "help": "go on with a run that was cut off"}},
     "tune": {
@@ -356,6 +360,7 @@ OPTIONS: dict[str, dict[str, dict]] = {  # each command's own, besides the setti
 }
 WITHOUT_SETTINGS = ("experiment", "record")  # an experiment has them in its file
 
+# %% ../nbs/12_cli.ipynb #d98dd279
 def make_parser() -> ArgumentParser:
     """The parser of all commands."""
     parser = ArgumentParser(prog="kdcode", exit_on_error=False, description="Distil a small student from a large code-writing teacher, and let it draft for lossless speculative decoding.")

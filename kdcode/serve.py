@@ -8,10 +8,9 @@ __all__ = ['NEUTRAL', 'ALSO_NEUTRAL', 'REFUSED', 'IGNORED', 'Stop', 'Ids', 'BYTE
            'CompletionRequest', 'TextPart', 'Message', 'ChatRequest', 'Piece', 'Written', 'cut', 'begun', 'Job',
            'usage', 'total', 'statistics_of', 'details', 'joined', 'token_bytes', 'token_name', 'TextForm', 'ChatForm',
            'Usage', 'Verified', 'Counts', 'Told', 'Answer', 'Choice', 'Completion', 'ChatChoice', 'ChatCompletion',
-           'Problem', 'ErrorBody', 'Refused', 'refusal', 'unreadable', 'as_response', 'Metrics', 'Service',
-           'checked_text', 'Reply', 'Guard', 'known_path', 'until_gone', 'unless_gone', 'answer', 'create_app',
-           'without_422', 'add_text_routes', 'add_other_routes', 'policy', 'token', 'is_local', 'listen', 'make_server',
-           'serve', 'address']
+           'Problem', 'ErrorBody', 'Refused', 'refusal', 'unreadable', 'as_response', 'Metrics', 'Service', 'Reply',
+           'Guard', 'known_path', 'until_gone', 'unless_gone', 'answer', 'create_app', 'without_422', 'add_text_routes',
+           'add_other_routes', 'policy', 'token', 'is_local', 'listen', 'make_server', 'serve', 'address']
 
 # %% ../nbs/11_serve.ipynb #89ae1ca3
 import asyncio
@@ -49,7 +48,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .batching import Batch, Batcher, Closed, Full
 from .config import Config, ConfigError, ServeSettings
-from .speculative import Drafter, Round, Scores, Statistics, Text, check_prompts, check_student, make_texts, prompt_ids, text_pieces
+from .speculative import Drafter, Round, Scores, Statistics, Text, check_prompts, check_student, make_texts, prompt_ids, text_pieces, unicode
 from .teacher import Teacher
 
 # %% ../nbs/11_serve.ipynb #ac094790
@@ -71,6 +70,7 @@ def integer(**limits: int) -> Any:
     """The type of a whole number within limits; 1.0 is one in JSON."""
     return Annotated[int, Field(**limits), BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)]
 
+# %% ../nbs/11_serve.ipynb #9b785386
 class Body(BaseModel):
     """What all parts of a request have in common."""
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -117,6 +117,7 @@ class Asked(Body):
         """The strings at which a text stops."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+# %% ../nbs/11_serve.ipynb #c0f8f1b9
 Ids = Annotated[list[integer(ge=0)], Field(min_length=1, fail_fast=True)]  # or each of 100,000 wrong ids would be reported
 
 class CompletionRequest(Asked):
@@ -136,6 +137,7 @@ class CompletionRequest(Asked):
         """How many likeliest tokens are wanted beside each new one."""
         return self.logprobs
 
+# %% ../nbs/11_serve.ipynb #3c952037
 class TextPart(Body):
     """A part of a message."""
     type: Literal["text"]
@@ -193,6 +195,7 @@ class Piece:
         """All of it."""
         return "".join(token["text"] for token in self.tokens)
 
+# %% ../nbs/11_serve.ipynb #90889182
 class Written:
     """A text of an answer: takes rounds, and gives what may be shown."""
 
@@ -322,6 +325,7 @@ def token_name(teacher: Teacher, token: int) -> str:
     try: return held.decode()
     except UnicodeDecodeError: return "bytes:" + "".join(f"\\x{byte:02x}" for byte in held)
 
+# %% ../nbs/11_serve.ipynb #c685ec66
 class TextForm:
     """How `/v1/completions` answers."""
     path, whole, part, prefix = "/v1/completions", "text_completion", "text_completion", "cmpl"
@@ -393,6 +397,7 @@ class Told(BaseModel):
     statistics: Counts
     rounds: list[list[Verified]] | None = None
 
+# %% ../nbs/11_serve.ipynb #c740d4e4
 class Answer(BaseModel):
     """What all answers have in common."""
     id: str
@@ -536,7 +541,7 @@ class Service:
         if not tokenizer.chat_template: raise Refused(400, f"{self.name} has no chat template; use /v1/completions", code="no_chat_template")
         try: text = tokenizer.apply_chat_template([message.plain for message in asked.messages], tokenize=False, add_generation_prompt=True)
         except TemplateError as error: raise Refused(400, f"the chat template of {self.name} refuses these messages: {error}", "messages") from None
-        return [tokenizer(checked_text(text), add_special_tokens=False).input_ids]
+        return [tokenizer(unicode(text), add_special_tokens=False).input_ids]
 
     def texts(self, asked: Asked, prompts: list[list[int]]) -> list[Written]:
         """The texts to write, `n` for each prompt. Raises `Refused` where they are too many or too long."""
@@ -558,12 +563,6 @@ class Service:
         if wanted > self.limits.max_new_tokens: raise Refused(400, f"max_tokens is {asked.max_tokens}; at most {self.limits.max_new_tokens} are written", "max_tokens")
         if room < wanted: raise Refused(400, f"the prompt has {len(prompt)} tokens and {wanted} more are asked for; the context of {self.name} ends at {self.teacher.context_size}", "max_tokens", "context_length_exceeded")
         return len(prompt) + min(asked.max_tokens or self.limits.max_new_tokens, room)
-
-def checked_text(text: str) -> str:
-    """The text. Raises `Refused` where it is no Unicode."""
-    try: text.encode()
-    except UnicodeEncodeError as error: raise Refused(400, f"the text has half of a surrogate pair at character {error.start}, which is no character") from None
-    return text
 
 # %% ../nbs/11_serve.ipynb #5268951f
 LOG = logging.getLogger("uvicorn.error")
@@ -731,6 +730,7 @@ def without_422(description: dict) -> dict:
         for operation in operations.values(): operation["responses"].pop("422", None)
     return description
 
+# %% ../nbs/11_serve.ipynb #1f0769a9
 def add_text_routes(app: FastAPI, service: Service) -> None:
     """Those that write."""
     @app.post(TextForm.path, responses=PROBLEMS | {200: {"model": Completion}})
@@ -770,6 +770,7 @@ def add_other_routes(app: FastAPI, service: Service) -> None:
         page = (resources.files("kdcode")/"playground.html").read_text()
         return HTMLResponse(page, headers={"Content-Security-Policy": policy(page), "Cache-Control": "no-cache"})
 
+# %% ../nbs/11_serve.ipynb #143a0f84
 def policy(page: str) -> str:
     """What a browser may do for a page: run its own script and style, which are known by their digests, and talk to this server."""
     def digests(tag): return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S))

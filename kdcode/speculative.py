@@ -10,7 +10,7 @@ __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', '
            'history_processors', 'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form',
            'in_8_bits', 'is_adaptive', 'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect',
            'InBatch', 'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'shipped_drafts',
-           'load_draft', 'prompt_ids', 'complete', 'stream', 'open_texts']
+           'load_draft', 'unicode', 'prompt_ids', 'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
@@ -1000,14 +1000,18 @@ def load_draft(
     return student.to(teacher.device)
 
 # %% ../nbs/07_speculative.ipynb #72ed0984
+def unicode(prompt: str) -> str:
+    """The prompt. Raises `ConfigError` where a part of it is no character."""
+    try: prompt.encode()
+    except UnicodeEncodeError as error: raise ConfigError(f"the prompt has bytes that are not UTF-8 text (at character {error.start}); give it in UTF-8") from None
+    return prompt
+
 def prompt_ids(
     teacher: Teacher,
     prompt: str,
 ) -> list[int]:
     """Token ids of a prompt; an empty one becomes the beginning-of-text token. Raises `ConfigError` where the tokenizer has none."""
-    try: prompt.encode()
-    except UnicodeEncodeError as error: raise ConfigError(f"the prompt has bytes that are not UTF-8 text (at character {error.start}); give it in UTF-8") from None
-    ids = teacher.tokenizer(prompt).input_ids
+    ids = teacher.tokenizer(unicode(prompt)).input_ids
     if ids: return ids
     if teacher.tokenizer.bos_token_id is None: raise ConfigError(f"the prompt is empty, and the tokenizer of {teacher.name} has no token to begin with; give at least one character")
     return [teacher.tokenizer.bos_token_id]
