@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'TYPES', 'NEEDED', 'LABELS', 'report_rows', 'parse_report', 'join_rows', 'write_history', 'read_history',
            'report_files', 'result_folder', 'copy_whole', 'record', 'from_git', 'machine_name', 'plot_history',
-           'label_commits', 'read_report', 'report_markdown', 'round_costs']
+           'label_commits', 'read_report', 'report_markdown', 'round_costs', 'headline']
 
 # %% ../nbs/09c_history.ipynb #0e84317f
 import json
@@ -187,3 +187,16 @@ def report_markdown(report: dict[str, Any], *notes: str) -> str:
 def round_costs(figures: dict[str, float]) -> str:
     """What a round of drafts costs, and what theory makes of it."""
     return f"A round costs γc + v with c = {figures['c']:.2f} and v = {figures['v']:.2f}; theory says {figures['predicted_speedup']:.2f} times the speed, measured was {figures['speedup']:.2f}."
+
+# %% ../nbs/09c_history.ipynb #4e4fa48a
+def headline(
+    results: str | Path,     # the folder of all results
+    names: dict[str, str],   # what a line is called -> its result, a report of `kdcode bench decode`
+) -> str:
+    """One line for each report, in Markdown, and where they were measured. Raises `ConfigError` where there is no whole report."""
+    from kdcode.bench import markdown_table
+    reports = {label: read_report(results, name) for label, name in names.items()}
+    def line(figures): return {"`generate`, tokens/s": figures["teacher_tokens_per_second"], "with the draft": figures["speculative_tokens_per_second"], "speedup": figures["speedup"], "over our loop without drafts": figures["speedup"] / figures["loop_speedup"],
+                               "acceptance rate α": figures["acceptance_rate"], "tokens per teacher call": figures["tokens_per_call"], "identical texts": f"{figures['identical']:.0%}"}
+    where = [f"* {label}: {report['config']['decode']['problems']} HumanEval prompts, {report['machine']['processor']}, {report['machine']['cores']} cores, GPU: {report['machine']['gpu'] or 'none'}, {report['date'][:10]}: `{report['command']}`" for label, report in reports.items()]
+    return "\n\n".join([markdown_table([{"teacher and draft": label} | line(report["figures"]) for label, report in reports.items()]), "\n".join(where)])
