@@ -28,7 +28,7 @@ import socket
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -41,6 +41,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedModel
@@ -498,13 +499,20 @@ class Metrics:
         self.requests = made(Counter, "requests", "requests that were answered", "path", "status")
         self.first, self.between = (made(Histogram, name, text, buckets=(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)) for name, text in
                                     (("first_token_seconds", "from the request to its first token"), ("between_tokens_seconds", "between two tokens of a text")))
+        self.broken = made(Counter, "broken_streams", "streams that ended with an error, after their status had been sent")
+        made(Gauge, "waiting_texts", "texts that wait for a place").set_function(lambda: len(batcher.line))
+        made(Gauge, "writing_texts", "texts that are being written").set_function(lambda: batcher.writing)
         self.ended = Statistics()  # of all texts that have ended
-        for name, text, value in (
-            ("waiting_texts", "texts that wait for a place", lambda: len(batcher.line)), ("writing_texts", "texts that are being written", lambda: batcher.writing),
-            ("tokens", "tokens of the texts that have ended", lambda: self.ended.tokens), ("calls", "calls of the teacher for them, one for each text in a call", lambda: self.ended.calls),
-            ("drafted", "tokens that were drafted for them", lambda: sum(self.ended.drafted)), ("judged", "drafted tokens that were judged", lambda: sum(self.ended.judged)), ("accepted", "drafted tokens that were accepted", lambda: sum(self.ended.accepted)),
-            ("acceptance_rate", "expected probability that a judged draft is accepted", lambda: self.ended.acceptance_rate), ("tokens_per_call", "tokens for each call of the teacher", lambda: self.ended.tokens_per_call)):
-            made(Gauge, name, text).set_function(value)
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """What drafting came to in the texts that have ended; `prometheus_client` asks for it."""
+        ended = self.ended
+        totals = (("tokens", "tokens of the texts that have ended", ended.tokens), ("calls", "calls of the teacher for them, one for each text in a call", ended.calls), ("drafted", "tokens that were drafted for them", sum(ended.drafted)),
+                  ("judged", "drafted tokens that were judged", sum(ended.judged)), ("accepted", "drafted tokens that were accepted", sum(ended.accepted)))
+        rates = ("acceptance_rate", "expected probability that a judged draft is accepted", ended.acceptance_rate), ("tokens_per_call", "tokens for each call of the teacher", ended.tokens_per_call)
+        for name, text, value in totals: yield CounterMetricFamily(f"kdcode_{name}", text, value)
+        for name, text, value in rates: yield GaugeMetricFamily(f"kdcode_{name}", text, value)
 
 # %% ../nbs/11_serve.ipynb #bab6151b
 class Service:
@@ -614,6 +622,7 @@ class Reply:
             yield "data: [DONE]\n\n"
         except Exception as error:
             told = refusal(error)
+            self.service.metrics.broken.inc()
             yield f"data: {json.dumps(told.body)}\n\n"
             if told.status == 500: LOG.exception("an answer could not be brought to its end")
 
