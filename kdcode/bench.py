@@ -4,27 +4,30 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'STUDENT', 'LOOP', 'OTHERS', 'GAMMAS', 'Method', 'BY_TASK', 'LOSS_SHAPE', 'COUNTS', 'LLAMA_CPP', 'METRICS',
-           'DRAFTING', 'PLOTTED', 'Report', 'cell', 'markdown_table', 'decode_alone', 'decode_assisted',
-           'decode_methods', 'fixed_name', 'peer_methods', 'Decoded', 'decode_in_turns', 'Costs', 'step_costs',
-           'speedup_objective', 'predicted_of_run', 'decode_figures', 'decode_rows', 'explain_speed', 'plot_acceptance',
-           'plot_speedup', 'first_difference', 'explain_differences', 'bench_decode', 'draw_plots', 'ratios',
-           'interval', 'task_row', 'plot_tasks', 'bench_tasks', 'loss_tensors', 'loss_step', 'plain_distillation_loss',
-           'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
-           'teacher_forms', 'llama_cpp_times', 'bench_steps', 'warm_seconds', 'plot_steps', 'bench_profile',
-           'report_training', 'acceptance_figures', 'speed_figures', 'measured_speedup', 'run_experiment', 'one_run',
-           'kept_figures', 'predicted_runs', 'columns_of', 'compare_runs', 'plot_runs', 'rounded', 'trained_on',
-           'report_experiment', 'report_search']
+           'DRAFTING', 'PLOTTED', 'Report', 'machine_line', 'cell', 'markdown_table', 'shown_rows', 'report_html',
+           'decode_alone', 'decode_assisted', 'decode_methods', 'fixed_name', 'peer_methods', 'Decoded',
+           'decode_in_turns', 'Costs', 'step_costs', 'speedup_objective', 'predicted_of_run', 'decode_figures',
+           'decode_rows', 'explain_speed', 'plot_acceptance', 'plot_speedup', 'first_difference', 'explain_differences',
+           'bench_decode', 'draw_plots', 'ratios', 'interval', 'task_row', 'plot_tasks', 'bench_tasks', 'loss_tensors',
+           'loss_step', 'plain_distillation_loss', 'peak_memory', 'largest_batches', 'bench_loss', 'train_step',
+           'step_seconds', 'bench_targets', 'teacher_forms', 'llama_cpp_times', 'bench_steps', 'warm_seconds',
+           'plot_steps', 'bench_profile', 'report_training', 'acceptance_figures', 'speed_figures', 'measured_speedup',
+           'run_experiment', 'one_run', 'kept_figures', 'predicted_runs', 'columns_of', 'compare_runs', 'plot_runs',
+           'rounded', 'trained_on', 'report_experiment', 'report_search']
 
 # %% ../nbs/09_bench.ipynb #0cfcf16b
 import functools
+import html
 import json
 import math
 import operator
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from base64 import b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,8 +43,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .config import Config, ConfigError, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, TeacherSettings, machine, provenance, write_whole
-from .data import Corpus
+from .config import Config, ConfigError, DecodeSettings, Experiment, LossSettings, Space, TargetsSettings, TeacherSettings, html_table, machine, provenance, run_folder, write_whole
+from .data import Corpus, humaneval_problems
 from .evaluate import TASKS, Texts, acceptance_on, evaluation_texts, replay, task_prompts
 from .loss import chunked_distillation_loss
 from .reading import ReadingStudent, open_student
@@ -53,9 +56,9 @@ from .teacher import Teacher, load_teacher, model_source
 from .train import Distiller, Objective, best_validation, check_run, describe_run, distill, make_trainer, trials_table, validate
 
 # %% ../nbs/09_bench.ipynb #a1981ce0
-@dataclass
+@dataclass(repr=False)
 class Report:
-    """What a command measured."""
+    """What a command measured; shows itself as a table with its notes and plots."""
     command: str
     """as typed"""
     config: Config
@@ -67,6 +70,8 @@ class Report:
     """sentences that belong to the table"""
     images: tuple[str, ...] = ()
     """names of PNG files in the same folder"""
+    folder: Path | None = None
+    """where it was saved"""
 
     def table(self) -> pd.DataFrame:
         """The rows."""
@@ -75,10 +80,9 @@ class Report:
     def markdown(self) -> str:
         """The table and the notes for people."""
         about = provenance(self.config)
-        where = f"{about['machine']['processor']}, {about['machine']['cores']} cores, {about['machine']['threads']} threads, GPU: {about['machine']['gpu'] or 'none'}"
         packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         return "\n\n".join([f"# {self.config.name}", markdown_table(self.rows), *self.notes, *(f"![{image}]({image})" for image in self.images),
-                            f"Command: `{self.command}`  \nMachine: {where}  \nVersions: {packages}  \nCommit: {about['commit']}, {about['date']}"]) + "\n"
+                            f"Command: `{self.command}`  \nMachine: {machine_line(about['machine'])}  \nVersions: {packages}  \nCommit: {about['commit']}, {about['date']}"]) + "\n"
 
     def save(self, folder: Path) -> None:
         """Writes report.json and report.md."""
@@ -87,6 +91,21 @@ class Report:
         content = {"command": self.command} | provenance(self.config) | {"figures": figures, "rows": rows}
         write_whole(folder/"report.json", json.dumps(content, indent=1))
         write_whole(folder/"report.md", self.markdown())
+        self.folder = Path(folder)
+
+    def __repr__(self):
+        rows = pd.DataFrame(shown_rows(self.rows)).to_string(index=False, line_width=shutil.get_terminal_size().columns)
+        return "\n\n".join([f"{self.config.name}: {self.command}", rows, *self.notes])
+
+    def _ipython_display_(self):
+        from IPython.display import display  # it is IPython that asks
+        display({"text/html": report_html(self), "text/plain": repr(self)}, raw=True)
+        for file in [self.folder/image for image in self.images] if self.folder else []:
+            if file.is_file(): display({"image/png": b64encode(file.read_bytes()).decode(), "text/plain": file.name}, raw=True)
+
+def machine_line(about: dict[str, Any]) -> str:
+    """What `machine` found, in a line."""
+    return f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, GPU: {about['gpu'] or 'none'}"
 
 # %% ../nbs/09_bench.ipynb #e554d764
 def cell(value: Any) -> str:
@@ -98,6 +117,16 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     """Rows with the same keys as a table in Markdown."""
     lines = [list(rows[0]), ["---"] * len(rows[0])] + [[cell(value) for value in row.values()] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+def shown_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Rows with their values as people read them, outside of Markdown."""
+    return [{name: cell(value).replace("\\|", "|") for name, value in row.items()} for row in rows]
+
+def report_html(report: Report) -> str:
+    """Table, notes, command and machine for a notebook, which shows the plots below."""
+    def paragraph(text): return "<p>" + re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text)) + "</p>"
+    last = f"{report.config.name}: `{report.command}`; {machine_line(machine())}"
+    return html_table(shown_rows(report.rows)) + "".join(map(paragraph, [*report.notes, last]))
 
 # %% ../nbs/09_bench.ipynb #ee520af9
 ALONE, STUDENT, LOOP = "teacher alone", "teacher with student", "teacher alone, our loop"
@@ -364,16 +393,17 @@ def explain_differences(teacher: Teacher, problems: list[dict], decoded: dict[st
 def bench_decode(
     teacher: Teacher,
     student: PreTrainedModel,
-    problems: list[dict],   # with `task_id` and `prompt`
-    config: Config,
-    folder: Path,           # gets report.json, report.md and the plots
-    command: str,           # as typed
+    problems: list[dict] | None = None,  # with `task_id` and `prompt`; None: those of HumanEval, as many as the configuration says
+    config: Config = Config(),
+    folder: Path | None = None,  # gets report.json, report.md and the plots; None: bench-decode in the folder of the run
+    command: str = "kdcode.bench_decode(teacher, student)",  # as typed
     progress: Callable[[int, int], None] | None = None,
     compare: str = "loop",  # pair, loop or all: see `decode_methods`
     others: dict[str, tuple[PreTrainedModel, DecodeSettings]] = {},  # other students with their settings, by the name of their row
 ) -> Report:
     """The teacher alone against the teacher with the student, on the same prompts."""
-    settings = config.decode
+    settings, problems, folder = config.decode, humaneval_problems(config.decode.problems) if problems is None else problems, folder or run_folder(config)/"bench-decode"
+    folder.mkdir(parents=True, exist_ok=True)
     def also(name, wanted): return lambda prompt: complete(teacher, others[name][0], prompt, replace(others[name][1], max_new_tokens=wanted.max_new_tokens), config.seed)
     def methods(wanted): return decode_methods(teacher, student, wanted, config.seed, compare) | {name: also(name, wanted) for name in others}
     decode_in_turns(methods(replace(settings, max_new_tokens=16)), problems[:1], teacher.device)  # warms up

@@ -6,10 +6,11 @@
 __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'Space', 'UNSEARCHED', 'PACKAGES', 'ConfigError', 'within', 'listing', 'fits',
            'type_name', 'Settings', 'TeacherSettings', 'SourceSettings', 'DataSettings', 'StudentSettings',
            'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'EvalSettings', 'ServeSettings',
-           'Config', 'add_config', 'one_line', 'check_keys', 'read_yaml', 'config_parser', 'make_config', 'resolve',
-           'load_config', 'write_whole', 'short_hash', 'save_config', 'with_values', 'Experiment', 'read_experiment',
-           'check_space', 'check_dimension', 'ends_of_range', 'home', 'run_place', 'text_folder', 'run_folder',
-           'versions', 'machine', 'commit', 'provenance']
+           'Config', 'html_table', 'meanings', 'settings_html', 'config_html', 'add_config', 'one_line', 'check_keys',
+           'read_yaml', 'config_parser', 'make_config', 'resolve', 'load_config', 'write_whole', 'short_hash',
+           'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space', 'check_dimension',
+           'ends_of_range', 'home', 'run_place', 'text_folder', 'run_folder', 'versions', 'machine', 'commit',
+           'provenance']
 
 # %% ../nbs/00_config.ipynb #764a932e
 import copy
@@ -17,6 +18,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import html
 import importlib.metadata
 import json
 import math
@@ -26,11 +28,13 @@ import platform
 import re
 import subprocess
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import docstring_parser
 import pandas as pd
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -74,7 +78,7 @@ def type_name(hint: Any) -> str:
     if kind in (list, dict): return f"a {'list of' if kind is list else 'mapping to'} {type_name(inside[-1])}"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "nothing"}.get(hint, hint.__name__)
 
-@dataclass
+@dataclass(repr=False)
 class Settings:
     """Base of all sections: checks every value against its field's type, and every number against its range. Raises `ConfigError`."""
 
@@ -97,8 +101,17 @@ class Settings:
         """The section's name in YAML and on the command line, for example `loss`."""
         return type(self).__name__.removesuffix("Settings").lower()
 
+    def changed(self) -> dict[str, Any]:
+        """The fields whose values are not the defaults."""
+        values = {f.name: (getattr(self, f.name), f.default if f.default_factory is dataclasses.MISSING else f.default_factory()) for f in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.changed().items())})"
+
+    def _repr_html_(self): return settings_html(self)
+
 # %% ../nbs/00_config.ipynb #0fab237d
-@dataclass
+@dataclass(repr=False)
 class TeacherSettings(Settings):
     """the teacher: a frozen language model"""
     name: str = "smollm2"
@@ -115,7 +128,7 @@ class TeacherSettings(Settings):
 # %% ../nbs/00_config.ipynb #daa94b21
 Sources = Literal["stdlib", "packages", "folder", "humanized", "ds-coder", "the-stack", "teacher"]
 
-@dataclass
+@dataclass(repr=False)
 class SourceSettings(Settings):
     """one of several sources of a corpus"""
     source: Sources = "stdlib"
@@ -134,7 +147,7 @@ class SourceSettings(Settings):
     def __post_init__(self): pass  # checked by DataSettings, because jsonargparse hides an error in a list
 
 # %% ../nbs/00_config.ipynb #1a9a1841
-@dataclass
+@dataclass(repr=False)
 class DataSettings(Settings):
     """the corpus: documents, split and packed into blocks of tokens"""
     source: Sources | list[SourceSettings] = "stdlib"
@@ -183,7 +196,7 @@ class DataSettings(Settings):
         return [self.source] if isinstance(self.source, str) else [part.source for part in self.source]
 
 # %% ../nbs/00_config.ipynb #fa376963
-@dataclass
+@dataclass(repr=False)
 class StudentSettings(Settings):
     """the student: a small transformer that drafts"""
     dialect: Literal["llama", "classic"] = "llama"
@@ -210,7 +223,7 @@ class StudentSettings(Settings):
         if self.width and not isinstance(self.layers, int):
             raise ConfigError(f"student.width is {self.width} and student.layers is {self.layers!r}; a layer of another width cannot be copied from the teacher, so give a number of new ones, for example 1")
 
-@dataclass
+@dataclass(repr=False)
 class TargetsSettings(Settings):
     """the teacher's soft labels: read while training, or computed once and cached"""
     kind: Literal["online", "top_k", "sampled"] = "online"
@@ -228,7 +241,7 @@ class TargetsSettings(Settings):
 Divergences = Literal["forward_kl", "reverse_kl", "jsd", "total_variation", "negative_log_acceptance", "lk_hybrid"]
 DIVERGENCES = get_args(Divergences)
 
-@dataclass
+@dataclass(repr=False)
 class LossSettings(Settings):
     """the distillation loss: alpha * CE + (1 - alpha) * T^2 * D(teacher, student)"""
     alpha: float = within(0, 1, default=0.1)
@@ -254,7 +267,7 @@ class LossSettings(Settings):
         if not weights: raise ConfigError(f"loss.divergence is empty; allowed is one of {', '.join(DIVERGENCES)}, or several with weights")
 
 # %% ../nbs/00_config.ipynb #5f32e677
-@dataclass
+@dataclass(repr=False)
 class TrainSettings(Settings):
     """the training loop"""
     batch_size: int = within(1, default=8)
@@ -301,7 +314,7 @@ class TrainSettings(Settings):
     """folder elsewhere that gets a copy of each checkpoint and of the student, such as s3://bucket/folder; a run that goes on elsewhere takes them from there"""
 
 # %% ../nbs/00_config.ipynb #11c88fb0
-@dataclass
+@dataclass(repr=False)
 class DecodeSettings(Settings):
     """speculative decoding"""
     gamma: int = within(0, 64, default=4)
@@ -343,7 +356,7 @@ class DecodeSettings(Settings):
             if "" in getattr(self, name): raise ConfigError(f"decode.{name} has an empty text, which is everywhere; leave it out")
 
 # %% ../nbs/00_config.ipynb #e4fd8208
-@dataclass
+@dataclass(repr=False)
 class EvalSettings(Settings):
     """how well models write"""
     problems: str = "humaneval"
@@ -372,7 +385,7 @@ class EvalSettings(Settings):
         if wrong := [k for k in self.k if not 1 <= k <= self.samples]: raise ConfigError(f"eval.k has {wrong[0]} and eval.samples is {self.samples}; allowed is 1 to the number of samples")
 
 # %% ../nbs/00_config.ipynb #6170c1f3
-@dataclass
+@dataclass(repr=False)
 class ServeSettings(Settings):
     """the REST API"""
     host: str = "127.0.0.1"
@@ -391,7 +404,7 @@ class ServeSettings(Settings):
     """of a request"""
 
 # %% ../nbs/00_config.ipynb #eea0a4b3
-@dataclass
+@dataclass(repr=False)
 class Config(Settings):
     """Everything that decides the result of a run."""
     name: str = "quickstart"
@@ -426,6 +439,43 @@ class Config(Settings):
         """One row for each field: section, field, value."""
         rows = [(s, k, v) for s, part in self.to_dict().items() if isinstance(part, dict) for k, v in part.items()]
         return pd.DataFrame(rows, columns=["section", "field", "value"]).set_index(["section", "field"])
+
+    def _repr_html_(self): return config_html(self)
+
+# %% ../nbs/00_config.ipynb #8b43b9e7
+def html_table(
+    rows: list[dict[str, Any]],    # with the same keys, which become the heading
+    bold: Iterable[int] = (),      # numbers of rows that stand out
+) -> str:
+    """Rows as an HTML table for a notebook; columns of numbers are on the right."""
+    text = [[html.escape(str(value)).replace("\n", "<br>") for value in row.values()] for row in rows]
+    sides = ["right" if all(re.fullmatch(r"[–-]?[\d.,]*\s?%?", cell) for cell in column) else "left" for column in zip(*text)]
+    def line(cells, tag="td", strong=False): return "<tr>" + "".join(f'<{tag} style="text-align:{side}">{f"<b>{cell}</b>" if strong else cell}</{tag}>' for cell, side in zip(cells, sides)) + "</tr>"
+    heading = line([html.escape(str(name)) for name in (rows[0] if rows else ())], "th")
+    return f"<table><thead>{heading}</thead><tbody>{''.join(line(cells, strong=number in set(bold)) for number, cells in enumerate(text))}</tbody></table>"
+
+# %% ../nbs/00_config.ipynb #279e0094
+@functools.cache
+def meanings(
+    settings: type[Settings],
+) -> dict[str, str]:  # by field; empty where there is no source, as for a class that was typed into a cell
+    """What the fields of a section are for: the words below each of them."""
+    try: return {part.arg_name: part.description or "" for part in docstring_parser.parse_from_object(settings).params}
+    except OSError: return {}
+
+def settings_html(settings: Settings, names: Iterable[str] = ()) -> str:
+    """A section's fields (or only those named) as a table; what isn't the default is bold."""
+    names, about, changed = list(names) or [f.name for f in dataclasses.fields(settings)], meanings(type(settings)), settings.changed()
+    rows = [{"field": name, "value": getattr(settings, name)} | ({"meaning": about[name]} if about else {}) for name in names]
+    return html_table(rows, [number for number, name in enumerate(names) if name in changed])
+
+def config_html(config: "Config") -> str:
+    """The whole configuration: each section folded below a line that names its changes."""
+    parts = {name: part for name in vars(config) if isinstance(part := getattr(config, name), Settings)}
+    def folded(name, part):
+        changed = html.escape(", ".join(f"{field} = {value}" for field, value in part.changed().items()))
+        return f"<details{' open' if changed else ''}><summary><b>{name}</b>: {changed or 'as by default'}</summary>{settings_html(part)}</details>"
+    return settings_html(config, [name for name in vars(config) if name not in parts]) + "".join(folded(*pair) for pair in parts.items())
 
 # %% ../nbs/00_config.ipynb #999465af
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -416,7 +416,7 @@ def check_filled(settings: DataSettings, train: SplitWriter, validation: SplitWr
                       f"each side needs a block of {settings.block_size} tokens, so give more text, or a smaller data.block_size")
 
 # %% ../nbs/01_data.ipynb #865c3105
-@dataclass
+@dataclass(repr=False)
 class Corpus:
     """Blocks to train on and blocks held out. Columns: `input_ids` and `labels` (`block_size` each, not shifted), `origin` and `language`."""
     train: Dataset
@@ -433,6 +433,10 @@ class Corpus:
             rows |= {f"{split}: {language}": {"tokens": statistics["tokens"] // statistics["blocks"] * blocks, "blocks": blocks} for language, blocks in each.items()}
         rows |= {f"left out: {reason}": {"documents": count} for reason, count in sorted(self.statistics["rejected"].items())}
         return pd.DataFrame(rows.values(), index=list(rows), dtype=object).fillna("")
+
+    def __repr__(self): return str(self.table())
+
+    def _repr_html_(self): return self.table()._repr_html_()
 
 def load_corpus(
     folder: Path,  # in which `build_corpus` wrote

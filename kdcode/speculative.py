@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['DRAFTED', 'OWN', 'RUNNING', 'Law', 'sample', 'residual', 'verify', 'expected_tokens', 'predicted_speedup',
-           'add_counts', 'Statistics', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft', 'ModelDrafter', 'ReadingDrafter',
-           'Index', 'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive', 'Scores', 'Round', 'same_width',
-           'judge', 'scores_of', 'SpeculativeDecoder', 'checked', 'check_prompts', 'text_pieces', 'SpeculativeResult',
-           'history_processors', 'word_ids', 'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form',
-           'in_8_bits', 'is_adaptive', 'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect',
-           'InBatch', 'custom_generate', 'check_inputs', 'check_generation', 'check_student', 'shipped_drafts',
-           'load_draft', 'unicode', 'prompt_ids', 'complete', 'stream', 'open_texts']
+           'add_counts', 'Statistics', 'share_bar', 'statistics_html', 'Ends', 'Text', 'Draft', 'Drafter', 'no_draft',
+           'ModelDrafter', 'ReadingDrafter', 'Index', 'LookupDrafter', 'HybridDrafter', 'Times', 'Pace', 'Adaptive',
+           'Scores', 'Round', 'same_width', 'judge', 'scores_of', 'SpeculativeDecoder', 'checked', 'check_prompts',
+           'text_pieces', 'SpeculativeResult', 'marked', 'result_html', 'result_ansi', 'history_processors', 'word_ids',
+           'stop_criteria', 'running', 'make_texts', 'make_drafter', 'drafting_form', 'in_8_bits', 'is_adaptive',
+           'make_decoder', 'check_pair', 'speculative_generate', 'prompt_rows', 'collect', 'InBatch', 'custom_generate',
+           'check_inputs', 'check_generation', 'check_student', 'shipped_drafts', 'load_draft', 'unicode', 'prompt_ids',
+           'complete', 'stream', 'open_texts']
 
 # %% ../nbs/07_speculative.ipynb #54b39ebb
 import html
 import importlib.util
 import json
+import os
+import re
 import statistics
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +37,7 @@ from transformers import (AutoModelForCausalLM, GenerationConfig, LogitsProcesso
                           PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .config import ConfigError, DecodeSettings
+from .config import ConfigError, DecodeSettings, html_table
 from .data import tokenizer_fingerprint
 from .reading import ReadingStudent
 from .steps import CachedModel, clock, int8
@@ -136,7 +140,7 @@ def add_counts(a: list[int], b: list[int]) -> list[int]:
     return [sum(pair) for pair in zip_longest(a, b, fillvalue=0)]
 
 # %% ../nbs/07_speculative.ipynb #9b2d22c1
-@dataclass
+@dataclass(repr=False)
 class Statistics:
     """What happened while decoding; `+` adds several runs."""
     tokens: int = 0
@@ -194,6 +198,33 @@ class Statistics:
 
     def __add__(self, other: "Statistics") -> "Statistics":
         return Statistics(*(add_counts(*pair) if isinstance(pair[0], list) else sum(pair) for pair in zip(vars(self).values(), vars(other).values())))
+
+    def summary(self) -> str:
+        """Text, calls and acceptance rate in a line."""
+        judged = f"acceptance rate {self.acceptance_rate:.2f}" if sum(self.judged) else "no draft was judged"
+        return f"{self.tokens} token{'s' * (self.tokens != 1)} in {self.calls} call{'s' * (self.calls != 1)} of the teacher" + (f" ({self.tokens_per_call:.2f} a call), {judged}" if self.calls else "")
+
+    def __repr__(self):
+        places = ", ".join(f"{accepted} of {judged}" for accepted, judged in zip(self.accepted, self.judged) if judged)
+        return self.summary() + (f"; accepted by position: {places}" if places else "")
+
+    def _repr_html_(self): return statistics_html(self)
+
+# %% ../nbs/07_speculative.ipynb #c3735fe3
+def share_bar(
+    share: float,  # from 0 to 1
+    width: int = 10,
+) -> str:
+    """A share as a bar of characters, and in per cent."""
+    full = round(width * share)
+    return f"{'█' * full}{'░' * (width - full)} {share:.0%}"
+
+def statistics_html(s: Statistics) -> str:
+    """A row for each position in the draft, and a line for the whole, with the shares of the time where it was measured."""
+    rows = [{"position": position, "drafted": drafted, "judged": judged, "accepted": accepted, "accepted of the judged": share_bar(accepted / judged) if judged else "–"}
+            for position, (drafted, judged, accepted) in enumerate(zip(s.drafted, s.judged, s.accepted), 1)]
+    times = f"; {s.seconds:.2f} s: {s.student_seconds / s.seconds:.0%} in the student, {s.teacher_seconds / s.seconds:.0%} in the teacher" if s.seconds else ""
+    return f"{html_table(rows) if rows else ''}<p>{s.summary()}{times}</p>"
 
 # %% ../nbs/07_speculative.ipynb #f6f41c9d
 class Ends:
@@ -721,7 +752,7 @@ def text_pieces(
 # %% ../nbs/07_speculative.ipynb #8663836e
 @dataclass(repr=False)
 class SpeculativeResult:
-    """A decoded text; shows itself in a notebook with its drafted tokens in colour."""
+    """A decoded text; shows in a notebook, and in IPython in a terminal, who wrote each token."""
     prompt: list[int]
     """token ids"""
     tokens: list[int]
@@ -734,21 +765,40 @@ class SpeculativeResult:
     @property
     def text(self) -> str:
         """The new text, without special tokens. Raises `ValueError` where the result has no tokenizer."""
+        return "".join(piece for piece, _ in self.pieces())
+
+    def pieces(self) -> list[tuple[str, bool]]:
+        """The new text by token, each with whether the student had drafted it; a character of several tokens stands with the last. Raises `ValueError` where the result has no tokenizer."""
         if self.tokenizer is None: raise ValueError("this result has no tokenizer; give one to speculative_generate to read its text")
-        return "".join(text_pieces(self.tokenizer, self.tokens, self.prompt))
+        return [(piece, drafted) for piece, drafted in zip(text_pieces(self.tokenizer, self.tokens, self.prompt), self.drafted + [False]) if piece]
 
     def __repr__(self): return self.text if self.tokenizer else str(self.tokens)
 
-    def _repr_html_(self):
-        if self.tokenizer is None: return f"<code>{self.tokens}</code>"
-        pieces = zip(text_pieces(self.tokenizer, self.tokens, self.prompt), self.drafted + [False])
-        spans = "".join(f'<span style="background:{DRAFTED if d else OWN}">{html.escape(piece)}</span>' for piece, d in pieces if piece)
-        s = self.statistics
-        legend = f'<span style="background:{DRAFTED}">drafted and accepted</span> <span style="background:{OWN}">the teacher\'s own</span>'
-        return (f'<pre style="line-height:1.5"><span style="opacity:.6">{html.escape(self.tokenizer.decode(self.prompt))}</span>{spans}</pre>'
-                f"<small>{legend} · {s.tokens} tokens in {s.calls} calls, acceptance rate {s.acceptance_rate:.2f}</small>")
+    def _repr_html_(self): return result_html(self) if self.tokenizer else f"<code>{self.tokens}</code>"
 
-DRAFTED, OWN = "rgba(46,160,67,.35)", "rgba(130,130,130,.18)"  # see-through, so that they suit light and dark pages
+    def _repr_pretty_(self, printer, cycle):
+        coloured = self.tokenizer and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        printer.text(result_ansi(self) if coloured else repr(self))
+
+# %% ../nbs/07_speculative.ipynb #f3cb972a
+DRAFTED, OWN = "background-color:rgba(15,140,95,.25);border-radius:3px", "background-color:rgba(217,119,6,.3);border-radius:3px"
+
+def marked(piece: str, drafted: bool) -> str:
+    """A piece of text as HTML, by who wrote it."""
+    if drafted: return f'<span style="{DRAFTED}">{html.escape(piece)}</span>'
+    ink = piece.lstrip()  # no line below an indentation
+    return f'<b style="{OWN}">{piece[:len(piece) - len(ink)]}{f"<u>{html.escape(ink)}</u>" if ink else ""}</b>'
+
+def result_html(result: SpeculativeResult) -> str:
+    """Prompt and new text, and what the marks mean. It begins with `<pre>`: in a Markdown page, empty lines would end any other element."""
+    prompt, text = html.escape(result.tokenizer.decode(result.prompt)), "".join(marked(*pair) for pair in result.pieces())
+    legend = f"{marked('drafted', True)} and accepted · {marked('written', False)} by the teacher itself · {result.statistics.summary()}"
+    return f'<pre style="white-space:pre-wrap;line-height:1.5"><span style="opacity:.7">{prompt}</span>{text}</pre><small>{legend}</small>'
+
+def result_ansi(result: SpeculativeResult) -> str:
+    """The same for a terminal: the prompt dim, drafted tokens green, the teacher's own bold and yellow."""
+    def shown(code, text): return f"\x1b[{code}m" + re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text) + "\x1b[0m"
+    return shown(2, result.tokenizer.decode(result.prompt)) + "".join(shown(32 if drafted else "1;33", piece) for piece, drafted in result.pieces())
 
 # %% ../nbs/07_speculative.ipynb #2193c0f8
 def history_processors(

@@ -6,7 +6,7 @@
 __all__ = ['TeacherLabels', 'top_k_law', 'sampled_law', 'shard_schema', 'to_row', 'from_row', 'states_of', 'shard_path',
            'file_hash', 'write_shard', 'check_shard', 'targets_fingerprint', 'check_fingerprint', 'shard_generator',
            'block_targets', 'write_targets', 'counted', 'TargetCache', 'shared_targets', 'starting_student',
-           'draft_vocabulary', 'make_targets']
+           'draft_vocabulary', 'LiveLine', 'make_targets']
 
 # %% ../nbs/05_targets.ipynb #fdfb91a6
 import hashlib
@@ -26,7 +26,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
+from transformers.utils import is_in_notebook
 
 from .config import Config, ConfigError, TargetsSettings, short_hash, write_whole
 from .data import Corpus, most_used_ids, tokenizer_fingerprint
@@ -314,6 +315,20 @@ def draft_vocabulary(
     try: return most_used_ids(corpus.train, size, teacher.vocabulary_size, tuple(special))
     except ValueError as error: raise ConfigError(f"student.draft_vocabulary: {error}") from None
 
+class LiveLine:
+    """What a `tqdm` bar writes to in a notebook: one output that it rewrites and leaves empty. (`tqdm`'s own bar for notebooks is a widget, which stays in the file as a thing that no other page can show.)"""
+
+    def __init__(self): self.output = None
+
+    def write(self, text: str) -> None:
+        """Shows the text in place of what was there."""
+        from IPython.display import display  # there is one wherever there is a notebook
+        if self.output is None: self.output = display({"text/plain": ""}, raw=True, display_id=True)
+        self.output.update({"text/plain": text.strip()}, raw=True)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
 def make_targets(
     config: Config,      # its targets.kind is not online
     teacher: Teacher,    # in the number format in which it labels text
@@ -326,7 +341,7 @@ def make_targets(
     folder = Path(config.targets.folder).expanduser() if config.targets.folder else run/"targets"
     fingerprint = targets_fingerprint(config, teacher, draft_ids, corpus)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent/f".{folder.name}.lock"), tqdm(total=len(corpus.train), unit="block", desc="targets", leave=False, disable=not progress) as bar:
+    with FileLock(folder.parent/f".{folder.name}.lock"), tqdm(total=len(corpus.train), unit="block", desc="targets", leave=False, file=LiveLine() if is_in_notebook() else None, disable=not progress) as bar:
         write_targets(TeacherLabels(teacher, draft_ids, config.student.reads), corpus.train, config.targets, config.loss.temperature, folder, fingerprint, config.seed,
                       lambda done, total: bar.update(done - bar.n), config.train.batch_size)
     return TargetCache(folder, fingerprint)

@@ -81,7 +81,7 @@ def end_ids(model: PreTrainedModel) -> set[int]:
     return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
 # %% ../nbs/04_teacher.ipynb #1ff9a457
-@dataclass
+@dataclass(repr=False)
 class Teacher:
     """A frozen language model with its tokenizer."""
     model: PreTrainedModel
@@ -129,6 +129,10 @@ class Teacher:
         """This teacher in another number format; quantised weights stay as they are, and then it is the same teacher."""
         if dtype == self.model.dtype or getattr(self.model, "hf_quantizer", None): return self
         return Teacher(copy.deepcopy(self.model).to(dtype), self.tokenizer, self.name)
+
+    def __repr__(self):
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"teacher {self.name}: {type(self.model).__name__}, {self.model.num_parameters() / 1e6:.1f} M parameters, {dtype} on {self.device}, {self.vocabulary_size:,} tokens"
 
 # %% ../nbs/04_teacher.ipynb #aa8625c3
 def identity(teacher: Teacher) -> dict[str, str]:

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LATER', 'SHARDED', 'FREE', 'SPACE', 'QUARTERS', 'Objective', 'FINISHED', 'make_student', 'through_head', 'Validation',
            'draft_law', 'position_metrics', 'validate', 'mean_metrics', 'NonFiniteLoss', 'mean_sums', 'Distiller',
-           'precision_flags', 'training_arguments', 'SampleText', 'QuietProgress', 'StopRequested', 'StopAtSignal',
-           'remote_folder', 'Uploader', 'find_checkpoint', 'changed_fields', 'check_same_run', 'fetch_checkpoints',
-           'fetch_checkpoint', 'check_run', 'open_run', 'describe_run', 'distill', 'train', 'make_trainer', 'listeners',
-           'listener', 'finish_run', 'best_validation', 'history_table', 'plot_history', 'suggest', 'in_quarters',
-           'Reporter', 'folder_number', 'try_again', 'open_study', 'acceptance_alone', 'check_search', 'run_trial',
-           'tune', 'chosen', 'trials_table', 'plot_search', 'save_search']
+           'precision_flags', 'training_arguments', 'SampleText', 'newest_numbers', 'QuietProgress', 'LineProgress',
+           'progress_line', 'NotebookProgress', 'progress_shown', 'StopRequested', 'StopAtSignal', 'remote_folder',
+           'Uploader', 'find_checkpoint', 'changed_fields', 'check_same_run', 'fetch_checkpoints', 'fetch_checkpoint',
+           'check_run', 'open_run', 'describe_run', 'distill', 'train', 'make_trainer', 'listeners', 'listener',
+           'finish_run', 'best_validation', 'history_table', 'plot_history', 'suggest', 'in_quarters', 'Reporter',
+           'folder_number', 'try_again', 'open_study', 'acceptance_alone', 'check_search', 'run_trial', 'tune',
+           'chosen', 'trials_table', 'plot_search', 'save_search']
 
 # %% ../nbs/06_train.ipynb #393a34ce
 import json
@@ -20,10 +21,14 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +48,12 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils import is_in_notebook
 
-from .config import Config, ConfigError, Space, check_space, provenance, save_config, with_values, write_whole
+from .config import Config, ConfigError, Space, check_space, provenance, run_place, save_config, with_values, write_whole
 from .data import Corpus, collate, tokenizer_fingerprint
 from .loss import Chunk, LossSums, acceptance_probability, chunked_distillation_loss, forward_kl, log_probs, real_rows
 from .reading import ReadingStudent, open_student
@@ -273,6 +279,11 @@ class SampleText(TrainerCallback):
         if self.writer: self.writer.add_text("sample", f"**input**\n```\n{before}\n```\n**output**\n```\n{after}\n```", state.global_step)
 
 # %% ../nbs/06_train.ipynb #8ee09abd
+def newest_numbers(logs: dict[str, float]) -> dict[str, str]:
+    """Loss and acceptance rate of a log entry, where it has them."""
+    names = {"loss": "loss", "eval_acceptance_rate": "acceptance rate"}
+    return {names[key]: f"{value:.3g}" for key, value in logs.items() if key in names}
+
 class QuietProgress(ProgressCallback):
     """The Trainer's progress bar, with loss and acceptance rate beside it."""
 
@@ -281,9 +292,76 @@ class QuietProgress(ProgressCallback):
         self.newest = {}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {"loss": "loss", "eval_acceptance_rate": "acceptance rate"}
-        self.newest |= {names[key]: f"{value:.3g}" for key, value in logs.items() if key in names}
+        self.newest |= newest_numbers(logs)
         if self.training_bar is not None: self.training_bar.set_postfix(self.newest)
+
+class LineProgress(TrainerCallback):
+    """A line on stderr at each validation."""
+
+    def __init__(self): self.newest = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.newest |= newest_numbers(logs)
+        if "eval_acceptance_rate" in logs: print(progress_line(state, self.newest), file=sys.stderr, flush=True)
+
+def progress_line(state: TrainerState, newest: dict[str, str]) -> str:
+    """Step and newest numbers in a line."""
+    return ", ".join([f"step {state.global_step} of {state.max_steps}", *(f"{name} {newest[name]}" for name in ("loss", "acceptance rate") if name in newest)])
+
+# %% ../nbs/06_train.ipynb #59966d86
+class NotebookProgress(TrainerCallback):
+    """A bar with the newest numbers over the curves so far; when training ends, the curves."""
+
+    def __init__(self):
+        self.newest, self.output, self.picture = {}, None, b""
+        self.shown = self.drawn = self.cost = 0.0  # when, when, and how long that took, in seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first = time.monotonic(), state.global_step
+        self.show(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.shown > .25: self.show(state)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.newest |= newest_numbers(logs)
+        if time.monotonic() - self.drawn > 20 * self.cost: self.draw(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.draw(state)
+        self.rewrite({"image/png": b64encode(self.picture).decode(), "text/plain": f"{progress_line(state, self.newest)}, {self.duration()}"})
+
+    def draw(self, state: TrainerState) -> None:
+        """Draws the curves of the log so far."""
+        began, file = time.monotonic(), BytesIO()
+        figure = plot_history(state.log_history)
+        figure.savefig(file, dpi=100)
+        plt.close(figure)
+        self.picture, self.drawn = file.getvalue(), time.monotonic()
+        self.cost = self.drawn - began
+
+    def show(self, state: TrainerState) -> None:
+        """Shows how far it is."""
+        done, self.shown = state.global_step - self.first, time.monotonic()
+        left = (self.shown - self.began) / done * (state.max_steps - state.global_step) if done else None
+        line = f"{progress_line(state, self.newest)}, {self.duration()}{'' if left is None else f', {timedelta(seconds=round(left))} to go'}"
+        curves = f'<br><img alt="loss and acceptance rate so far" src="data:image/png;base64,{b64encode(self.picture).decode()}">' if self.picture else ""
+        self.rewrite({"text/html": f'<progress value="{state.global_step}" max="{state.max_steps}"></progress> {line}{curves}', "text/plain": line})
+
+    def duration(self) -> timedelta:
+        """Since the training began."""
+        return timedelta(seconds=round(time.monotonic() - self.began))
+
+    def rewrite(self, content: dict[str, str]) -> None:
+        """Puts the content in the place of what was shown before."""
+        from IPython.display import display  # there is one wherever there is a notebook
+        if self.output is None: self.output = display(content, raw=True, display_id=True)
+        else: self.output.update(content, raw=True)
+
+def progress_shown() -> TrainerCallback:
+    """What shows the progress where we are: in a notebook, in a terminal, or in a file."""
+    if is_in_notebook(): return NotebookProgress()
+    return QuietProgress() if sys.stderr.isatty() else LineProgress()
 
 # %% ../nbs/06_train.ipynb #25593144
 class StopRequested(KeyboardInterrupt):
@@ -458,15 +536,16 @@ def distill(
     config: Config,
     teacher: Teacher,     # in the number format in which it labels text
     corpus: Corpus,
-    folder: Path,         # of the run
+    folder: Path | None = None,  # of the run; None: runs/NAME in the working folder
     resume: bool = False,  # goes on where a run in this folder stopped
-    progress: bool = True,  # shows a progress bar
+    progress: bool = True,  # shows how far it is, and in a notebook the curves
     callbacks: tuple[TrainerCallback, ...] = (),  # that listen to the training too
 ) -> Student:             # the one with the best acceptance rate, in eval mode; also saved in `folder/student`
     """Trains a student. A finished run that is resumed just gives its student.
 
     Raises `ConfigError` for settings that don't fit, `NonFiniteLoss` where training breaks down.
     """
+    folder = folder or run_place(config)
     state = PartialState(cpu=teacher.device.type == "cpu")
     if state.is_main_process: open_run(config, folder, resume)
     state.wait_for_everyone()
@@ -496,7 +575,7 @@ def make_trainer(config: Config, teacher: Teacher, corpus: Corpus, folder: Path,
                         callbacks=[*beside, *callbacks], args=training_arguments(config, folder/"checkpoints", teacher.device, progress))
     noisy = (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)  # the last is another one in a notebook
     trainer.callback_handler.callbacks = [callback for callback in trainer.callback_handler.callbacks if not isinstance(callback, noisy)]
-    if progress: trainer.add_callback(QuietProgress())
+    if progress: trainer.add_callback(progress_shown())
     return trainer
 
 def listeners(config: Config, teacher: Teacher, validation: Validation, folder: Path) -> list[TrainerCallback]:
@@ -550,7 +629,7 @@ def plot_history(history: list[dict]) -> Figure:
         if name in train: left.plot(train["step"], train[name], label=label, color=color, lw=width)  # the loss may be one of its parts: broad, so that it is seen behind it
         if name in held_out: left.plot(held_out.index, held_out[name], "o", color=color, ms=4)
     left.set(xlabel="optimizer step", ylabel="nats per token", ylim=(0, None), title="training (lines), held-out (dots)")
-    left.legend(frameon=False, fontsize=8)
+    if len(train): left.legend(frameon=False, fontsize=8)
     right.plot(held_out.index, held_out["acceptance_rate"], "o-", color="tab:green", ms=4)
     right.set(xlabel="optimizer step", ylabel="acceptance rate", ylim=(0, None), title="held-out text, temperature 1")
     return figure
