@@ -1,8 +1,34 @@
+"""Distil a small student from a large code-writing teacher, and let it draft for lossless speculative decoding.
+
+These are the names that most work begins with. Each is loaded when it is first used, so that `import kdcode` itself loads nothing. All others are in the modules, such as `kdcode.speculative` and `kdcode.train`.
+"""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bench import bench_decode
+    from .config import Config, load_config
+    from .data import build_corpus
+    from .export import export_llama
+    from .speculative import complete, load_draft, speculative_generate, stream
+    from .student import Student
+    from .teacher import load_teacher
+    from .train import distill
+
 __version__ = "0.1.0"
+__all__ = ["Config", "Student", "bench_decode", "build_corpus", "complete", "distill", "export_llama", "load_config", "load_draft", "load_teacher", "speculative_generate", "stream"]
+
+_MODULES = {
+    "Config": "config", "Student": "student", "bench_decode": "bench", "build_corpus": "data", "complete": "speculative", "distill": "train", "export_llama": "export",
+    "load_config": "config", "load_draft": "speculative", "load_teacher": "teacher", "speculative_generate": "speculative", "stream": "speculative",
+}
 
 
-def load_draft(name, teacher=None):
-    """The student that is shipped for a teacher of this name, or the one in a folder or on the hub; see `kdcode.speculative.load_draft`."""
-    from kdcode.speculative import load_draft
+def __getattr__(name: str) -> Any:
+    """Loads a name from its module (PEP 562)."""
+    if name not in _MODULES: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return found
 
-    return load_draft(name, teacher)
+
+def __dir__() -> list[str]: return __all__
