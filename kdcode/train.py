@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['LATER', 'SHARDED', 'FREE', 'SPACE', 'QUARTERS', 'Objective', 'FINISHED', 'make_student', 'through_head', 'Validation',
            'draft_law', 'position_metrics', 'validate', 'mean_metrics', 'NonFiniteLoss', 'mean_sums', 'Distiller',
-           'precision_flags', 'training_arguments', 'SampleText', 'newest_numbers', 'QuietProgress', 'LineProgress',
-           'progress_line', 'NotebookProgress', 'progress_shown', 'StopRequested', 'StopAtSignal', 'remote_folder',
-           'Uploader', 'find_checkpoint', 'changed_fields', 'check_same_run', 'fetch_checkpoints', 'fetch_checkpoint',
-           'check_run', 'open_run', 'describe_run', 'distill', 'train', 'make_trainer', 'listeners', 'listener',
-           'finish_run', 'best_validation', 'history_table', 'plot_history', 'suggest', 'in_quarters', 'Reporter',
-           'folder_number', 'try_again', 'open_study', 'acceptance_alone', 'check_search', 'run_trial', 'tune',
-           'chosen', 'trials_table', 'plot_search', 'save_search']
+           'precision_flags', 'training_arguments', 'SampleText', 'say_once', 'is_tracked', 'Tracking',
+           'newest_numbers', 'QuietProgress', 'LineProgress', 'progress_line', 'NotebookProgress', 'progress_shown',
+           'StopRequested', 'StopAtSignal', 'remote_folder', 'Uploader', 'find_checkpoint', 'changed_fields',
+           'check_same_run', 'fetch_checkpoints', 'fetch_checkpoint', 'check_run', 'open_run', 'describe_run',
+           'distill', 'train', 'make_trainer', 'listeners', 'listener', 'finish_run', 'best_validation',
+           'history_table', 'plot_history', 'suggest', 'in_quarters', 'Reporter', 'folder_number', 'try_again',
+           'open_study', 'acceptance_alone', 'check_search', 'run_trial', 'tune', 'chosen', 'trials_table',
+           'plot_search', 'save_search']
 
 # %% ../nbs/06_train.ipynb #393a34ce
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -25,9 +27,11 @@ import time
 import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -49,9 +53,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, is_mlflow_available
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.utils import is_in_notebook
+from transformers.utils import flatten_dict, is_in_notebook
 
 from .config import Config, ConfigError, Space, check_space, provenance, run_place, save_config, with_values, write_whole
 from .data import Corpus, collate, tokenizer_fingerprint
@@ -261,7 +265,7 @@ def training_arguments(
         eval_strategy="steps", eval_steps=t.eval_steps, eval_on_start=find_checkpoint(folder) is None, restore_callback_states_from_checkpoint=True, logging_steps=t.logging_steps, logging_first_step=True,
         save_strategy="steps", save_steps=t.eval_steps, save_total_limit=t.keep + 1, load_best_model_at_end=True, metric_for_best_model="eval_acceptance_rate", greater_is_better=True,
         activation_checkpointing=t.gradient_checkpointing, auto_find_batch_size=t.auto_batch_size, **precision_flags(t.precision, device), ddp_find_unused_parameters=False,
-        report_to="none", remove_unused_columns=False, label_names=["labels"], use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", disable_tqdm=not progress)
+        report_to="none", run_name=config.name, remove_unused_columns=False, label_names=["labels"], use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", disable_tqdm=not progress)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs work as several processes (accelerate launch), never as threads of one
     return arguments
 
@@ -277,6 +281,52 @@ class SampleText(TrainerCallback):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=0)
         before, after = (self.tokenizer.decode(part) for part in (out[0, :32], out[0, 32:]))
         if self.writer: self.writer.add_text("sample", f"**input**\n```\n{before}\n```\n**output**\n```\n{after}\n```", state.global_step)
+
+# %% ../nbs/06_train.ipynb #203d9a0d
+@cache
+def say_once(line: str) -> None:
+    """A line for the person at the terminal, once however often it is said."""
+    print(line, file=sys.stderr)
+
+def is_tracked() -> bool:
+    """Whether trainings are reported to MLflow: MLFLOW_TRACKING_URI names where, and mlflow is installed. A line says so where only that is missing."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"): return False
+    if find_spec("mlflow") is None: say_once("MLFLOW_TRACKING_URI is set, but mlflow is not installed, so nothing is reported there; pip install mlflow-skinny")
+    return is_mlflow_available()
+
+class Tracking(MLflowCallback):
+    """Reports a training to MLflow, and as a context around it, how it ended. What fails there is said, once, and ends nothing."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.lost = config, False
+        for name, value in (("MLFLOW_EXPERIMENT_NAME", "kdcode"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")): os.environ.setdefault(name, value)
+
+    def attempt(self, event: Callable, *details, **more) -> None:
+        """Does something with the server, unless that has failed before."""
+        if self.lost: return
+        try: event(*details, **more)
+        except Exception as error:
+            self.lost, self._auto_end_run = True, False
+            reason = re.sub(r"//[^/@\s]*@", "//", str(error).strip().partition("\n")[0])[:200]  # without a password in an address
+            say_once(f"reporting to MLflow failed ({type(error).__name__}: {reason}); training goes on without it, and its log is in the run's folder")
+
+    def setup(self, args, state, model):
+        super().setup(args, state, model)
+        self._ml_flow.log_params({f"config.{name}": value for name, value in flatten_dict(self.config.to_dict(), delimiter=".").items()})
+
+    def on_train_begin(self, *details, **more): self.attempt(super().on_train_begin, *details, **more)
+
+    def on_log(self, *details, **more): self.attempt(super().on_log, *details, **more)
+
+    def on_save(self, *details, **more): self.attempt(super().on_save, *details, **more)
+
+    def on_train_end(self, *details, **more): self.attempt(super().on_train_end, *details, **more)
+
+    def __enter__(self): return self
+
+    def __exit__(self, kind, *error):
+        if kind and self._auto_end_run: self.attempt(self._ml_flow.end_run, "FAILED")
 
 # %% ../nbs/06_train.ipynb #8ee09abd
 def newest_numbers(logs: dict[str, float]) -> dict[str, str]:
@@ -393,7 +443,7 @@ class StopAtSignal(TrainerCallback):
 # %% ../nbs/06_train.ipynb #8ad9cd61
 def remote_folder(url: str):  # such as s3://bucket/folder
     """The file system of an address, and the path in it. Raises `ConfigError` where the address is not understood, or its package is missing."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_S3_ENDPOINT")
+    endpoint = next((os.environ[name] for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_S3_ENDPOINT") if os.environ.get(name)), None)
     options = {"auto_mkdir": True} if "://" not in url or url.startswith("file:") else {}
     if url.startswith("s3:") and endpoint: options = {"client_kwargs": {"endpoint_url": endpoint if "://" in endpoint else f"https://{endpoint}"}}
     try: return fsspec.core.url_to_fs(url, **options)
@@ -559,7 +609,7 @@ def distill(
 def train(trainer: Trainer) -> None:
     """Trains from the newest checkpoint on. Raises `StopRequested`, after a checkpoint, where a signal said stop."""
     last, stop, uploader = find_checkpoint(Path(trainer.args.output_dir)), listener(trainer, StopAtSignal), listener(trainer, Uploader)
-    with stop: trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with stop, listener(trainer, Tracking) or nullcontext(): trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not stop.received: return
     if uploader: uploader.finish()
     raise StopRequested(f"stopped after step {trainer.state.global_step}")
@@ -579,11 +629,12 @@ def make_trainer(config: Config, teacher: Teacher, corpus: Corpus, folder: Path,
     return trainer
 
 def listeners(config: Config, teacher: Teacher, validation: Validation, folder: Path) -> list[TrainerCallback]:
-    """What happens beside the steps: logs, signals, early stop, copies."""
+    """What happens beside the steps: logs (MLflow's too, see `is_tracked`), signals, early stop, copies."""
     writer = SummaryWriter(str(folder/"tensorboard")) if PartialState().is_main_process else None
     found: list[TrainerCallback] = [StopAtSignal()]
     if not config.student.reads: found.append(SampleText(writer, teacher, validation))  # one that reads its teacher can't write alone
     if writer: found.append(TensorBoardCallback(writer))
+    if writer and is_tracked(): found.append(Tracking(config))
     if config.train.patience: found.append(EarlyStoppingCallback(config.train.patience))
     if config.train.upload: found.append(Uploader(config.train.upload, folder/"config.yaml"))
     return found
