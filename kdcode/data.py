@@ -61,10 +61,10 @@ def list_files(
     suffixes: list[str],   # endings of the names to keep
     skipped: tuple[str, ...] = (),  # names of folders to pass over
 ) -> list[str]:            # sorted paths relative to `root`, with `/`
-    """All files below `root` with one of `suffixes`. Hidden files and folders, and links to folders, are passed over."""
+    """All files below `root` with one of `suffixes`. Hidden files and folders, links to folders, environments of Python and `node_modules` are passed over."""
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in ("node_modules", *skipped) and not Path(folder, name, "pyvenv.cfg").is_file()]
         paths = [Path(folder, name) for name in names if name.endswith(tuple(suffixes)) and not name.startswith(".")]
         found += [path.relative_to(root).as_posix() for path in paths if path.is_file()]
     return sorted(found)
@@ -411,9 +411,10 @@ def check_filled(settings: DataSettings, train: SplitWriter, validation: SplitWr
     if all(writer.blocks > writer.first_block for writer in (train, validation)): return
     source = settings.source if settings.source != "folder" else f"folder {settings.path}"
     left_out = ", ".join(f"{reason} {count}" for reason, count in rejected.items()) or "none"
-    what = "too little text" if sum(documents) else "no usable document"
+    what = "too little text" if sum(documents) else "no usable document" if rejected or settings.source not in ("folder", "stdlib", "packages") else f"no file that ends in {' or '.join(settings.suffixes)}"
+    sides = f" (data.validation_share {settings.validation_share} of the documents are held out, by their hash: with so few, give a larger share)" if sum(documents) and not documents[1] else ""
     raise ConfigError(f"data source {source} has {what}: {documents[0]} documents to train on, {documents[1]} to validate on (left out: {left_out}); "
-                      f"each side needs a block of {settings.block_size} tokens, so give more text, or a smaller data.block_size")
+                      f"each side needs a block of {settings.block_size} tokens, so give more text, or a smaller data.block_size{sides}")
 
 # %% ../nbs/01_data.ipynb #865c3105
 @dataclass(repr=False)
