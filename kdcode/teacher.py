@@ -199,8 +199,10 @@ def load_tokenizer(
 
 def absent(name: str, error: Exception) -> ConfigError:
     """What to tell a person whose teacher can't be loaded."""
-    reason = str(error).strip().splitlines()[0]
-    if Path(name).expanduser().exists(): return ConfigError(f"teacher {name} can't be loaded: {reason}")
+    reason, place = str(error).strip().splitlines()[0], Path(name).expanduser()
+    missing = [what for what in ("config.json", "tokenizer") if place.is_dir() and not list(place.glob(f"{what}*"))]
+    if missing: return ConfigError(f"teacher {name} can't be loaded: its folder has no {' and no '.join(missing)}; write both there with model.save_pretrained(FOLDER) and tokenizer.save_pretrained(FOLDER)")
+    if place.exists(): return ConfigError(f"teacher {name} can't be loaded: {reason}")
     return ConfigError(f"teacher {name} is neither a folder nor to be had from the model hub ({reason}); "
                        f"with a network run: hf download {name} (a gated model needs HF_TOKEN), or take the embedded one: --teacher.name smollm2")
 
