@@ -793,7 +793,7 @@ def result_html(result: SpeculativeResult) -> str:
     """Prompt and new text, and what the marks mean. It begins with `<pre>`: in a Markdown page, empty lines would end any other element."""
     prompt, text = html.escape(result.tokenizer.decode(result.prompt)), "".join(marked(*pair) for pair in result.pieces())
     legend = f"{marked('drafted', True)} and accepted · {marked('written', False)} by the teacher itself · {result.statistics.summary()}"
-    return f'<pre style="white-space:pre-wrap;line-height:1.5"><span style="opacity:.7">{prompt}</span>{text}</pre><small>{legend}</small>'
+    return f'<pre style="white-space:pre-wrap;line-height:1.5;font-family:monospace"><span style="opacity:.7">{prompt}</span>{text}</pre><small>{legend}</small>'
 
 def result_ansi(result: SpeculativeResult) -> str:
     """The same for a terminal: the prompt dim, drafted tokens green, the teacher's own bold and yellow."""
