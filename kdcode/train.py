@@ -313,6 +313,7 @@ class Tracking(MLflowCallback):
 
     def setup(self, args, state, model):
         super().setup(args, state, model)
+        self._async_log = False  # a thread would tell of each entry that fails
         self._ml_flow.log_params({f"config.{name}": value for name, value in flatten_dict(self.config.to_dict(), delimiter=".").items()})
 
     def on_train_begin(self, *details, **more): self.attempt(super().on_train_begin, *details, **more)

@@ -10,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from transformers import TrainerState
 
 from conftest import wait_until
-from kdcode.train import remote_folder
+from kdcode.config import Config
+from kdcode.train import Tracking, remote_folder
 
 KEYS = {"AWS_ACCESS_KEY_ID": "ACCESSKEY0123456789", "AWS_SECRET_ACCESS_KEY": "SECRETKEY0123456789", "AWS_SESSION_TOKEN": "a-session-token-0123456789", "AWS_DEFAULT_REGION": "us-east-2"}
 SHORT = ["--data.tokens", 4096, "--data.validation_tokens", 512, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
@@ -159,3 +161,17 @@ def test_a_dead_mlflow_server_never_ends_a_training(kdcode, tiny_teacher, tmp_pa
     said = [line for line in done.stderr.splitlines() if "MLflow" in line or "MLFLOW" in line]
     assert len(said) == 1 and ("reporting to MLflow failed" if find_spec("mlflow") else "mlflow is not installed") in said[0], done.stderr
     assert "a-password" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_server_that_dies_in_the_middle_is_told_of_once(monkeypatch, capsys):
+    mlflow, calls = pytest.importorskip("mlflow"), []
+    def dead(**details):
+        calls.append(details)
+        raise ConnectionError("no answer from http://person:a-password@server\nand a long story")
+    monkeypatch.setattr(mlflow, "log_metrics", dead)
+    tracking, state = Tracking(Config()), TrainerState(global_step=1, is_world_process_zero=True)
+    tracking._initialized, tracking._async_log = True, False
+    for step in range(3): tracking.on_log(None, state, None, logs={"loss": 1. / (step + 1)})
+    tracking.on_train_end(None, state, None)
+    assert len(calls) == 1
+    assert capsys.readouterr().err == "reporting to MLflow failed (ConnectionError: no answer from http://server); training goes on without it, and its log is in the run's folder\n"
