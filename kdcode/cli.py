@@ -361,14 +361,16 @@ OPTIONS: dict[str, dict[str, dict]] = {  # each command's own, besides the setti
 WITHOUT_SETTINGS = ("experiment", "record")  # an experiment has them in its file
 
 # %% ../nbs/12_cli.ipynb #d98dd279
-def make_parser() -> ArgumentParser:
+def make_parser(
+    command: str,  # the one that gets options for the settings: to read their descriptions from the source takes as long as all else
+) -> ArgumentParser:
     """The parser of all commands."""
     parser = ArgumentParser(prog="kdcode", exit_on_error=False, description="Distil a small student from a large code-writing teacher, and let it draft for lossless speculative decoding.")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, (_, summary) in COMMANDS.items():
         part = ArgumentParser(exit_on_error=False, description=summary)
         for option, how in OPTIONS.get(name, {}).items(): part.add_argument(option, **how)
-        if name not in WITHOUT_SETTINGS: add_config(part)
+        if name == command and name not in WITHOUT_SETTINGS: add_config(part)
         commands.add_subcommand(name, part, help=summary)
     return parser
 
@@ -386,7 +388,7 @@ def parse(
     """Reads a command line. Raises `ConfigError` for a mistake in it."""
     for flag, file in zip(arguments, arguments[1:]):
         if flag == "--config": check_keys(read_yaml(file))
-    parser = make_parser()
+    parser = make_parser(next(iter(arguments), ""))
     try: parsed = parser.parse_args(arguments)
     except ArgumentError as error: raise ConfigError(one_line(error)) from None
     options = parsed[parsed.command]
