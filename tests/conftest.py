@@ -1,4 +1,6 @@
 """What several tests share: the repository's root, a tiny teacher in a folder, and the command as a process."""
+import itertools
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -6,11 +8,15 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
+from forked import command
+
 ROOT = Path(__file__).parent.parent
+COUNT = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +34,60 @@ def tiny_teacher(tmp_path_factory):
     return folder
 
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+class Forked:
+    """The command as a process of its own, with the words of `subprocess.Popen`."""
+    def __init__(self, forks, words, folder, environment):
+        self.streams = [folder.parent/f"{folder.name}-{name}-{next(COUNT)}.txt" for name in ("out", "err")]
+        self.process = forks.Process(target=command, args=(list(map(str, words)), folder, environment, *self.streams), daemon=True)
+        self.process.start()
+
+    @property
+    def returncode(self): return self.process.exitcode
+
+    def poll(self): return self.process.exitcode
+
+    def send_signal(self, number): os.kill(self.process.pid, number)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"it has not ended after {timeout} seconds"
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        return tuple(path.read_text() for path in self.streams)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Starts processes that have imported the library already: a process of Python's own, from which they fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kdcode.cli", "kdcode.bench", "kdcode.compare", "kdcode.export", "forked"])
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in OFFLINE.items(): environment.setenv(name, value)  # both are read when a library is imported
+        forkserver.ensure_running()
+    return context
+
+
 @pytest.fixture
-def kdcode(tmp_path):
-    """Runs the command in an empty working folder; returns the finished process."""
-    def run(*words, timeout=300, **variables):
-        environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
-        return subprocess.run([sys.executable, "-m", "kdcode.cli", *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
+def start(forks, tmp_path):
+    """Starts the command in an empty working folder, and doesn't wait for it."""
+    def starting(*words, **variables):
+        return Forked(forks, words, tmp_path, os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables)
+    return starting
+
+
+@pytest.fixture
+def kdcode(start, tmp_path):
+    """Runs the command in an empty working folder; returns the finished process. A fresh one is a new Python, as a shell starts it."""
+    def run(*words, timeout=300, fresh=False, **variables):
+        if fresh:
+            python = [sys.executable, "-m", "kdcode.cli", *map(str, words)]
+            return subprocess.run(python, cwd=tmp_path, env=os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables, capture_output=True, text=True, timeout=timeout)
+        process = start(*words, **variables)
+        return subprocess.CompletedProcess(words, process.wait(timeout) or process.returncode, *process.communicate())
     return run
 
 

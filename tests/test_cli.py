@@ -1,9 +1,6 @@
 """The command as a person runs it: a process, its streams, its exit status, and what is left after it was killed."""
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +13,7 @@ def settings(teacher):
 
 
 def test_demo_leaves_everything(kdcode, tiny_teacher, tmp_path):
-    done = kdcode("demo", "--name", "trial", *settings(tiny_teacher), HF_TOKEN="hf_a_secret_that_must_not_be_saved")
+    done = kdcode("demo", "--name", "trial", *settings(tiny_teacher), fresh=True, HF_TOKEN="hf_a_secret_that_must_not_be_saved")
     assert done.returncode == 0, done.stderr
     assert [f"[{i}/4]" in done.stderr for i in range(1, 5)] == [True] * 4
     assert "teacher with student" in done.stdout and "Warning" not in done.stderr
@@ -78,13 +75,11 @@ def test_a_trimmed_student_grows_and_becomes_a_llama(kdcode, tiny_teacher, tmp_p
     assert "license: mit" in (tmp_path/"runs"/"others"/"hub"/"README.md").read_text()
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(kdcode, tiny_teacher, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_weights(kdcode, start, tiny_teacher, tmp_path):
     from safetensors.torch import load_file
     common = [*settings(tiny_teacher), "--train.epochs", 2]
     assert kdcode("distill", "--name", "whole", *common).returncode == 0
-    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kdcode.cli", *map(str, ["distill", "--name", "killed", *common])]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start("distill", "--name", "killed", *common)
     checkpoint = tmp_path/"runs"/"killed"/"checkpoints"/"checkpoint-2"/"trainer_state.json"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline: time.sleep(.01)

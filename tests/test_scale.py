@@ -20,16 +20,10 @@ SETTINGS = ["--data.tokens", 4096, "--data.validation_tokens", 512, "--data.bloc
             "--train.batch_size", 4, "--train.eval_steps", 4, "--train.logging_steps", 1]
 
 
-def start(folder, *words, **variables):
-    """The command as a process that is not waited for."""
-    environment = os.environ | {"KDCODE_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.Popen([sys.executable, "-m", "kdcode.cli", *map(str, words)], cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
 def wait_for(there, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not there() and process.poll() is None and time.monotonic() < deadline: time.sleep(.005)
-    assert there(), process.stderr.read() if process.poll() is not None else "it took too long"
+    assert there(), process.communicate()[1] if process.poll() is not None else "it took too long"
 
 
 def same_weights(a, b):
@@ -40,12 +34,12 @@ def same_weights(a, b):
 def files(folder): return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".unfinished"}
 
 
-def test_targets_killed_and_continued_are_the_same_bytes(kdcode, tiny_teacher, tmp_path):
+def test_targets_killed_and_continued_are_the_same_bytes(kdcode, start, tiny_teacher, tmp_path):
     words = ["targets", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "sampled", "--targets.shard_blocks", 4]
     done = kdcode(*words, "--name", "whole")
     assert done.returncode == 0, done.stderr
     assert re.search(r"targets of 4,096 tokens .*: [\d.]+ bytes for each", done.stdout)
-    process, cache = start(tmp_path, *words, "--name", "killed"), tmp_path/"runs"/"killed"/"targets"
+    process, cache = start(*words, "--name", "killed"), tmp_path/"runs"/"killed"/"targets"
     wait_for((cache/"shard-00002.sha256").exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -72,10 +66,10 @@ def test_a_full_disk_is_one_line_and_loses_nothing(kdcode, tiny_teacher, tmp_pat
     assert files(tmp_path/"runs"/"full"/"targets") == files(tmp_path/"runs"/"whole"/"targets")
 
 
-def test_told_to_stop_it_writes_a_checkpoint_and_goes_on(kdcode, tiny_teacher, tmp_path):
+def test_told_to_stop_it_writes_a_checkpoint_and_goes_on(kdcode, start, tiny_teacher, tmp_path):
     words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--train.epochs", 2]
     assert kdcode(*words, "--name", "whole", OMP_NUM_THREADS="1").returncode == 0
-    process, run = start(tmp_path, *words, "--name", "told"), tmp_path/"runs"/"told"
+    process, run = start(*words, "--name", "told"), tmp_path/"runs"/"told"
     wait_for((run/"checkpoints"/"checkpoint-4"/"trainer_state.json").exists, process)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=120)
@@ -157,14 +151,14 @@ def test_checkpoints_go_to_s3(kdcode, tiny_teacher, tmp_path, s3):
         assert (bucket/"run"/name).read_bytes() == local.read_bytes()
 
 
-def test_a_refused_key_or_a_dead_server_never_ends_a_training(kdcode, tiny_teacher, tmp_path, s3):
+def test_a_refused_key_or_a_dead_server_never_ends_a_training(kdcode, start, tiny_teacher, tmp_path, s3):
     bucket, keys, up, down = s3
     words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--train.upload"]
     refused = kdcode(*words, "s3://bucket/refused", "--name", "refused", **keys | {"AWS_SECRET_ACCESS_KEY": "another-secret-0123456789"})
     assert refused.returncode == 0 and "upload of checkpoint-4 failed" in refused.stderr
     assert "another-secret" not in refused.stderr and "Traceback" not in refused.stderr
     down()
-    process, run = start(tmp_path, *words, "s3://bucket/back", "--name", "back", "--train.epochs", 6, **keys), tmp_path/"runs"/"back"
+    process, run = start(*words, "s3://bucket/back", "--name", "back", "--train.epochs", 6, **keys), tmp_path/"runs"/"back"
     wait_for((run/"checkpoints"/"checkpoint-4"/"trainer_state.json").exists, process)
     up()
     _, told = process.communicate(timeout=300)
@@ -191,16 +185,16 @@ def test_several_sources_and_the_teachers_own_text(kdcode, tiny_teacher, tmp_pat
     assert min(both) < report["figures"]["acceptance_rate"] < max(both)
 
 
-def test_a_search_killed_goes_on_with_two_workers(kdcode, tiny_teacher, tmp_path):
+def test_a_search_killed_goes_on_with_two_workers(kdcode, start, tiny_teacher, tmp_path):
     import optuna
     (tmp_path/"space.yaml").write_text("train.learning_rate: {low: 0.0003, high: 0.03, log: true}\ntrain.batch_size: [2, 4]\nloss.divergence: [forward_kl, jsd]\n")
     words = ["tune", "--teacher.name", tiny_teacher, *SETTINGS, "--data.tokens", 1024, "--targets.kind", "top_k", "--space", tmp_path/"space.yaml", "--trials", 5, "--name", "search"]
-    process, run = start(tmp_path, *words), tmp_path/"runs"/"search"
+    process, run = start(*words), tmp_path/"runs"/"search"
     wait_for((run/"trial-0001").exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run/"best.yaml").exists()  # it was really in the middle
-    workers = [start(tmp_path, *words) for _ in range(2)]
+    workers = [start(*words) for _ in range(2)]
     said = [worker.communicate(timeout=300)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     trials = optuna.load_study(study_name="kdcode", storage=f"sqlite:///{run/'study.db'}").trials
@@ -215,12 +209,12 @@ def test_a_search_killed_goes_on_with_two_workers(kdcode, tiny_teacher, tmp_path
     assert abs(json.loads((tmp_path/"again"/"report.json").read_text())["figures"]["acceptance_rate"] - report["figures"]["objective"]) < 1e-6
 
 
-def test_an_experiment_goes_on_and_compares(kdcode, tiny_teacher, tmp_path):
+def test_an_experiment_goes_on_and_compares(kdcode, start, tiny_teacher, tmp_path):
     base = {"name": "guide", "teacher": {"name": str(tiny_teacher)}, "data": {"tokens": 1024, "validation_tokens": 512, "block_size": 64}, "student": {"layers": [0], "draft_vocabulary": 1000},
             "targets": {"kind": "top_k"}, "train": {"batch_size": 4, "eval_steps": 4}}
     experiment = {"question": "Text or teacher?", "config": base, "seeds": [0, 1], "variants": {"text": {"loss.alpha": 1}, "teacher": {"loss.alpha": 0}}}
     (tmp_path/"guide.yaml").write_text(json.dumps(experiment))
-    process, run = start(tmp_path, "experiment", "guide.yaml"), tmp_path/"runs"/"guide"
+    process, run = start("experiment", "guide.yaml"), tmp_path/"runs"/"guide"
     wait_for((run/"teacher"/"seed-0"/"config.yaml").exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -82,7 +82,6 @@ def test_who_goes_away_frees_the_place(pair, served, stream):
 
 
 def test_a_stop_string_ends_the_writing(pair, served):
-    teacher = pair[0]
     whole = alone(pair, body(max_tokens=200, seed=0))
     stop = whole[10:14]
     with served() as (client, service):
