@@ -16,6 +16,7 @@ import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -202,12 +203,12 @@ def run_export(config: Config, options) -> None:
     from kdcode.hub import export_hub
     if options.to == "hub":
         place = export_hub(options.model, config.teacher.name, options.repo, run_folder(config)/"hub", options.dry_run, options.report, options.license, options.private)
-        return print(f"{'nothing was pushed; what would be is in ' + shown(place) if options.dry_run else 'the student is at ' + place}")
+        return print(f"{'nothing was pushed; what would be is in ' + shown(place) if options.dry_run else f'the student is at {place}'}")
     if options.repo or options.dry_run: raise ConfigError(f"--repo and --dry-run are for --to hub, and --to is {options.to}")
     model = grown_student(config, options) if options.grow_vocabulary else options.model
     print(f"the student is in {shown(write_student(model, config.teacher.name, run_folder(config), options.to))}")
 
-def write_student(model: str | Path, teacher: str, folder: Path, form: str) -> Path:
+def write_student(model: str | Path, teacher: str, folder: Path, form: Literal["llama", "gguf", "int8", "int4"]) -> Path:
     """A student in one of the forms that are files of this machine."""
     from kdcode.export import export_gguf, export_llama
     from kdcode.quantise import export_quantised
@@ -267,7 +268,7 @@ def run_record(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #0566aa07
 def run_experiment(config: Config, options) -> None:
     """`kdcode experiment FILE`: trains the variants of an experiment, and compares them."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ConfigError("an experiment runs in one process; start it without accelerate launch")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1: raise ConfigError("an experiment runs in one process; start it without accelerate launch")
     from kdcode import bench
     folder, prepared, teachers = run_folder(config), {}, {}
     def prepare(variant):
@@ -281,7 +282,7 @@ def run_experiment(config: Config, options) -> None:
 def load_pair(
     config: Config,
     draft: str | None,  # folder or hub id of a student, or the name of a teacher that one is shipped for; None: that of the run
-):
+) -> tuple[Any, Any]:
     """Teacher and student, ready to decode. Raises `ConfigError` where there is no student."""
     from kdcode.speculative import check_student, load_draft
     from kdcode.teacher import load_teacher
@@ -297,7 +298,7 @@ def shipped_student(teacher, config: Config) -> dict:
     settings = replace(config.decode, gamma=4, adaptive=None, student_weights="auto")
     return {"teacher with the shipped student": (load_draft(teacher.name, teacher), settings)}
 
-def shown(path: Path) -> str:
+def shown(path: str | Path) -> str:
     """A path as short as it can be said from here."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 

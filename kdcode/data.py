@@ -396,7 +396,7 @@ def write_source(settings, tokenizer, writers, seed, seen, report, documents) ->
         writer.add(document, *encode(document, tokenizer))
         report()
         if all(writer.full for writer in writers.values()): break
-    check_filled(settings, *writers.values(), rejected)
+    check_filled(settings, writers["train"], writers["validation"], rejected)
     return rejected
 
 def patiently(documents: Iterable[Document], rejected: Counter) -> Iterator[Document]:
@@ -449,7 +449,8 @@ def load_corpus(
         whole = all((folder/name).stat().st_size == size for name, size in saved["files"].items())
     except (OSError, ValueError, KeyError): return None
     if not whole or saved["recipe"] != recipe: return None
-    return Corpus(*(Dataset.from_file(str(folder/f"{split}.arrow")) for split in ("train", "validation")), saved["statistics"])
+    train, validation = (Dataset.from_file(str(folder/f"{split}.arrow")) for split in ("train", "validation"))
+    return Corpus(train, validation, saved["statistics"])
 
 # %% ../nbs/01_data.ipynb #e87e91ca
 def build_corpus(
