@@ -1,6 +1,8 @@
 # make demo: the main job, from nothing to a table and a picture
 # make test: every test
 # Both set up .venv first, once.
+# make check: mistakes that can be seen without running anything, in a minute
+# make hooks: git cleans and exports before each commit, and merges notebooks by cells
 # make engines: vLLM and llama.cpp in environments of their own, for kdcode bench peers
 # make test-engines: our student as the draft of both
 PYTHON ?= python3
@@ -8,7 +10,7 @@ BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-engines engines readme export
+.PHONY: setup demo test check hooks test-engines engines readme export
 
 setup: .venv/complete
 
@@ -27,6 +29,15 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_repository.py -k "export or clean or readme"
+
+hooks: setup
+	$(BIN)/nbdev_install_hooks
+	$(BIN)/pre-commit install
 
 test-engines: setup engines
 	$(BIN)/pytest -m slow tests/test_engines.py

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -160,3 +161,82 @@ def test_no_pickled_weights():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split() or [path.name for path in ROOT.rglob("*")]
     assert not [name for name in tracked if name.endswith((".pt", ".pth", ".bin", ".pkl", ".ckpt"))]
     assert "trust_remote_code" not in "".join(path.read_text() for path in (ROOT/"kdcode").glob("*.py"))
+
+
+@pytest.mark.parametrize("words", [("ruff", "check"), ("mypy",)], ids=lambda words: words[0])
+def test_nothing_is_found_in_the_code(words):
+    """What `make check` says: nothing. Both programs come with `make setup`, so one that is missing is a failure."""
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT/"Makefile").read_text(), re.M)[1]
+    assert " ".join(["$(BIN)/" + words[0], *words[1:]]) in [line.strip() for line in recipe.splitlines()]
+    done = subprocess.run([Path(sys.executable).parent/words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words, kinds", [(("ruff", "check"), ("F821", "B015")), (("mypy",), ("arg-type", "attr-defined", "call-arg"))], ids=["ruff", "mypy"])
+def test_a_mistake_in_the_code_is_found(tmp_path, words, kinds):
+    """The control of the test above, with the same settings."""
+    shutil.copy(ROOT/"pyproject.toml", tmp_path)
+    (tmp_path/"kdcode").mkdir()
+    (tmp_path/"kdcode"/"spoilt.py").write_text("import math\n\nundefined(1)\n1 == 2\n\ndef half(x: int) -> float: return x / 2\n\nhalf(1, 2)\nmath.sqrt('a')\nmath.nothing\n")
+    done = subprocess.run([Path(sys.executable).parent/words[0], *words[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and all(kind in done.stdout for kind in kinds), done.stdout + done.stderr
+
+
+def read(path): return yaml.safe_load((ROOT/path).read_text())
+
+
+WORKFLOWS = sorted(ROOT.glob(".github/workflows/*.y*ml"))
+FORMS = sorted(path for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml") if path.name != "config.yml")
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT/"Makefile").read_text(), re.M))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_is_sound(path):
+    workflow = read(path)
+    assert workflow["name"] and workflow[True]  # YAML reads the key `on` as true
+    assert workflow["permissions"]  # a workflow gets the rights that it names, and no others
+    for job in workflow["jobs"].values():
+        assert job["runs-on"] and job["timeout-minutes"] <= 90
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step), step
+            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+(\.\d+)*", step.get("uses", "a/b@v1")), step
+            assert set(re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))) <= TARGETS, step
+
+
+def test_tests_run_on_every_python_that_is_supported():
+    matrix = read(".github/workflows/test.yaml")["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert matrix == ["3.11", "3.12", "3.13"] and matrix[0] == SETTINGS["min_python"]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
+def test_issue_form_is_sound(path):
+    """The keys that GitHub wants, and no option, file or field that this project doesn't have."""
+    from kdcode.config import Config
+    form = read(path)
+    assert form["name"] and form["description"] and form["labels"]
+    asked = [part for part in form["body"] if part["type"] != "markdown"]
+    assert {part["type"] for part in asked} <= {"textarea", "input", "dropdown", "checkboxes"} and len({part["id"] for part in asked}) == len(asked)
+    assert all(part["attributes"]["label"] for part in asked) and any(part.get("validations", {}).get("required") for part in asked)
+    for part in asked: assert part["type"] != "dropdown" or len(set(part["attributes"]["options"])) == len(part["attributes"]["options"]) > 1
+    for section, field in re.findall(r"`(?:--)?([a-z]+)\.([a-z_]+)\b[^`]*`", path.read_text()):
+        assert (field in ("json", "md") and (section in ("run", "report"))) or hasattr(getattr(Config(), section), field), (section, field)
+
+
+def test_citation_is_sound():
+    citation, project = read("CITATION.cff"), PROJECT["project"]
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software" and citation["message"]
+    assert (citation["title"], citation["version"], citation["abstract"]) == (SETTINGS["lib_name"], SETTINGS["version"], SETTINGS["description"])
+    assert (citation["license"], citation["repository-code"], citation["keywords"]) == (project["license"], SETTINGS["git_url"], project["keywords"])
+    assert citation["authors"] == [{"name": SETTINGS["author"]}]
+    for paper in citation["references"]: assert paper["title"] and paper["authors"] and 2000 < paper["year"] < 2030 and paper["url"].startswith("https://")
+
+
+def test_hooks_are_of_this_environment():
+    """Each names a program that make setup brings, and files that there are."""
+    hooks = [hook for repository in read(".pre-commit-config.yaml")["repos"] for hook in repository["hooks"] if repository["repo"] == "local"]
+    tracked = [path.relative_to(ROOT).as_posix() for folder in ("nbs", "kdcode") for path in (ROOT/folder).rglob("*.*")] + ["README.md"]
+    assert {hook["id"] for hook in hooks} == {"clean", "export", "readme", "ruff"}
+    for hook in hooks:
+        program, *words = hook["entry"].split()
+        assert (Path(sys.executable).parent/Path(program).name).exists() if program.startswith(".venv/bin/") else program == "make" and set(words) - {"--silent"} <= TARGETS, hook
+        assert hook["language"] == "system" and ("types_or" in hook or any(re.search(hook["files"], name) for name in tracked)), hook
