@@ -1,5 +1,6 @@
 # make demo: the main job, from nothing to a table and a picture
 # make test: every test
+# make docs: the site, in _docs, and its tests in a browser
 # Both set up .venv first, once.
 # make check: mistakes that can be seen without running anything, in a minute
 # make hooks: git cleans and exports before each commit, and merges notebooks by cells
@@ -10,7 +11,7 @@ BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test check hooks test-engines engines readme export
+.PHONY: setup demo test docs check hooks test-engines engines readme export
 
 setup: .venv/complete
 
@@ -38,6 +39,12 @@ check: setup
 hooks: setup
 	$(BIN)/nbdev_install_hooks
 	$(BIN)/pre-commit install
+
+docs: setup
+	$(BIN)/python docs/pages.py
+	@# what was read is forgotten after a warning, or the next build would not repeat it
+	$(BIN)/sphinx-build -q -j auto -W --keep-going -c docs -d _proc/_read _proc/_site _docs || { rm -rf _proc/_read; exit 1; }
+	$(BIN)/pytest -n 2 -m docs tests/test_docs.py
 
 test-engines: setup engines
 	$(BIN)/pytest -m slow tests/test_engines.py
