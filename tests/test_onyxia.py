@@ -340,7 +340,7 @@ def test_launch_links_of_other_hosts(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="has a space in its path"): launch.launch_link("jupyter-pytorch", "two words.ipynb")
 
 
-@pytest.mark.parametrize("page", ["docs/onyxia.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/onyxia.md"])
 def test_pages_have_the_links(page):
     links = re.findall(r"https://datalab\.sspcloud\.fr/launcher/[^\s)>\"]+", (ROOT/page).read_text())
     made = {launch.launch_link(image, port=port) for image in launch.IMAGES for port in (False, True)}
