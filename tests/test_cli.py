@@ -8,7 +8,7 @@ import pytest
 
 def settings(teacher):
     """A run that takes seconds."""
-    return ["--teacher.name", teacher, "--data.tokens", 4096, "--data.validation_tokens", 512, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
+    return ["--teacher.name", teacher, "--data.tokens", 4096, "--data.validation_tokens", 128, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
             "--train.batch_size", 4, "--train.eval_steps", 2, "--train.logging_steps", 1, "--decode.problems", 2, "--decode.max_new_tokens", 12]
 
 

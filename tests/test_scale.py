@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 
-SETTINGS = ["--data.tokens", 4096, "--data.validation_tokens", 512, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
+SETTINGS = ["--data.tokens", 4096, "--data.validation_tokens", 128, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
             "--train.batch_size", 4, "--train.eval_steps", 4, "--train.logging_steps", 1]
 
 
