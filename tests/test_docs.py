@@ -367,8 +367,7 @@ def test_search_finds_a_function_and_a_word(visit):
     page.keyboard.press("Control+k")
     page.keyboard.type("rejection")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#search-results li a")
-    assert "Speculative decoding" in page.locator("#search-results").inner_text()
+    page.locator("#search-results li a", has_text="Speculative decoding").first.wait_for()
 
 
 @docs
