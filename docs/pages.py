@@ -8,6 +8,7 @@ import os
 import posixpath
 import re
 import sys
+from configparser import ConfigParser
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,12 +19,14 @@ from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT/"onyxia"), str(ROOT/"docs")]
-from launch import launch_link, settings
+from launch import launch_link
 from library import Parameter, read_module
 
 PROCESSED, SITE = ROOT/"_proc", ROOT/"_proc"/"_site"
-GITHUB, HOST = settings()["git_url"], settings()["doc_host"] + settings()["doc_baseurl"]
-BRANCH = settings()["branch"]
+parser = ConfigParser()
+parser.read(ROOT/"settings.ini")
+SETTINGS = parser["DEFAULT"]  # the authority on addresses
+GITHUB, BRANCH, HOST = SETTINGS["git_url"], SETTINGS["branch"], SETTINGS["doc_host"] + SETTINGS["doc_baseurl"]
 WRITTEN = set()  # files of the site
 
 
@@ -79,7 +82,6 @@ def resolve(link, place):
 
 def address(link, place, page, pages, image=False):
     """A link of the repository, as it holds on the site."""
-    if link.startswith("launch:"): return launch_link(link.removeprefix("launch:"))
     if re.match(r"[a-z]+:|#", link): return link
     path, _, anchor = link.partition("#")
     path, anchor = resolve(path, place), anchor and f"#{anchor.lower()}"

@@ -10,7 +10,7 @@ import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 import yaml
@@ -83,7 +83,7 @@ def test_links_of_the_repository_become_links_of_the_site():
 
 def test_quarto_is_told_of_every_notebook():
     """For readers who type nbdev_preview: the settings agree with nbdev's, and the patterns leave nothing out."""
-    quarto, settings = yaml.safe_load((ROOT/"nbs"/"_quarto.yml").read_text()), launch.settings()
+    quarto, settings = yaml.safe_load((ROOT/"nbs"/"_quarto.yml").read_text()), site_pages.SETTINGS
     website, folder = quarto["website"], ROOT/"nbs"
     assert (website["title"], website["description"], website["repo-url"], website["repo-branch"]) == (settings["title"], settings["description"], settings["git_url"], settings["branch"])
     assert website["site-url"] == settings["doc_host"] + settings["doc_baseurl"] and quarto["project"]["output-dir"] == settings["doc_path"]
@@ -151,16 +151,6 @@ def test_mistakes_in_a_configuration_are_answered_as_quoted():
     for values in ({"loss": {"alhpa": 0.3}}, {"loss": {"alpha": 7}}):
         with pytest.raises(ConfigError) as caught: make_config(values)
         assert f"kdcode: {caught.value}\n" in quoted
-
-
-def test_a_launch_link_names_what_the_launcher_reads():
-    link = urlsplit(launch.launch_link("jupyter-pytorch-gpu", "nbs/03_loss.ipynb"))
-    values = dict(parse_qsl(link.query))
-    assert link.path == "/launcher/ide/jupyter-pytorch-gpu" and values["autoLaunch"] == "true"
-    assert values["git.repository"] == f"«{site_pages.GITHUB}»" and values["init.personalInitArgs"] == "«nbs/03_loss.ipynb»"
-    assert values["init.personalInit"].startswith("«https://raw.githubusercontent.com/") and values["init.personalInit"].endswith("/onyxia/init.sh»")
-    for wrong in (("rstudio",), ("jupyter-pytorch", "nbs/none.ipynb")):
-        with pytest.raises(ValueError, match="allowed are|give for example"): launch.launch_link(*wrong)
 
 
 # The built site
