@@ -18,7 +18,8 @@ import yaml
 from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT/"onyxia"), str(ROOT/"docs")]
+sys.path[:0] = [str(ROOT/"onyxia"), str(ROOT/"docs"), str(ROOT)]
+import kdcode
 from launch import launch_link
 from library import Parameter, read_module
 
@@ -197,15 +198,17 @@ def listed(shown, page):
 
 def filled(markdown, page, pages, modules):
     """Comments of the form `<!-- pages: nbs -->` give way to what they name."""
+    entry_of = {module.name.removeprefix("kdcode."): module.entries for module in modules}
     def within(folder): return [p for source, p in pages.items() if posixpath.dirname(source) == folder and p.name != "index"]
     def pages_of(what):
-        if what == "kdcode": return listed([Page("", f"api/{m.name.removeprefix('kdcode.')}", f"`{m.name}`", m.text) for m in modules], page.file).replace(") ", ").md ")
+        if what == "kdcode": return listed([Page("api.md", f"api/{m.name.removeprefix('kdcode.')}", f"`{m.name}`", m.text) for m in modules], page.file)
         if what.startswith("nbs"): return listed(within(what), page.file)
         return listed([p for name in what.split() for p in pages.values() if fnmatch(p.name, name)], page.file)
     def report(name): return linked("\n".join((ROOT/"results"/name/"report.md").read_text().split("\n")[1:]), f"results/{name}/report.md", page.file, pages)
     def reports(_): return "\n".join(f"* [{path.parent.relative_to(ROOT/'results')}]({GITHUB}/blob/{BRANCH}/{path.relative_to(ROOT)})" for path in sorted((ROOT/"results").rglob("report.md")))
     def limits(_): return "\n".join(f"* [{p.title}]({relative(p.file, page.file)}#limits-and-sources)" for source, p in pages.items() if source.startswith("nbs/") and "## Limits and sources" in (ROOT/source).read_text())
-    makers = {"pages": pages_of, "report": report, "reports": reports, "limits": limits}
+    def names(_): return "\n".join(line(f"{kdcode.__name__}.{module}", entry_of[module][name]) for name in kdcode.__all__ if (module := kdcode._MODULES[name]) in entry_of)
+    makers = {"names": names, "pages": pages_of, "report": report, "reports": reports, "limits": limits}
     return re.sub(r"<!-- (\w+)(?:: (.*?))? -->", lambda m: makers[m[1]](m[2]), markdown)
 
 
@@ -254,10 +257,15 @@ def block(entry, module, outer=""):
     return "\n".join([f"{fence}{{py:{kind}}} {name}{brackets}", *options, "", "\n\n".join(filter(None, parts)), fence])
 
 
+def line(module, entry):
+    """A name that leads to its entry, with what it is for."""
+    return f"* {{py:obj}}`{entry.name} <{module}.{entry.name}>`: {escaped(entry.summary)}"
+
+
 def api_page(module, page):
     """A page of one module: its names with their summaries first, then each of them."""
     short = module.name.removeprefix("kdcode.")
-    names = "\n".join(f"* {{py:obj}}`{e.name} <{module.name}.{e.name}>`: {escaped(e.summary)}" for e in module.entries.values())
+    names = "\n".join(line(module.name, entry) for entry in module.entries.values())
     rest = f"\nWithout an entry of their own: {', '.join(f'`{name}`' for name in module.constants)}.\n" if module.constants else ""
     blocks = "\n\n".join(block(entry, short) for entry in module.entries.values())
     write(f"api/{short}.md", f"""# `{module.name}`
