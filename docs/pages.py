@@ -106,9 +106,9 @@ def without_code(change, markdown):
     return "".join(part if i % 2 else change(part) for i, part in enumerate(parts))
 
 
-def linked(markdown, place, page, pages):
-    """Markdown with its links and pictures as they hold on the site; nbdev's links to its pages of names become references to the API."""
-    markdown = re.sub(rf"\[`([^`]+)`\]\({re.escape(HOST)}/(\S+?)\)", lambda m: reference(m[1], m[2]), markdown)
+def linked(markdown, place, page, pages, roles=True):
+    """Markdown with its links and pictures as they hold on the site; nbdev's links to its pages of names become references to the API, or plain code where such can't stand."""
+    markdown = re.sub(rf"\[`([^`]+)`\]\({re.escape(HOST)}/(\S+?)\)", lambda m: reference(m[1], m[2]) if roles else f"`{m[1]}`", markdown)
     change = lambda text: re.sub(r"(!?)(\[[^\[\]]*\]|\])\(([^()\s]+)\)", lambda m: f"{m[1]}{m[2]}({address(m[3], place, page, pages, image=bool(m[1]))})", text)
     # a link's text may hold code, so only blocks of code are left alone
     parts = re.split(r"(^```.*?^```[^\S\n]*$)", markdown, flags=re.M | re.S)
@@ -119,8 +119,9 @@ NAMES = {}  # by nbdev's address, such as loss.html#log_probs: kdcode.loss.log_p
 
 
 def reference(text, target):
-    """A name in the API, or plain code where it has no entry."""
-    return f"{{py:obj}}`{text} <{NAMES[target]}>`" if target in NAMES else f"`{text}`"
+    """A name in the API, or plain code where it has no entry. A mere word, such as `generate`, may be another library's."""
+    ours = target in NAMES and re.search(r"[A-Z_.]", text)
+    return f"{{py:obj}}`{text} <{NAMES[target]}>`" if ours else f"`{text}`"
 
 
 # Notebooks
@@ -149,8 +150,9 @@ def presented(cell, page, pages):
     """A cell without directives, its links made to hold."""
     if cell.cell_type == "markdown": cell.source = linked(cell.source, page.source, page.file, pages)
     if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    if cell.cell_type == "code" and page.name == "index": cell.metadata["tags"] = ["remove-input"]  # as in the README
     for output in cell.get("outputs", []):
-        if text := output.get("data", {}).get("text/markdown"): output["data"]["text/markdown"] = linked("".join(text), page.source, page.file, pages)
+        if text := output.get("data", {}).get("text/markdown"): output["data"]["text/markdown"] = linked("".join(text), page.source, page.file, pages, roles=False)
     return cell
 
 

@@ -230,6 +230,27 @@ def test_outputs_of_a_notebook_are_shown():
 
 
 @docs
+@pytest.mark.parametrize("file", sorted(set(PAGES) - GENERATED))
+def test_nothing_is_left_unrendered(file):
+    """No role, directive, label or equation in its own letters."""
+    page = BeautifulSoup((SITE/file).read_text(), "html.parser").find("article")
+    for code in page.select("pre, code, .math, script, style"): code.decompose()
+    assert not re.search(r"\{[a-z:]+\}|:::|\$\$|^\(\w+\.\w+\)=|<!--", page.text, re.M)
+
+
+@docs
+def test_a_word_that_is_another_library_s_is_no_link():
+    assert not soup("speculative.html").find("article").select('p a[href$="kdcode.teacher.generate"]')
+    assert soup("speculative.html").find("article").select('p a[href$="kdcode.speculative.speculative_generate"]')
+
+
+@docs
+def test_the_start_page_shows_results_without_their_code():
+    page = soup("index.html").find("article")
+    assert page.select(".cell_output table") and not page.select(".cell_input")
+
+
+@docs
 def test_parameters_stand_in_tables():
     entry = soup("api/speculative.html").find(id="kdcode.speculative.speculative_generate").parent
     rows = {cells[0]: cells[1:] for row in entry.find("table").find_all("tr") if (cells := [cell.text.strip() for cell in row.find_all(["td", "th"])])}
