@@ -227,12 +227,12 @@ def about(config: Config, room: str, candidates: list[Candidate]) -> str:
             f"Programs ran {'without isolation' if room == 'none' else f'in isolation by {room}'}, {settings.seconds:g} s each at most. Held-out code: {settings.documents} documents and {settings.lines} lines at most, of {', '.join(config.data.sources)}. "
             f"Speeds: {config.decode.problems} HumanEval prompts, {config.decode.max_new_tokens} tokens at most, greedily, all in turns; alone in our loop, and as drafts against the teacher in it.")
 
-def as_good(alone: dict[str, Any], drafted: dict[str, Any], config: Config, files: list[Path]) -> str:
+def as_good(drafted: dict[str, Any], config: Config, files: list[Path]) -> str:
     """What the teacher's programs with a draft are to those without."""
     texts = [[json.loads(line)["program"] for line in file.read_text().splitlines()] for file in files]
     same = sum(a == b for a, b in zip(*texts))
     if config.decode.temperature == 0: return f"With the draft {same} of {len(texts[0])} programs are the same as without."
-    return f"If programs with and without the draft come from one law, counts of passed ones that differ as much as these have the probability p = {same_law(alone['passed'], drafted['passed'], config.eval.samples):.2f}."
+    return f"If programs with and without the draft come from one law, counts of passed ones that differ as much as these have the probability p = {drafted['same_law_p']:.2f}."
 
 # %% ../nbs/09a_compare.ipynb #f61cdc3b
 HEADINGS = {"parameters": "parameters, M", "bits_per_byte": "bits per byte", "calibration_error": "calibration error", "exact_match": "lines exact", "edit_similarity": "lines similar", "parse_rate": "Python",
@@ -290,6 +290,7 @@ def compare_models(
     if student is not None:
         mine = next(one for one in candidates if one.alone is teacher)
         label = f"{mine.name} with {draft}"
-        figures[label] = quality_figures(mine, student, config, room, folder/place_of(label), progress(f"program of {label}"))
-        notes.append(as_good(figures[mine.name], figures[label], config, [folder/place_of(name)/"programs.jsonl" for name in (mine.name, label)]))
+        found = figures[label] = quality_figures(mine, student, config, room, folder/place_of(label), progress(f"program of {label}"))
+        if config.decode.temperature: found["same_law_p"] = same_law(figures[mine.name]["passed"], found["passed"], config.eval.samples)
+        notes.append(as_good(found, config, [folder/place_of(name)/"programs.jsonl" for name in (mine.name, label)]))
     return report_models(figures, notes, config, folder, command)
