@@ -250,6 +250,7 @@ class Written:
             if scores: piece.scores.append((shown, *scores))
         return piece
 
+# %% ../nbs/11_serve.ipynb #9b525c59
 def cut(tokens: list[tuple], length: int) -> list[tuple]:
     """Tokens up to so many characters, the last of them cut."""
     kept = []

@@ -315,6 +315,7 @@ def draft_vocabulary(
     try: return most_used_ids(corpus.train, size, teacher.vocabulary_size, tuple(special))
     except ValueError as error: raise ConfigError(f"student.draft_vocabulary: {error}") from None
 
+# %% ../nbs/05_targets.ipynb #8869ff56
 class LiveLine:
     """What a `tqdm` bar writes to in a notebook: one output that it rewrites and leaves empty. (`tqdm`'s own bar for notebooks is a widget, which stays in the file as a thing that no other page can show.)"""
 
