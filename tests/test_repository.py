@@ -4,6 +4,7 @@ import configparser
 import importlib.metadata
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from kdcode.cli import parse
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT/"nbs").rglob("*.ipynb") if not {"_proc", ".ipynb_checkpoints"} & set(path.parts))
@@ -240,3 +243,19 @@ def test_hooks_are_of_this_environment():
         program, *words = hook["entry"].split()
         assert (Path(sys.executable).parent/Path(program).name).exists() if program.startswith(".venv/bin/") else program == "make" and set(words) - {"--silent"} <= TARGETS, hook
         assert hook["language"] == "system" and ("types_or" in hook or any(re.search(hook["files"], name) for name in tracked)), hook
+
+
+def commands_to_copy() -> list[str]:
+    """The `kdcode` commands of the README's and the documentation's shell blocks, and of the first lines of configurations."""
+    pages = [ROOT/"README.md", ROOT/"CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md")]
+    blocks = [block for page in pages for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]
+    lines = [line for block in blocks for line in block.splitlines()] + [line.lstrip("# ") for file in ROOT.glob("configs/**/*.yaml") for line in file.read_text().splitlines() if re.match("# +kdcode ", line)]
+    return sorted({match[1] for line in lines if (match := re.match(r"(?:\.venv/bin/)?kdcode (.+)", line))})
+
+
+@pytest.mark.parametrize("command", commands_to_copy())
+def test_command_to_copy_is_understood(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(command, comments=True)
+    if arguments[-1] == "--help": arguments.pop()
+    parse(arguments)
