@@ -47,13 +47,13 @@ from .config import Config, ConfigError, DecodeSettings, Experiment, LossSetting
 from .data import Corpus, humaneval_problems
 from .evaluate import TASKS, Texts, acceptance_on, evaluation_texts, replay, task_prompts
 from .loss import chunked_distillation_loss
-from .reading import ReadingStudent, open_student
+from .reading import ReadingStudent
 from .speculative import SpeculativeResult, Statistics, complete, drafting_form, end_ids, in_8_bits, make_texts, predicted_speedup, prompt_ids, word_ids
 from .steps import CachedModel, call_times, int8, machine_limits, profile_call, roof, timed, warm_up
 from .student import Student
 from .targets import shared_targets
 from .teacher import Teacher, load_teacher, model_source
-from .train import Distiller, Objective, best_validation, check_run, describe_run, distill, make_trainer, trials_table, validate
+from .train import Distiller, Objective, best_validation, check_run, describe_run, distill, make_trainer, run_stages, trials_table, validate
 
 # %% ../nbs/09_bench.ipynb #a1981ce0
 @dataclass(repr=False)
@@ -688,13 +688,15 @@ def bench_profile(
     folder: Path,  # gets report.json and report.md
     command: str,  # as typed
 ) -> Report:
-    """Milliseconds of a draft step, of a call of the teacher for one token, and of one that verifies γ drafts, by kind of work."""
+    """Milliseconds of a draft step, of a call of the teacher for one token, and of one that verifies γ drafts, by kind of work; and of all three in turns."""
     gamma, context = config.decode.gamma, 100
     def model(one): return CachedModel(one, context + gamma + 1, compiled=config.decode.compile)
     spent = {"draft step": profile_call(model(drafting_form(student, config.decode)), 1, context), "teacher, 1 token": profile_call(model(teacher.model), 1, context),
              f"teacher, {gamma + 1} tokens": profile_call(model(teacher.model), gamma + 1, context)}
+    costs = step_costs(teacher.model, student, gamma, config.decode, context)
+    for parts, whole in zip(spent.values(), (costs.draft, costs.calls[1], costs.calls[gamma + 1])): parts["all, in turns"] = whole
     rows = [{"kind of work": kind} | {f"{name}, ms": parts[kind] for name, parts in spent.items()} for kind in spent["draft step"]]
-    notes = [f"After {context} tokens of context; the student in {'8 bits' if in_8_bits(student, config.decode) else 'its own format'}, the teacher in {str(teacher.model.dtype).removeprefix('torch.')}. Framework: at least what the operations don't explain, Python above all."]
+    notes = [f"After {context} tokens of context; the student in {'8 bits' if in_8_bits(student, config.decode) else 'its own format'}, the teacher in {str(teacher.model.dtype).removeprefix('torch.')}. Framework: at least what the operations don't explain, Python above all. One call again and again, but for the last line: there student and teacher take turns, as they do while decoding, and each finds the processor's cache full of the other's weights."]
     report = Report(command, config, {f"{kind}, {name}": value for name, parts in spent.items() for kind, value in parts.items()}, rows, notes)
     report.save(folder)
     return report
@@ -772,7 +774,6 @@ def one_run(experiment: Experiment, config: Config, prepare: Callable, folder: P
     @functools.cache
     def trained():
         corpus, teacher, labelling = prepare(replace(config, seed=experiment.config.seed))
-        if (run/"student").exists(): return teacher, labelling, open_student(run/"student", labelling.model)  # without a word in run.json, where the machine stands that trained it
         student = distill(shared_targets(config, folder), labelling, corpus, run, resume=True, progress=False)
         shutil.rmtree(run/"checkpoints", ignore_errors=True)
         return teacher, labelling, student
@@ -841,7 +842,7 @@ def rounded(value: float) -> str:
 
 def trained_on(folder: Path) -> str:
     """The machines on which the trainings of an experiment ran."""
-    machines = [json.loads(file.read_text())["machine"] for file in folder.glob("*/seed-*/run.json")]
+    machines = [stage["machine"] for run in folder.glob("*/seed-*") for stage in run_stages(run)]
     return ", ".join(sorted({one["gpu"] or f"{one['processor']} with {one['threads']} of {one['cores']} cores" for one in machines})) or "no machine that left its name"
 
 def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, command: str) -> Report:

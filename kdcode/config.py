@@ -7,10 +7,10 @@ __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'Space', 'UNSEARCHED', 'PACK
            'type_name', 'Settings', 'TeacherSettings', 'SourceSettings', 'DataSettings', 'StudentSettings',
            'TargetsSettings', 'LossSettings', 'TrainSettings', 'DecodeSettings', 'EvalSettings', 'ServeSettings',
            'Config', 'html_table', 'meanings', 'settings_html', 'config_html', 'add_config', 'one_line', 'check_keys',
-           'read_yaml', 'config_parser', 'make_config', 'resolve', 'load_config', 'write_whole', 'short_hash',
-           'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space', 'check_dimension',
-           'ends_of_range', 'home', 'run_place', 'text_folder', 'run_folder', 'versions', 'machine', 'commit',
-           'provenance']
+           'UniqueKeys', 'read_yaml', 'config_parser', 'make_config', 'resolve', 'load_config', 'write_whole',
+           'short_hash', 'save_config', 'with_values', 'Experiment', 'read_experiment', 'check_space',
+           'check_dimension', 'ends_of_range', 'home', 'run_place', 'text_folder', 'run_folder', 'versions', 'machine',
+           'commit', 'provenance']
 
 # %% ../nbs/00_config.ipynb #764a932e
 import copy
@@ -516,9 +516,17 @@ def check_keys(
             if isinstance(item, dict): check_keys(item, SourceSettings, "data.source.")
 
 # %% ../nbs/00_config.ipynb #fca795c0
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which no key stands twice in one mapping; plain YAML takes the last of them without a word."""
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1: raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
 def read_yaml(path: str | Path) -> Any:
     """The content of a YAML file; an empty file is an empty mapping. Raises `ConfigError` where it can't be read."""
-    try: return yaml.safe_load(Path(path).read_text()) or {}
+    try: return yaml.load(Path(path).read_text(), UniqueKeys) or {}
     except OSError as error: raise ConfigError(f"configuration {path} can't be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error: raise ConfigError(f"configuration {path} is no YAML: {one_line(error)}") from None
 

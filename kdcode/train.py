@@ -9,10 +9,10 @@ __all__ = ['LATER', 'SIMPLE', 'SHARDED', 'FREE', 'SPACE', 'QUARTERS', 'Objective
            'newest_numbers', 'QuietProgress', 'LineProgress', 'progress_line', 'NotebookProgress', 'progress_shown',
            'StopRequested', 'StopAtSignal', 'remote_folder', 'Uploader', 'find_checkpoint', 'changed_fields',
            'check_same_run', 'fetch_checkpoints', 'fetch_checkpoint', 'check_run', 'open_run', 'describe_run',
-           'distill', 'train', 'make_trainer', 'listeners', 'listener', 'finish_run', 'best_validation',
+           'run_stages', 'distill', 'train', 'make_trainer', 'listeners', 'listener', 'finish_run', 'best_validation',
            'history_table', 'plot_history', 'suggest', 'in_quarters', 'Reporter', 'folder_number', 'try_again',
-           'open_study', 'acceptance_alone', 'check_search', 'run_trial', 'tune', 'chosen', 'trials_table',
-           'plot_search', 'save_search']
+           'open_storage', 'open_study', 'acceptance_alone', 'check_search', 'run_trial', 'tune', 'chosen',
+           'trials_table', 'plot_search', 'save_search']
 
 # %% ../nbs/06_train.ipynb #393a34ce
 import json
@@ -49,6 +49,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DatabaseError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -576,13 +577,22 @@ def open_run(
     """Prepares a run's folder; where `train.upload` has a newer checkpoint, that is fetched. Raises what `check_run` and `fetch_checkpoints` raise."""
     check_run(config, folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.train.upload and not (folder/"student").exists(): fetch_checkpoints(config, folder/"checkpoints", resume)
+    if (folder/"student").exists(): return
+    if config.train.upload: fetch_checkpoints(config, folder/"checkpoints", resume)
     describe_run(config, folder)
 
 def describe_run(config: Config, folder: Path) -> None:
-    """Writes the configuration, and where and with which versions it runs."""
+    """Writes the configuration, and where and with which versions it runs; where it ran before it was continued stands under `earlier`."""
+    now, earlier = provenance(config) | {"seed": config.seed}, run_stages(folder)
     save_config(config, folder/"config.yaml")
-    write_whole(folder/"run.json", json.dumps(provenance(config) | {"seed": config.seed}, indent=1))
+    write_whole(folder/"run.json", json.dumps(now | ({"earlier": earlier} if earlier else {}), indent=1))
+
+def run_stages(folder: Path) -> list[dict[str, Any]]:
+    """Where, when and with which versions a run ran, the last stage first; nothing where it has not begun."""
+    file = folder/"run.json"
+    last = json.loads(file.read_text()) if file.exists() else {}
+    earlier = last.pop("earlier", [])
+    return [last, *earlier] if last else []
 
 # %% ../nbs/06_train.ipynb #aa3c0a3a
 def distill(
@@ -738,6 +748,11 @@ def try_again(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
     """Lets the next trial continue an interrupted one."""
     study.enqueue_trial(trial.params, user_attrs={"continues": folder_number(trial)})
 
+def open_storage(file: Path) -> optuna.storages.RDBStorage:
+    """The database of a search. Raises `ConfigError` where it can't be read."""
+    try: return optuna.storages.RDBStorage(f"sqlite:///{file}", heartbeat_interval=30, grace_period=60, heartbeat_stale_trial_callback=try_again)
+    except DatabaseError as error: raise ConfigError(f"{file}, the list of trials, can't be read ({error.orig}); choose another --name; the students of its trials are kept") from None
+
 def open_study(
     folder: Path,
     seed: int,    # of the first process's choices; another that joins, or goes on, chooses freely
@@ -747,8 +762,7 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with FileLock(folder/".study.lock"), warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         begun = (folder/"study.db").exists()
-        storage = optuna.storages.RDBStorage(f"sqlite:///{folder/'study.db'}", heartbeat_interval=30, grace_period=60, heartbeat_stale_trial_callback=try_again)
-        study = optuna.create_study(storage=storage, study_name="kdcode", direction="maximize", load_if_exists=True, sampler=optuna.samplers.TPESampler(seed=None if begun else seed),
+        study = optuna.create_study(storage=open_storage(folder/"study.db"), study_name="kdcode", direction="maximize", load_if_exists=True, sampler=optuna.samplers.TPESampler(seed=None if begun else seed),
                                     pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
         for name, value in about.items():
             if study.user_attrs.setdefault(name, value) != value: raise ConfigError(f"{folder} holds a search with the {name} {study.user_attrs[name]!r} (now {value!r}); choose another --name")
