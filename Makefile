@@ -76,4 +76,4 @@ export: setup
 
 README := README.md
 readme: setup
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' > $(README)
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input --stdout nbs/index.ipynb | sed 's#(\.\./#(#g' | cat -s > $(README)
