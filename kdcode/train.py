@@ -588,9 +588,10 @@ def describe_run(config: Config, folder: Path) -> None:
     write_whole(folder/"run.json", json.dumps(now | ({"earlier": earlier} if earlier else {}), indent=1))
 
 def run_stages(folder: Path) -> list[dict[str, Any]]:
-    """Where, when and with which versions a run ran, the last stage first; nothing where it has not begun."""
+    """Where, when and with which versions a run ran, the last stage first; nothing where it has not begun. Raises `ConfigError` where that can't be read."""
     file = folder/"run.json"
-    last = json.loads(file.read_text()) if file.exists() else {}
+    try: last = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError: raise ConfigError(f"{file}, which tells where the run ran, is damaged; remove it, and the run goes on") from None
     earlier = last.pop("earlier", [])
     return [last, *earlier] if last else []
 
