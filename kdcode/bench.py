@@ -696,7 +696,7 @@ def bench_profile(
     costs = step_costs(teacher.model, student, gamma, config.decode, context)
     for parts, whole in zip(spent.values(), (costs.draft, costs.calls[1], costs.calls[gamma + 1])): parts["all, in turns"] = whole
     rows = [{"kind of work": kind} | {f"{name}, ms": parts[kind] for name, parts in spent.items()} for kind in spent["draft step"]]
-    notes = [f"After {context} tokens of context; the student in {'8 bits' if in_8_bits(student, config.decode) else 'its own format'}, the teacher in {str(teacher.model.dtype).removeprefix('torch.')}. Framework: at least what the operations don't explain, Python above all. One call again and again, but for the last line: there student and teacher take turns, as they do while decoding, and each finds the processor's cache full of the other's weights."]
+    notes = [f"After {context} tokens of context; the student in {'8 bits' if in_8_bits(student, config.decode) else 'its own format'}, the teacher in {str(teacher.model.dtype).removeprefix('torch.')}. Framework: at least what the operations don't explain, Python above all. One call again and again, but for the last line: there student and teacher take turns, as they do while decoding."]
     report = Report(command, config, {f"{kind}, {name}": value for name, parts in spent.items() for kind, value in parts.items()}, rows, notes)
     report.save(folder)
     return report

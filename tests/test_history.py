@@ -65,6 +65,6 @@ def test_command_of_report_asks_for_the_same_today(name, monkeypatch):
     if program != "kdcode":
         assert (ROOT/arguments[0]).is_file()
         return
-    _, config, options = parse([RENAMED.get(word, word) for word in arguments])
+    _, config, _ = parse([RENAMED.get(word, word) for word in arguments])
     now, then = flat(json.loads(json.dumps(asdict(config)))), flat(report["config"])
     assert {key for key in then if now.get(key) != then[key]} - OF_NO_EFFECT == SINCE.get(name, set())
