@@ -112,7 +112,7 @@ def test_a_student_of_another_tokenizer_is_refused(kdcode, tiny_teacher, tmp_pat
     (["generate", "x", "--draft", "nowhere"], "no student"),
     (["distill", "--out", "/dev/null/run"], "can't be made"),
     (["distill", "--data.block_size", "1"], "data.block_size"),
-    (["distill", "--student.dialect", "classic"], "classic"),
+    (["distill", "--student.architecture", "classic"], "classic"),
     (["distill", "--name", "../up"], "name is"),
     (["distill", "--name", ".."], "name is"),
     (["targets"], "targets.kind is online"),

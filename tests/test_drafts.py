@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kdcode import load_draft
-from kdcode.bench import decode_alone, decode_assisted
+from kdcode.bench import generate_baseline, generate_assisted
 from kdcode.config import ConfigError, DecodeSettings, load_config
 from kdcode.data import Document, evaluation_lines, humaneval_problems, read_source, usable_documents
-from kdcode.reading import ReadingStudent
+from kdcode.reading import EagleStudent
 from kdcode.speculative import Statistics, complete, shipped_drafts
 from kdcode.teacher import load_teacher
 
@@ -31,7 +31,7 @@ def test_a_draft_is_whole_and_small(name):
     assert sum(path.stat().st_size for path in folder.iterdir()) <= largest
     settings, shape = load_config(ROOT/"configs"/config), json.loads((folder/"config.json").read_text())
     made_for = Path(settings.teacher.name).stem if settings.teacher.name.endswith(".gguf") else settings.teacher.name
-    assert (settings.student.reads, settings.student.draft_vocabulary, made_for) == (shape.get("reads", []), shape["draft_vocab_size"], shape["teacher"])
+    assert (settings.student.feature_layers, settings.student.draft_vocabulary, made_for) == (shape.get("reads", []), shape["draft_vocab_size"], shape["teacher"])
     card = (folder/"README.md").read_text()
     for word in ("license: apache-2.0", config, "tokens", "HumanEval", "kdcode bench decode"): assert word in card, word
 
@@ -42,7 +42,7 @@ def test_the_draft_of_smollm2_pays():
     for problem in humaneval_problems(4):
         settings = DecodeSettings(max_new_tokens=48, gamma=3, adaptive=False, student_weights="int8")
         result = complete(teacher, student, problem["prompt"], settings)
-        assert result.tokens == decode_alone(teacher, problem["prompt"], settings, 0)
+        assert result.tokens == generate_baseline(teacher, problem["prompt"], settings, 0)
         statistics += result.statistics
     assert statistics.acceptance_rate > .5 and statistics.tokens_per_call > 1.8, statistics
 
@@ -54,23 +54,23 @@ def test_the_independent_draft_works_in_other_engines():
     ids = torch.tensor([teacher.tokenizer("def fibonacci(n):").input_ids])
     torch.testing.assert_close(llama(ids).logits, student(ids).logits)
     for problem in humaneval_problems(4):
-        alone = decode_alone(teacher, problem["prompt"], settings, 0)
+        alone = generate_baseline(teacher, problem["prompt"], settings, 0)
         result = complete(teacher, student, problem["prompt"], settings)
-        assert result.tokens == alone == decode_assisted(teacher, llama, problem["prompt"], settings, 0)
+        assert result.tokens == alone == generate_assisted(teacher, llama, problem["prompt"], settings, 0)
         statistics += result.statistics
     assert statistics.acceptance_rate > .5 and statistics.tokens_per_call > 1.8, statistics
 
 
 def test_a_draft_is_refused_by_another_teacher():
     teacher = load_teacher("smollm2")
-    other = ReadingStudent.from_teacher(teacher.model, [-1], [0], draft_ids=torch.arange(100), teacher_name="another-teacher", tokenizer_fingerprint="0123456789abcdef")
+    other = EagleStudent.from_teacher(teacher.model, [-1], [0], draft_ids=torch.arange(100), teacher_name="another-teacher", tokenizer_fingerprint="0123456789abcdef")
     with pytest.raises(ConfigError, match="made for teacher another-teacher, whose tokenizer is not that of smollm2"): complete(teacher, other, "x")
     with pytest.raises(ConfigError, match="made for teacher qwen2.5-coder-1.5b-instruct-q4_k_m, whose tokenizer is not that of smollm2"): load_draft("qwen2.5-coder-1.5b", teacher)
     with pytest.raises(ConfigError, match="there is no student in nobody"): load_draft("nobody")
     assert {folder.name for folder in shipped_drafts().values()} == set(DRAFTS) and {"smollm2", "smollm2-135m"} <= set(shipped_drafts())
 
 
-@pytest.mark.parametrize("beginnings", sorted({config.data.beginnings for config in CONFIGS}))
+@pytest.mark.parametrize("beginnings", sorted({config.data.prompt_source for config in CONFIGS}))
 def test_no_evaluation_text_in_what_a_draft_was_trained_on(beginnings):
     source = replace(CONFIGS[0].data, source=beginnings)
     spoilt = [Document(f"x = {i}\n" * 50 + problem["prompt"]) for i, problem in enumerate(humaneval_problems())]

@@ -50,10 +50,10 @@ RENAMED = {"configs/smollm2-alone-draft.yaml": "configs/smollm2-independent.yaml
 OF_NO_EFFECT = {"name", "out", "decode.student_weights"}
 # what configurations have come to say since: decode-all is of the first shipped draft, and says so where it is quoted
 SINCE = {
-    "decode-all": {"data.source", "data.tokens", "student.layers", "train.epochs", "train.eval_steps", "train.first_step_share", "train.save_dtype"},
+    "decode-all": {"data.source", "data.tokens", "student.layers", "train.epochs", "train.eval_steps", "train.single_step_share", "train.save_dtype"},
     "targets": {"loss.chunk_size", "decode.gamma"},  # the sizes of batches and drafts are the command's own there
     "training-smollm2-draft": {"decode.gamma"},
-    "training-smollm2-independent": {"decode.gamma", "train.first_step_share"},  # it drafts in one step
+    "training-smollm2-independent": {"decode.gamma", "train.single_step_share"},  # it drafts in one step
 }
 
 

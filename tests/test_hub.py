@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kdcode.config import ConfigError
-from kdcode.export import MARK
+from kdcode.export import EXPORT_MARKER
 from kdcode.hub import export_hub, push, write_hub_folder
 from kdcode.student import Student, StudentConfig
 
@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
 
 def test_the_hub_gets_the_folder_and_nothing_else(hub, folder):
     assert push(folder, "me/draft") == f"{hub.address}/me/draft"
-    assert hub.files == {file.name: file.read_bytes() for file in folder.iterdir() if file.name != MARK}
+    assert hub.files == {file.name: file.read_bytes() for file in folder.iterdir() if file.name != EXPORT_MARKER}
     sent = {path for path, token in hub.told if token == f"Bearer {TOKEN}"}
     assert sent >= {"/api/repos/create", "/api/models/me/draft/preupload/main", "/api/models/me/draft/commit/main"}
     for name, content in hub.files.items(): assert TOKEN.encode() not in content, name

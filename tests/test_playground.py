@@ -290,10 +290,10 @@ def test_bars_are_the_statistics(visit, server):
     numbers = statistics(run(page)[0])
     rows = page.locator("#positions tbody tr")
     expect(rows).to_have_count(len(numbers["drafted"]))
-    for i, (n, judged, accepted) in enumerate(zip(numbers["drafted"], numbers["judged"], numbers["accepted"])):
+    for i, (n, verified, accepted) in enumerate(zip(numbers["drafted"], numbers["judged"], numbers["accepted"])):
         expect(rows.nth(i)).to_have_text(re.compile(rf"^{i + 1}\s*{accepted} of {n}, {100*accepted/n:.0f}%$"))
         widths = rows.nth(i).locator(".track").evaluate("track => [track, ...track.children].map(bar => bar.getBoundingClientRect().width)")
-        assert [width / widths[0] for width in widths[1:]] == pytest.approx([accepted / n, (judged - accepted) / n], abs=.01)
+        assert [width / widths[0] for width in widths[1:]] == pytest.approx([accepted / n, (verified - accepted) / n], abs=.01)
     expect(page.locator("#acceptance")).to_contain_text(f"{numbers['calls']} teacher calls, {numbers['tokens_per_call']:.3g}")
     expect(page.locator("#acceptance")).to_contain_text(f"α = {numbers['acceptance_rate']:.2f}")
 

@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from conftest import wait_until
 from kdcode.config import Config
-from kdcode.train import Tracking, remote_folder
+from kdcode.train import MLflowTracking, remote_folder
 
 KEYS = {"AWS_ACCESS_KEY_ID": "ACCESSKEY0123456789", "AWS_SECRET_ACCESS_KEY": "SECRETKEY0123456789", "AWS_SESSION_TOKEN": "a-session-token-0123456789", "AWS_DEFAULT_REGION": "us-east-2"}
 SHORT = ["--data.tokens", 4096, "--data.validation_tokens", 512, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
@@ -169,7 +169,7 @@ def test_a_server_that_dies_in_the_middle_is_told_of_once(monkeypatch, capsys):
         calls.append(details)
         raise ConnectionError("no answer from http://person:a-password@server\nand a long story")
     monkeypatch.setattr(mlflow, "log_metrics", dead)
-    tracking, state = Tracking(Config()), TrainerState(global_step=1, is_world_process_zero=True)
+    tracking, state = MLflowTracking(Config()), TrainerState(global_step=1, is_world_process_zero=True)
     tracking._initialized, tracking._async_log = True, False
     for step in range(3): tracking.on_log(None, state, None, logs={"loss": 1. / (step + 1)})
     tracking.on_train_end(None, state, None)

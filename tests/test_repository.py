@@ -117,11 +117,11 @@ def test_no_absolute_path_and_no_secret(path):
 
 
 def test_named_configurations_are_valid():
-    from kdcode.config import Config, check_space, load_config, read_experiment, read_yaml
+    from kdcode.config import Config, check_search_space, load_config, read_experiment, read_yaml
     names = {path.stem: load_config(path).name for path in (ROOT/"configs").glob("*.yaml")}
     names |= {path.stem: read_experiment(path).config.name for path in (ROOT/"configs"/"experiments").glob("*.yaml")}
     assert len(names) > 3 and all(stem == name for stem, name in names.items())
-    for path in (ROOT/"configs"/"tuning").glob("*.yaml"): check_space(read_yaml(path), Config())
+    for path in (ROOT/"configs"/"tuning").glob("*.yaml"): check_search_space(read_yaml(path), Config())
 
 
 def test_settings_agree_with_pyproject():

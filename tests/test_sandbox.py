@@ -10,9 +10,9 @@ from filelock import FileLock
 
 from kdcode import sandbox
 from kdcode.config import ConfigError
-from kdcode.sandbox import ROOMS, Limits, isolation, run_program, run_programs
+from kdcode.sandbox import ISOLATIONS, Limits, isolation, run_program, run_programs
 
-OFFERED = [room for room in ROOMS if run_program("pass", room) == "passed"]
+OFFERED = [room for room in ISOLATIONS if run_program("pass", room) == "passed"]
 ISOLATED = [room for room in OFFERED if room != "none"]
 MARK = "86423"  # seconds that a child sleeps: no other process has this number
 
@@ -100,7 +100,7 @@ def test_no_network(room):
 
 
 def test_without_isolation_nothing_runs(monkeypatch):
-    broken = {room: lambda folder: (["/does/not/exist"], {}) for room in ROOMS}
+    broken = {room: lambda folder: (["/does/not/exist"], {}) for room in ISOLATIONS}
     monkeypatch.setattr(sandbox, "ROOMS", broken)
     isolation.cache_clear()
     try:
@@ -109,7 +109,7 @@ def test_without_isolation_nothing_runs(monkeypatch):
 
 
 def test_a_hung_room_ends(monkeypatch):
-    monkeypatch.setitem(ROOMS, "none", lambda folder: (["sleep", MARK], {}))
+    monkeypatch.setitem(ISOLATIONS, "none", lambda folder: (["sleep", MARK], {}))
     monkeypatch.setattr(sandbox, "GRACE", .5)
     start = time.monotonic()
     assert run_program("pass", "none", Limits(seconds=.5)) == "took longer than 0.5 s"

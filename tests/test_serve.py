@@ -75,10 +75,10 @@ def test_who_goes_away_frees_the_place(pair, served, stream):
         asked = json.dumps(body(max_tokens=450, stream=stream)).encode()
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(asked), asked))
-            wait_until(lambda: service.batcher.batch.texts)
-            text = service.batcher.batch.texts[0]
+            wait_until(lambda: service.scheduler.batch.texts)
+            text = service.scheduler.batch.texts[0]
         assert client.post("/v1/completions", json=body(max_tokens=1)).status_code == 200  # with one place, only where the other has left
-        assert not text.ended and service.batcher.writing == 0
+        assert not text.finished and service.scheduler.running == 0
 
 
 def test_a_stop_string_ends_the_writing(pair, served):
@@ -91,7 +91,7 @@ def test_a_stop_string_ends_the_writing(pair, served):
             text = told["choices"][0]["text"] if told else "".join(json.loads(line[6:])["choices"][0]["text"] for line in reply.text.splitlines() if line.startswith("data: {"))
             assert text == whole.split(stop)[0]
         assert told is None and client.post("/v1/completions", json=body(max_tokens=200, stop=stop)).json()["choices"][0]["finish_reason"] == "stop"
-        assert service.batcher.writing == 0
+        assert service.scheduler.running == 0
 
 
 def test_bodies_without_a_length_are_bounded(pair, served):
@@ -115,14 +115,14 @@ def test_odd_bodies_are_told(pair, served, content):
 
 def test_what_breaks_inside_is_not_told(pair, served, monkeypatch):
     with served() as (client, service):
-        whole = service.batcher.batch.round
+        whole = service.scheduler.batch.round
         def breaks(): raise RuntimeError("secret detail")
-        monkeypatch.setattr(service.batcher.batch, "round", breaks)
+        monkeypatch.setattr(service.scheduler.batch, "round", breaks)
         reply = client.post("/v1/completions", json=body())
         assert reply.status_code == 500 and "secret detail" not in reply.text and "log" in reply.json()["error"]["message"]
         streamed = client.post("/v1/completions", json=body(stream=True))
         assert '"server_error"' in streamed.text and "secret detail" not in streamed.text
-        monkeypatch.setattr(service.batcher.batch, "round", whole)
+        monkeypatch.setattr(service.scheduler.batch, "round", whole)
         assert client.post("/v1/completions", json=body()).status_code == 200
 
 
@@ -143,7 +143,7 @@ def test_its_own_description(pair, served, known):
             statuses.add(reply.status_code)
         holds()
         answered.add(operation.ok().label)
-    service.batcher.close()
+    service.scheduler.close()
     assert {"POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /metrics"} <= answered
     assert 500 not in statuses and 404 in statuses and (not known or 200 in statuses)
 

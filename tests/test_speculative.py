@@ -27,9 +27,9 @@ def model(family, layers, seed):
 
 
 @functools.cache
-def student(dialect, seed):
+def student(architecture, seed):
     """A random student of 30 of the 40 tokens."""
-    return Student.from_teacher(model("llama", 2, seed), [0] if dialect == "llama" else 1, dialect=dialect, draft_ids=torch.arange(30)).eval()
+    return Student.from_teacher(model("llama", 2, seed), [0] if architecture == "llama" else 1, architecture=architecture, draft_ids=torch.arange(30)).eval()
 
 
 teachers = st.builds(model, st.sampled_from(sorted(FAMILIES)), st.integers(1, 2), st.integers(0, 3))
@@ -94,9 +94,9 @@ def test_a_teacher_in_four_bits_differs_only_at_ties(tmp_path):
 
 def test_a_useless_student_is_soon_left_alone():
     """Counted, not timed: with a dear step and no agreement hardly anything is drafted."""
-    from kdcode.speculative import Adaptive, ModelDrafter, Pace, Times
+    from kdcode.speculative import AdaptiveDrafter, ModelDrafter, AcceptanceEstimate, LatencyModel
     teacher, draft = model("llama", 2, 0), model("gpt2", 1, 3)
-    calls, pace = Times(), Pace()
+    calls, pace = LatencyModel(), AcceptanceEstimate()
     for count in range(1, 10): calls.add(count, 1 + .05 * count)
     pace.steps.add(1, .2)
     calls.add = pace.steps.add = lambda *_: None
@@ -107,7 +107,7 @@ def test_a_useless_student_is_soon_left_alone():
             self.drafted += sum(len(one.tokens) for one in drafts)
             return drafts
     inner = Counted(draft)
-    adaptive = Adaptive(inner, teacher.device, calls, pace)
+    adaptive = AdaptiveDrafter(inner, teacher.device, calls, pace)
     result = speculative_generate(teacher, adaptive, [1, 2, 3], max_new_tokens=80, gamma=8)
     assert inner.drafted < 16
     assert result.tokens == speculative_generate(teacher, draft, [1, 2, 3], max_new_tokens=80, gamma=0).tokens
