@@ -1,6 +1,6 @@
 """Distil a small student from a large code-writing teacher, and let it draft for lossless speculative decoding.
 
-These are the names that most work begins with. Each is loaded when it is first used, so that `import kdcode` itself loads nothing. All others are in the modules, such as `kdcode.speculative` and `kdcode.train`.
+These are the names that most work begins with. Each is loaded when it is first used, so that `import kdcode` itself loads nothing. All others are in the modules, such as `kdcode.decode` and `kdcode.train`.
 """
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import Config, load_config
     from .data import build_corpus
     from .export import export_llama
-    from .speculative import complete, load_draft, speculative_generate, stream
+    from .decode import complete, load_draft, speculative_generate, stream
     from .student import Student
     from .teacher import load_teacher
     from .train import distill
@@ -19,8 +19,8 @@ __version__ = "0.1.0"
 __all__ = ["Config", "Student", "bench_decode", "build_corpus", "complete", "distill", "export_llama", "load_config", "load_draft", "load_teacher", "speculative_generate", "stream"]
 
 _MODULES = {
-    "Config": "config", "Student": "student", "bench_decode": "bench", "build_corpus": "data", "complete": "speculative", "distill": "train", "export_llama": "export",
-    "load_config": "config", "load_draft": "speculative", "load_teacher": "teacher", "speculative_generate": "speculative", "stream": "speculative",
+    "Config": "config", "Student": "student", "bench_decode": "bench", "build_corpus": "data", "complete": "decode", "distill": "train", "export_llama": "export",
+    "load_config": "config", "load_draft": "decode", "load_teacher": "teacher", "speculative_generate": "decode", "stream": "decode",
 }
 
 

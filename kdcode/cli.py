@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'BENCHMARKS', 'DRAFT', 'OPTIONS', 'WITHOUT_SETTINGS', 'Steps', 'bar', 'corpus_and_teacher',
            'train_student', 'run_distill', 'run_targets', 'run_tune', 'run_demo', 'run_generate', 'run_bench',
-           'bench_decoding', 'bench_engines', 'bench_forms', 'bench_caching', 'run_eval', 'run_export', 'write_student',
-           'grown_student', 'run_serve', 'draft_of', 'serve_with_vllm', 'run_record', 'run_experiment', 'load_pair',
-           'shipped_student', 'shown', 'make_parser', 'quiet', 'parse', 'configuration', 'main']
+           'bench_decoding', 'bench_on_engines', 'bench_forms', 'bench_caching', 'run_eval', 'run_export',
+           'write_student', 'grown_student', 'run_serve', 'draft_of', 'serve_with_vllm', 'run_record', 'run_experiment',
+           'load_pair', 'shipped_student', 'shown', 'make_parser', 'quiet', 'parse', 'configuration', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import os
@@ -20,7 +20,10 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .config import Config, ConfigError, add_config, check_keys, check_space, home, one_line, read_experiment, read_yaml, resolve, run_folder, run_place, short_hash, text_folder
+from .config import (
+    add_config, check_keys, check_search_space, Config, ConfigError, generated_text_folder, home, one_line_error,
+    read_experiment, read_yaml, resolve, run_folder, run_path)
+from .provenance import short_hash
 
 # %% ../nbs/12_cli.ipynb #676e3ca6
 class Steps:
@@ -62,18 +65,19 @@ def corpus_and_teacher(config: Config, folder: Path, steps: Steps, teachers: dic
         if key in teachers: return teachers[key]
         teacher = load_teacher(config.teacher)
         labels = fastest_dtype(teacher.device) if config.teacher.label_dtype == "auto" else getattr(torch, config.teacher.label_dtype)
-        teachers[key] = teacher, teacher.converted(labels)
+        teachers[key] = teacher, teacher.to_dtype(labels)
         return teachers[key]
     if "teacher" not in config.data.sources:
         corpus = corpus_step(lambda: build_corpus(config.data, load_tokenizer(config.teacher.name), folder/"corpus", config.seed, bar("token")))
         return corpus, *teacher_step()
     teacher, labelling = teacher_step()
-    written = teacher_documents(labelling, config.data, config.seed, text_folder(config))
+    written = teacher_documents(labelling, config.data, config.seed, generated_text_folder(config))
     return corpus_step(lambda: build_corpus(config.data, teacher.tokenizer, folder/"corpus", config.seed, bar("token"), written, teacher.name)), teacher, labelling
 
 def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> tuple:
     """The first three steps of a run: corpus, teacher, training. Returns the teacher in its decoding format, and the student."""
-    from kdcode.train import check_run, distill, remote_folder
+    from kdcode.callbacks import remote_folder
+    from kdcode.train import check_run, distill
     check_run(config, folder, resume)  # a mistake is told now, not after the corpus
     if config.train.upload: remote_folder(config.train.upload)
     corpus, teacher, labelling = corpus_and_teacher(config, folder, steps)
@@ -85,7 +89,7 @@ def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> t
 def run_distill(config: Config, options) -> None:
     """`kdcode distill`: builds the corpus and trains a student."""
     from accelerate import PartialState
-    from kdcode.bench import markdown_table, report_training
+    from kdcode.report import markdown_table, report_training
     folder = run_folder(config)
     train_student(config, folder, Steps(3), options.resume)
     if not PartialState().is_main_process: return
@@ -105,15 +109,17 @@ def run_targets(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #510976b7
 def run_tune(config: Config, options) -> None:
     """`kdcode tune`: searches for the best settings."""
-    from kdcode.bench import markdown_table, report_search, speedup_objective
-    from kdcode.train import SPACE, acceptance_alone, check_search, tune
-    space = check_space(read_yaml(options.space), config) if options.space else SPACE
+    from kdcode.bench import speedup_objective
+    from kdcode.experiment import report_search
+    from kdcode.report import markdown_table
+    from kdcode.tune import acceptance_objective, check_search, DEFAULT_SPACE, tune
+    space = check_search_space(read_yaml(options.space), config) if options.space else DEFAULT_SPACE
     if options.trials < 1: raise ConfigError(f"--trials is {options.trials}; allowed is a number of at least 1")
     folder, steps = run_folder(config), Steps(3)
     check_search(config, folder)
     corpus, teacher, labelling = corpus_and_teacher(config, folder, steps)
     steps(f"search over {', '.join(space)}: {options.trials} trials in all (those of an earlier call count; start the same command again to have two at a time)")
-    objective = speedup_objective(teacher.model, config.decode.gamma) if options.objective == "speedup" else acceptance_alone
+    objective = speedup_objective(teacher.model, config.decode.gamma) if options.objective == "speedup" else acceptance_objective
     def tell(study, trial):
         print(f"trial {trial.number}: {f'{trial.value:.4f}' if trial.value is not None else 'none'}, {trial.state.name.lower()}, {trial.params}", file=sys.stderr, flush=True)
     study = tune(config, space, options.trials, labelling, corpus, folder, objective, tell)
@@ -123,7 +129,8 @@ def run_tune(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #dac8b042
 def run_demo(config: Config, options) -> None:
     """`kdcode demo`: the main job from end to end."""
-    from kdcode.bench import bench_decode, markdown_table
+    from kdcode.bench import bench_decode
+    from kdcode.report import markdown_table
     from kdcode.data import humaneval_problems
     folder, steps = run_folder(config), Steps(4)
     problems = humaneval_problems(config.decode.problems)
@@ -135,7 +142,7 @@ def run_demo(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #e72e5e8a
 def run_generate(config: Config, options) -> None:
     """`kdcode generate PROMPT`: streams the teacher's text, drafted by the student."""
-    from kdcode.speculative import stream
+    from kdcode.decode import stream
     teacher, student = load_pair(config, options.draft)
     prompt = sys.stdin.buffer.read().decode(errors="surrogateescape") if options.prompt == "-" else options.prompt
     pieces = stream(teacher, student, prompt, config.decode, config.seed)
@@ -145,17 +152,18 @@ def run_generate(config: Config, options) -> None:
 
 # %% ../nbs/12_cli.ipynb #886be595
 def run_bench(config: Config, options) -> None:
-    """`kdcode bench decode | tasks | peers | steps | profile | loss | targets`: measures, and writes a report."""
+    """`kdcode bench decode | tasks | engines | steps | profile | loss | targets`: measures, and writes a report."""
     from kdcode import bench
+    from kdcode.report import markdown_table
     (folder := run_folder(config)/f"bench-{options.what}").mkdir(exist_ok=True)
     if options.what == "loss": report = bench.bench_loss(config, folder, options.command_line)
     elif options.what == "steps": report = bench_forms(config, folder, options.command_line)
     elif options.what == "targets": report = bench_caching(config, folder, options.command_line)
-    elif options.what == "peers": report = bench_engines(config, folder, options)
+    elif options.what == "engines": report = bench_on_engines(config, folder, options)
     elif options.what == "profile": report = bench.bench_profile(*load_pair(config, options.draft), config, folder, options.command_line)
     elif options.what == "tasks": report = bench.bench_tasks(*load_pair(config, options.draft), config, folder, options.command_line, bar("task"))
     else: report = bench_decoding(config, folder, options)
-    print("\n\n".join([bench.markdown_table(report.rows), *report.notes, f"the report is in {shown(folder/'report.md')}"]))
+    print("\n\n".join([markdown_table(report.rows), *report.notes, f"the report is in {shown(folder/'report.md')}"]))
 
 def bench_decoding(config: Config, folder: Path, options):
     """The teacher alone against the teacher with a student, with other drafters, and with those of `transformers`; gives the report."""
@@ -164,10 +172,10 @@ def bench_decoding(config: Config, folder: Path, options):
     problems = humaneval_problems(config.decode.problems)
     return bench_decode(*load_pair(config, options.draft), problems, config, folder, options.command_line, bar("prompt"), options.compare)
 
-def bench_engines(config: Config, folder: Path, options):
+def bench_on_engines(config: Config, folder: Path, options):
     """Our decoder, `transformers`, vLLM and llama.cpp on the same prompts; gives the report."""
-    from kdcode.peers import bench_peers
-    return bench_peers(*load_pair(config, options.draft), config, folder, options.command_line, bar("prompt"))
+    from kdcode.engines import bench_engines
+    return bench_engines(*load_pair(config, options.draft), config, folder, options.command_line, bar("prompt"))
 
 def bench_forms(config: Config, folder: Path, command: str):
     """A call of the teacher over n tokens, in its forms; gives the report."""
@@ -187,15 +195,17 @@ def bench_caching(config: Config, folder: Path, command: str):
 # %% ../nbs/12_cli.ipynb #1db609ad
 def run_eval(config: Config, options) -> None:
     """`kdcode eval`: the teacher and other models side by side."""
-    from kdcode import bench, compare, sandbox
-    from kdcode.speculative import shipped_drafts
+    from kdcode import eval as evaluation
+    from kdcode import sandbox
+    from kdcode.report import markdown_table
+    from kdcode.decode import shipped_drafts
     from kdcode.teacher import load_teacher
     room = "none" if options.unsafe else sandbox.isolation()
     teacher = load_teacher(config.teacher)
     names = options.models or [shown(place) for name, place in shipped_drafts().items() if name == teacher.name]
     (folder := run_folder(config)/"eval").mkdir(exist_ok=True)
-    report = compare.compare_models(teacher, list(dict.fromkeys([config.teacher.name, *names])), options.draft, config, room, folder, options.command_line, bar)
-    print("\n\n".join([bench.markdown_table(report.rows), *report.notes, f"the report is in {shown(folder/'report.md')}"]))
+    report = evaluation.compare_models(teacher, list(dict.fromkeys([config.teacher.name, *names])), options.draft, config, room, folder, options.command_line, bar)
+    print("\n\n".join([markdown_table(report.rows), *report.notes, f"the report is in {shown(folder/'report.md')}"]))
 
 # %% ../nbs/12_cli.ipynb #9164bee1
 def run_export(config: Config, options) -> None:
@@ -219,15 +229,15 @@ def write_student(model: str | Path, teacher: str, folder: Path, form: Literal["
 def grown_student(config: Config, options) -> Path:
     """A student with a draft vocabulary gets all ids, and a short distillation by the settings finishes it."""
     from kdcode.grow import export_grown
-    from kdcode.reading import ReadingStudent
-    from kdcode.speculative import load_draft
+    from kdcode.eagle import EagleStudent
+    from kdcode.decode import load_draft
     from kdcode.teacher import load_teacher
     if options.to not in ("llama", "gguf"): raise ConfigError(f"--grow-vocabulary is for --to llama and --to gguf, and --to is {options.to}")
     student = load_draft(options.model)
-    if isinstance(student, ReadingStudent): raise ConfigError(f"the student reads the states of its teacher ({student.config.teacher}) and can't become a Llama with all ids either; train one with student.reads []")
+    if isinstance(student, EagleStudent): raise ConfigError(f"the student reads the states of its teacher ({student.config.teacher}) and can't become a Llama with all ids either; train one with student.feature_layers []")
     folder = run_folder(config)
     start = export_grown(student, load_teacher(config.teacher), folder/"all-ids")
-    train_student(replace(config, student=replace(config.student, start=str(start), reads=[])), folder, Steps(3), resume=True)
+    train_student(replace(config, student=replace(config.student, start=str(start), feature_layers=[])), folder, Steps(3), resume=True)
     return folder/"student"
 
 # %% ../nbs/12_cli.ipynb #dbc9e863
@@ -243,14 +253,14 @@ def run_serve(config: Config, options) -> None:
 
 def draft_of(config: Config, engine: str) -> str | None:
     """The student that is shipped for the teacher, for vLLM one that reads nothing; None: that of the run."""
-    from kdcode.speculative import shipped_drafts
-    if (run_place(config)/"student").exists() or not (place := shipped_drafts().get(config.teacher.name)): return None
+    from kdcode.decode import shipped_drafts
+    if (run_path(config)/"student").exists() or not (place := shipped_drafts().get(config.teacher.name)): return None
     independent = place.with_name(f"{place.name}-independent")
     return str(independent if engine == "vllm" and independent.exists() else place)
 
 def serve_with_vllm(config: Config, draft: str | None, key: str | None, more: list[str]) -> None:
     """Writes teacher and student in vLLM's form, and becomes vLLM."""
-    from kdcode.peers import VLLM_ENVIRONMENT, engine_files, find_program, vllm_command
+    from kdcode.engines import engine_files, find_program, vllm_command, VLLM_ENVIRONMENT
     program = find_program("vLLM")
     if program is None: raise ConfigError("vLLM is not installed; make engines makes an environment for it, or put its vllm on the PATH")
     teacher, student = load_pair(config, draft)
@@ -269,14 +279,15 @@ def run_record(config: Config, options) -> None:
 def run_experiment(config: Config, options) -> None:
     """`kdcode experiment FILE`: trains the variants of an experiment, and compares them."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1: raise ConfigError("an experiment runs in one process; start it without accelerate launch")
-    from kdcode import bench
+    from kdcode import experiment
+    from kdcode.report import markdown_table
     folder, prepared, teachers = run_folder(config), {}, {}
     def prepare(variant):
         key = short_hash([asdict(variant.teacher), asdict(variant.data)])[:8]
         if key not in prepared: prepared[key] = corpus_and_teacher(variant, folder/f"data-{key}", Steps(2), teachers)
         return prepared[key]
-    report = bench.run_experiment(options.experiment, prepare, folder, options.command_line, bar("training"))
-    print("\n\n".join([*report.notes, bench.markdown_table(report.rows), f"the report is in {shown(folder/'report.md')}"]))
+    report = experiment.run_experiment(options.experiment, prepare, folder, options.command_line, bar("training"))
+    print("\n\n".join([*report.notes, markdown_table(report.rows), f"the report is in {shown(folder/'report.md')}"]))
 
 # %% ../nbs/12_cli.ipynb #cf418a19
 def load_pair(
@@ -284,19 +295,19 @@ def load_pair(
     draft: str | None,  # folder or hub id of a student, or the name of a teacher that one is shipped for; None: that of the run
 ) -> tuple[Any, Any]:
     """Teacher and student, ready to decode. Raises `ConfigError` where there is no student."""
-    from kdcode.speculative import check_student, load_draft
+    from kdcode.decode import check_student, load_draft
     from kdcode.teacher import load_teacher
-    student = load_draft(draft or str(run_place(config)/"student"))  # a mistake is told before the teacher is loaded
+    student = load_draft(draft or str(run_path(config)/"student"))  # a mistake is told before the teacher is loaded
     teacher = load_teacher(config.teacher)
     check_student(teacher, student)
     return teacher, student.to(teacher.device)
 
 def shipped_student(teacher, config: Config) -> dict:
     """For `bench_decode`: the student that comes with this checkout for the teacher, with the settings that suit it; none where there is none."""
-    from kdcode.speculative import load_draft, shipped_drafts
+    from kdcode.decode import load_draft, shipped_drafts
     if teacher.name not in shipped_drafts(): return {}
     settings = replace(config.decode, gamma=4, adaptive=None, student_weights="auto")
-    return {"teacher with the shipped student": (load_draft(teacher.name, teacher), settings)}
+    return {"kdcode, shipped draft": (load_draft(teacher.name, teacher), settings)}
 
 def shown(path: str | Path) -> str:
     """A path as short as it can be said from here."""
@@ -317,7 +328,7 @@ COMMANDS = {
     "record": (run_record, "keep a run's report among the results, with its figures as rows of their table"),
 }
 BENCHMARKS = {
-    "decode": "speculative decoding against the teacher alone", "tasks": "look-up, student and hybrid by task", "peers": "the same work in transformers, vLLM and llama.cpp",
+    "decode": "speculative decoding against the teacher alone", "tasks": "look-up, student and hybrid by task", "engines": "the same work in transformers, vLLM and llama.cpp",
     "steps": "a call of the teacher over n tokens, in its forms", "profile": "what a draft step and a verify call spend their time on",
     "loss": "memory and time of the chunked loss", "targets": "cached targets against a teacher in the loop",
 }
@@ -333,7 +344,7 @@ OPTIONS: dict[str, dict[str, dict]] = {  # each command's own, besides the setti
     "generate": {"prompt": {"type": str, "help": "text to continue; - reads it from the standard input"}, "--draft": DRAFT},
     "bench": {
         "what": {"choices": list(BENCHMARKS), "help": "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())},
-        "--compare": {"choices": ["pair", "loop", "all"], "default": "all", "help": "of bench decode; pair: the teacher alone and the drafter of the settings; loop: our loop without drafts too; all: other drafters and those of transformers too"},
+        "--compare": {"choices": ["pair", "baseline", "all"], "default": "all", "help": "of bench decode; pair: the teacher alone and the drafter of the settings; loop: our loop without drafts too; all: other drafters and those of transformers too"},
         "--draft": DRAFT},
     "eval": {
         "--models": {"nargs": "+", "type": str, "default": [], "help": "models to set beside the teacher: folders, hub ids, .gguf files, students of ours; default: the student that is shipped for the teacher"},
@@ -391,7 +402,7 @@ def parse(
         if flag == "--config": check_keys(read_yaml(file))
     parser = make_parser(next(iter(arguments), ""))
     try: parsed = parser.parse_args(arguments)
-    except ArgumentError as error: raise ConfigError(one_line(error)) from None
+    except ArgumentError as error: raise ConfigError(one_line_error(error)) from None
     options = parsed[parsed.command]
     options.command_line = shlex.join(["kdcode", *arguments])
     return COMMANDS[parsed.command][0], configuration(parser, parsed, options), options

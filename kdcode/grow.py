@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .config import ConfigError
-from .export import whole_folder
-from .quantise import unrounded
-from .reading import ReadingStudent
-from .speculative import check_student
-from .student import Student, dense_weight
+from .export import atomic_folder
+from .quantise import load_unquantised
+from .eagle import EagleStudent
+from .decode import check_student
+from .student import dense_weight, Student
 from .teacher import Teacher
 
 # %% ../nbs/10c_grow.ipynb #d49515ce
@@ -48,7 +48,7 @@ def grow_vocabulary(
     teacher: PreTrainedModel,  # that it was made for
 ) -> Student:                  # in eval mode, on the student's device
     """The same student with all ids; one that reads its teacher is attached to it. Raises `ConfigError` for one that has them already, is quantised, or was made for a teacher of another shape."""
-    c, head = copy.deepcopy(unrounded(student).config), dense_weight(teacher.get_output_embeddings()).to(student.device)
+    c, head = copy.deepcopy(load_unquantised(student).config), dense_weight(teacher.get_output_embeddings()).to(student.device)
     if student.draft_ids is None: raise ConfigError(f"the student predicts all {c.vocab_size} ids of its teacher already; there is nothing to grow")
     if len(head) != c.vocab_size: raise ConfigError(f"the teacher's head has {len(head)} rows, and the student was made for {c.teacher or 'a teacher'} with {c.vocab_size}; name that one")
     ids, known, c.draft_vocab_size = student.draft_ids, student.lm_head.weight, 0
@@ -56,7 +56,7 @@ def grow_vocabulary(
     weights["lm_head.weight"] = (head @ head_map(head[ids], known)).to(known.dtype).index_copy(0, ids, known)
     grown = type(student)(c).to(student.device, known.dtype).eval()
     grown.load_state_dict(weights)
-    return grown.attach(teacher) if isinstance(grown, ReadingStudent) else grown
+    return grown.attach(teacher) if isinstance(grown, EagleStudent) else grown
 
 # %% ../nbs/10c_grow.ipynb #20a0a0cb
 def export_grown(
@@ -66,8 +66,8 @@ def export_grown(
 ) -> Path:                          # that folder: the `student.start` of a training
     """Writes a student with all ids. Raises `ConfigError` for what `grow_vocabulary` refuses, another teacher, or a folder with something else in it."""
     folder = Path(folder).expanduser().absolute()
-    with whole_folder(folder) as place:
-        student = unrounded(student)
+    with atomic_folder(folder) as place:
+        student = load_unquantised(student)
         check_student(teacher, student)
         grow_vocabulary(student, teacher.model).save_pretrained(place)
     return folder

@@ -21,11 +21,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .bench import markdown_table
+from .report import markdown_table
 from .config import ConfigError
-from .export import MARK, as_llama, export_llama, opened, whole_folder
-from .reading import ReadingStudent
-from .speculative import load_draft, shipped_drafts
+from .export import as_llama, atomic_folder, export_llama, EXPORT_MARKER, open_tokenizer
+from .eagle import EagleStudent
+from .decode import load_draft, shipped_drafts
 from .student import Student
 
 # %% ../nbs/10b_hub.ipynb #dc5ae5da
@@ -65,7 +65,7 @@ def data_lines(
     return [f"* {part['weight'] / total:.0%} {own if part['source'] == 'teacher' else SOURCES.get(part['source'], part['source'])}" for part in parts]
 
 # %% ../nbs/10b_hub.ipynb #21921ec1
-PLACES = {"teacher": ("device",), "data": ("path", "suffixes"), "student": ("start",), "targets": ("folder",), "train": ("upload", "threads", "keep", "logging_steps")}  # left out of a card
+PLACES = {"teacher": ("device",), "data": ("path", "suffixes"), "student": ("start",), "targets": ("folder",), "train": ("upload", "threads", "keep_checkpoints", "logging_steps")}  # left out of a card
 
 def without_places(text: str) -> str:
     """A text in which each absolute path, or address of a storage, is cut down to its last part."""
@@ -122,7 +122,7 @@ def why_no_llama(
     """Why a student can't be a Llama. Raises `ConfigError` where the tokenizer is not its teacher's."""
     c = student.config
     if isinstance(student, LlamaForCausalLM): return None
-    possible = isinstance(student, Student) and not isinstance(student, ReadingStudent) and c.dialect == "llama" and not c.draft_vocab_size and not getattr(student, "hf_quantizer", None)
+    possible = isinstance(student, Student) and not isinstance(student, EagleStudent) and c.architecture == "llama" and not c.draft_vocab_size and not getattr(student, "hf_quantizer", None)
     try: as_llama(student, tokenizer)
     except ConfigError as error:
         if possible: raise
@@ -136,7 +136,7 @@ With kdcode, the library that made it:
 
 ```python
 from kdcode import load_draft
-from kdcode.speculative import complete
+from kdcode.decode import complete
 from kdcode.teacher import load_teacher
 
 teacher = load_teacher("{teacher}")
@@ -186,10 +186,10 @@ def model_card(
     data = ModelCardData(license=licence, base_model=hub_id if "/" in hub_id else None, library_name="kdcode" if reason else "transformers", pipeline_tag="text-generation", language=["en", "code"],
                          tags=["speculative-decoding", "draft-model", "knowledge-distillation", "kdcode"])
     ids = f"{c.draft_vocab_size:,} of the {c.vocab_size:,}" if getattr(c, "draft_vocab_size", 0) else f"all {c.vocab_size:,}"
-    reads = f", which reads the teacher's hidden states {', '.join(map(str, c.reads))}" if getattr(c, "reads", None) else ""
+    features = f", which reads the teacher's hidden states {', '.join(map(str, c.feature_layers))}" if getattr(c, "feature_layers", None) else ""
     about = f"""# A draft for {hub_id.split('/')[-1]}
 
-A small student{reads}: {c.num_hidden_layers} layers of width {c.hidden_size}, {student.num_parameters() / 1e6:.1f} million parameters, {ids} ids. It drafts for its teacher in speculative decoding: several tokens at a time, which the teacher accepts or replaces. The text stays the teacher's; the student alone writes badly."""
+A small student{features}: {c.num_hidden_layers} layers of width {c.hidden_size}, {student.num_parameters() / 1e6:.1f} million parameters, {ids} ids. It drafts for its teacher in speculative decoding: several tokens at a time, which the teacher accepts or replaces. The text stays the teacher's; the student alone writes badly."""
     rights = f"## Licence\n\n{licence}{'' if named else ', which is that of its teacher'}. The terms of the teacher, {hub_id}, stand on its own page. The text that it was trained on is not part of it."
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", about, measured_section(report), usage_section(repo, teacher, hub_id, reason), made_section(report, hub_id), rights]) + "\n"
 
@@ -220,15 +220,15 @@ def write_hub_folder(
 ) -> Path:                       # that folder
     """Writes what is pushed: a Llama with its tokenizer, or the student as it is, and the card. Raises `ConfigError` for what isn't there, doesn't fit or isn't known."""
     check_repo(repo)
-    source, folder, tokenizer = student_folder(student), Path(folder).expanduser().absolute(), opened(tokenizer or teacher)
+    source, folder, tokenizer = student_folder(student), Path(folder).expanduser().absolute(), open_tokenizer(tokenizer or teacher)
     model = load_draft(str(source))
     reason = why_no_llama(model, tokenizer)
     card = model_card(model, repo, getattr(model.config, "teacher", "") or teacher, read_report(source, report), reason, licence)
-    with whole_folder(folder) as place:
+    with atomic_folder(folder) as place:
         if reason is None: export_llama(model, tokenizer, place)
         else:
             for file in (*source.glob("*.safetensors"), *source.glob("*config.json"), *source.glob("*.safetensors.index.json")): shutil.copy(file, place)
-        (place/MARK).unlink(missing_ok=True)
+        (place/EXPORT_MARKER).unlink(missing_ok=True)
         (place/"README.md").write_text(card)
     return folder
 
@@ -249,7 +249,7 @@ def push(
     hub = hub or HfApi(token=token)
     try:
         hub.create_repo(repo, private=private or None, exist_ok=True)
-        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="A draft model, made with kdcode", ignore_patterns=[MARK])
+        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="A draft model, made with kdcode", ignore_patterns=[EXPORT_MARKER])
     except Exception as error:  # of many kinds, which change with the versions of its package
         reason = next(iter(str(error).replace(token, "HF_TOKEN").strip().splitlines()), "")
         raise ConfigError(f"{repo} can't be pushed ({type(error).__name__}: {reason[:200]}); check the network, and that HF_TOKEN may write to {repo}; the files are in {os.path.relpath(folder)}") from None

@@ -114,7 +114,7 @@ def served(pair):
     """Serves both in a thread: gives a client, and the service."""
     import httpx
     from kdcode.config import Config, DecodeSettings, ServeSettings
-    from kdcode.serve import Service, create_app, make_server
+    from kdcode.serve import create_app, make_server, Service
 
     @contextmanager
     def serving(**limits):

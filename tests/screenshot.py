@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
 
-from kdcode.bench import Report
+from kdcode.report import Report
 from kdcode.config import Config, DecodeSettings
 from kdcode.data import humaneval_problems
-from kdcode.speculative import complete, load_draft
+from kdcode.decode import complete, load_draft
 from kdcode.teacher import load_teacher
 
 PROMPT = 'def fibonacci(n):\n'

@@ -16,7 +16,7 @@ def test_demo_leaves_everything(kdcode, tiny_teacher, tmp_path):
     done = kdcode("demo", "--name", "trial", *settings(tiny_teacher), fresh=True, HF_TOKEN="hf_a_secret_that_must_not_be_saved")
     assert done.returncode == 0, done.stderr
     assert [f"[{i}/4]" in done.stderr for i in range(1, 5)] == [True] * 4
-    assert "teacher with student" in done.stdout and "Warning" not in done.stderr
+    assert "kdcode, student draft" in done.stdout and "Warning" not in done.stderr
     run = tmp_path/"runs"/"trial"
     for name in ("config.yaml", "run.json", "report.json", "report.md", "loss.png", "acceptance.png", "history.json", "student/model.safetensors", "corpus/corpus.json"):
         assert (run/name).stat().st_size > 0, name
@@ -50,7 +50,7 @@ def test_generate_streams_the_teachers_text(kdcode, tiny_teacher, tmp_path):
     assert measured.returncode == 0, measured.stderr
     report = json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())
     assert report["figures"]["identical"] == 1.0 and report["figures"]["ratio_to_assisted"] > 0
-    assert [row["identical texts"] for row in report["rows"]] == [None] + ["100%"] * 14
+    assert [row["identical outputs"] for row in report["rows"]] == [None] + ["100%"] * 14
 
     forms = kdcode("bench", "steps", "--name", "pair", "--teacher.name", tiny_teacher)
     assert forms.returncode == 0, forms.stderr

@@ -47,8 +47,8 @@ def test_a_terminal_needs_no_ipython():
 import sys
 sys.modules["IPython"] = None
 from kdcode import Config
-from kdcode.bench import Report
-from kdcode.speculative import SpeculativeResult, Statistics
+from kdcode.report import Report
+from kdcode.result import SpeculativeResult, Statistics
 from kdcode.train import progress_shown
 print(Config(), Report("command", Config(), {}, [{"a": 1}], ["note"]), Statistics(), SpeculativeResult([1], [2], [True], Statistics()), type(progress_shown()).__name__, sep="\\n")
 """)

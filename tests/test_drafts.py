@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from kdcode import load_draft
-from kdcode.bench import generate_baseline, generate_assisted
+from kdcode.bench import generate_assisted, generate_baseline
 from kdcode.config import ConfigError, DecodeSettings, load_config
 from kdcode.data import Document, evaluation_lines, humaneval_problems, read_source, usable_documents
-from kdcode.reading import EagleStudent
-from kdcode.speculative import Statistics, complete, shipped_drafts
+from kdcode.eagle import EagleStudent
+from kdcode.decode import complete, shipped_drafts
+from kdcode.result import Statistics
 from kdcode.teacher import load_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ def test_a_draft_is_whole_and_small(name):
     assert sum(path.stat().st_size for path in folder.iterdir()) <= largest
     settings, shape = load_config(ROOT/"configs"/config), json.loads((folder/"config.json").read_text())
     made_for = Path(settings.teacher.name).stem if settings.teacher.name.endswith(".gguf") else settings.teacher.name
-    assert (settings.student.feature_layers, settings.student.draft_vocabulary, made_for) == (shape.get("reads", []), shape["draft_vocab_size"], shape["teacher"])
+    assert (settings.student.feature_layers, settings.student.draft_vocabulary, made_for) == (shape.get("feature_layers", []), shape["draft_vocab_size"], shape["teacher"])
     card = (folder/"README.md").read_text()
     for word in ("license: apache-2.0", config, "tokens", "HumanEval", "kdcode bench decode"): assert word in card, word
 
@@ -70,9 +71,9 @@ def test_a_draft_is_refused_by_another_teacher():
     assert {folder.name for folder in shipped_drafts().values()} == set(DRAFTS) and {"smollm2", "smollm2-135m"} <= set(shipped_drafts())
 
 
-@pytest.mark.parametrize("beginnings", sorted({config.data.prompt_source for config in CONFIGS}))
-def test_no_evaluation_text_in_what_a_draft_was_trained_on(beginnings):
-    source = replace(CONFIGS[0].data, source=beginnings)
+@pytest.mark.parametrize("prompt_source", sorted({config.data.prompt_source for config in CONFIGS}))
+def test_no_evaluation_text_in_what_a_draft_was_trained_on(prompt_source):
+    source = replace(CONFIGS[0].data, source=prompt_source)
     spoilt = [Document(f"x = {i}\n" * 50 + problem["prompt"]) for i, problem in enumerate(humaneval_problems())]
     rejected, documents = Counter(), 0
     for document in usable_documents([*spoilt, *read_source(source, 0)], source, rejected):

@@ -11,8 +11,10 @@ import torch
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
 from kdcode.export import export_gguf, export_llama
-from kdcode.peers import Engine, PROGRAMS, VLLM_ENVIRONMENT, calls_of, engine_files, find_program, llama_command, served, vllm_command, without_end
-from kdcode.speculative import complete, load_draft, shipped_drafts
+from kdcode.engines import (
+    calls_of, Engine, engine_files, find_program, llama_command, PROGRAMS, served, vllm_command,
+    VLLM_ENVIRONMENT, without_end)
+from kdcode.decode import complete, load_draft, shipped_drafts
 from kdcode.teacher import load_teacher
 
 pytestmark = pytest.mark.slow

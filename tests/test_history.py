@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from kdcode.cli import parse
-from kdcode.history import from_git, join_rows, read_history, read_report, report_rows, write_history
+from kdcode.history import from_git, join_rows, read_history, report_rows, write_history
+from kdcode.hub import read_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT/"results"

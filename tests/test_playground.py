@@ -33,7 +33,7 @@ ROUNDS = [(drafted("    if", " n", " <", " ") + own("2"), []), (drafted(":") + o
           (own(" divisor"), [" i", " in", " range", "("]), (drafted(" in", " range"), [])]
 ALONE = [(own(token["text"]), []) for tokens, _ in ROUNDS for token in tokens]
 # The last round's drafts beyond the text's end count as drafted, so these are not what a reader of the rounds alone would count.
-STATISTICS = {"acceptance_rate": .66, "tokens_per_call": 2.4, "calls": 5, "drafted": [5, 5, 5, 5], "judged": [5, 4, 3, 1], "accepted": [4, 3, 1, 1], "seconds": 1.9}
+STATISTICS = {"acceptance_rate": .66, "tokens_per_call": 2.4, "calls": 5, "drafted": [5, 5, 5, 5], "verified": [5, 4, 3, 1], "accepted": [4, 3, 1, 1], "seconds": 1.9}
 
 
 class StandIn:
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         if script.ending == "cut": return
         if script.ending == "error": return self.event({"error": {"message": "the teacher ran out of memory"}})
         self.choice("", "length")
-        nothing = {"acceptance_rate": None, "tokens_per_call": 1.0, "calls": 13, "drafted": [], "judged": [], "accepted": [], "seconds": 3.1}
+        nothing = {"acceptance_rate": None, "tokens_per_call": 1.0, "calls": 13, "drafted": [], "verified": [], "accepted": [], "seconds": 3.1}
         self.event({**self.frame(), "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 13, "total_tokens": 22}, "speculation": {"statistics": script.statistics if gamma else nothing}})
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -290,7 +290,7 @@ def test_bars_are_the_statistics(visit, server):
     numbers = statistics(run(page)[0])
     rows = page.locator("#positions tbody tr")
     expect(rows).to_have_count(len(numbers["drafted"]))
-    for i, (n, verified, accepted) in enumerate(zip(numbers["drafted"], numbers["judged"], numbers["accepted"])):
+    for i, (n, verified, accepted) in enumerate(zip(numbers["drafted"], numbers["verified"], numbers["accepted"])):
         expect(rows.nth(i)).to_have_text(re.compile(rf"^{i + 1}\s*{accepted} of {n}, {100*accepted/n:.0f}%$"))
         widths = rows.nth(i).locator(".track").evaluate("track => [track, ...track.children].map(bar => bar.getBoundingClientRect().width)")
         assert [width / widths[0] for width in widths[1:]] == pytest.approx([accepted / n, (verified - accepted) / n], abs=.01)

@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from conftest import wait_until
 from kdcode.config import Config
-from kdcode.train import MLflowTracking, remote_folder
+from kdcode.callbacks import MLflowTracking, remote_folder
 
 KEYS = {"AWS_ACCESS_KEY_ID": "ACCESSKEY0123456789", "AWS_SECRET_ACCESS_KEY": "SECRETKEY0123456789", "AWS_SESSION_TOKEN": "a-session-token-0123456789", "AWS_DEFAULT_REGION": "us-east-2"}
 SHORT = ["--data.tokens", 4096, "--data.validation_tokens", 512, "--data.block_size", 64, "--student.layers", "[0]", "--student.draft_vocabulary", 1000,

@@ -117,7 +117,7 @@ def test_no_absolute_path_and_no_secret(path):
 
 
 def test_named_configurations_are_valid():
-    from kdcode.config import Config, check_search_space, load_config, read_experiment, read_yaml
+    from kdcode.config import check_search_space, Config, load_config, read_experiment, read_yaml
     names = {path.stem: load_config(path).name for path in (ROOT/"configs").glob("*.yaml")}
     names |= {path.stem: read_experiment(path).config.name for path in (ROOT/"configs"/"experiments").glob("*.yaml")}
     assert len(names) > 3 and all(stem == name for stem, name in names.items())

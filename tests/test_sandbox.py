@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from kdcode import sandbox
 from kdcode.config import ConfigError
-from kdcode.sandbox import ISOLATIONS, Limits, isolation, run_program, run_programs
+from kdcode.sandbox import isolation, ISOLATIONS, Limits, run_program, run_programs
 
 OFFERED = [room for room in ISOLATIONS if run_program("pass", room) == "passed"]
 ISOLATED = [room for room in OFFERED if room != "none"]

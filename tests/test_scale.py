@@ -169,7 +169,7 @@ def test_a_refused_key_or_a_dead_server_never_ends_a_training(kdcode, start, tin
 def test_several_sources_and_the_teachers_own_text(kdcode, tiny_teacher, tmp_path):
     (web := tmp_path/"web").mkdir()
     for i in range(120): (web/f"{i}.js").write_text(f"export const n{i} = {i};\n" * 30)
-    data = {"source": [{"source": "teacher"}, {"source": "folder", "path": str(web), "suffixes": [".js"], "weight": 3}], "new_tokens": 12, "min_characters": 1}
+    data = {"source": [{"source": "teacher"}, {"source": "folder", "path": str(web), "suffixes": [".js"], "weight": 3}], "max_new_tokens": 12, "min_characters": 1}
     (tmp_path/"mix.yaml").write_text(json.dumps({"data": data}))
     done = kdcode("distill", "--config", tmp_path/"mix.yaml", "--teacher.name", tiny_teacher, *SETTINGS, "--data.tokens", 1024, "--data.validation_tokens", 256, "--name", "mixed")
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,8 @@ import pytest
 from conftest import wait_until
 
 from kdcode.config import Config, DecodeSettings
-from kdcode.serve import Service, create_app
-from kdcode.speculative import complete
+from kdcode.serve import create_app, Service
+from kdcode.decode import complete
 
 
 def body(**changes):
@@ -56,7 +56,7 @@ def test_200_requests_from_16_clients(pair, served):
         figures = client.get("/metrics").text
     assert used[1] - used[0] < 30, used
     assert 'kdcode_requests_total{path="/v1/completions",status="200"} 400.0' in figures
-    assert "kdcode_writing_texts 0.0" in figures and "kdcode_waiting_texts 0.0" in figures and "kdcode_first_token_seconds_count 400.0" in figures
+    assert "kdcode_running_requests 0.0" in figures and "kdcode_waiting_requests 0.0" in figures and "kdcode_first_token_seconds_count 400.0" in figures
     assert len(set(wanted.values())) == 8  # or equal answers would say nothing
 
 

@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from kdcode.bench import first_difference
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
-from kdcode.speculative import complete, custom_generate, speculative_generate
+from kdcode.decode import complete, custom_generate, speculative_generate
 from kdcode.student import Student
 from kdcode.teacher import load_teacher
 
@@ -40,7 +40,7 @@ wishes = st.fixed_dictionaries({}, optional={"repetition_penalty": st.sampled_fr
 
 
 @checks(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(teachers, students, prompts, wishes, st.integers(0, 9), st.booleans(), st.sampled_from(["student", "lookup", "hybrid"]), st.integers(1, 40))
+@given(teachers, students, prompts, wishes, st.integers(0, 9), st.booleans(), st.sampled_from(["student", "ngram", "hybrid"]), st.integers(1, 40))
 def test_greedy_text_is_that_of_generate(teacher, draft, rows, wish, gamma, adaptive, drafter, length):
     """Any pair of models, batch, processors and drafter."""
     longest = max(map(len, rows))
@@ -94,7 +94,7 @@ def test_a_teacher_in_four_bits_differs_only_at_ties(tmp_path):
 
 def test_a_useless_student_is_soon_left_alone():
     """Counted, not timed: with a dear step and no agreement hardly anything is drafted."""
-    from kdcode.speculative import AdaptiveDrafter, ModelDrafter, AcceptanceEstimate, LatencyModel
+    from kdcode.drafters import AcceptanceEstimate, AdaptiveDrafter, LatencyModel, ModelDrafter
     teacher, draft = model("llama", 2, 0), model("gpt2", 1, 3)
     calls, pace = LatencyModel(), AcceptanceEstimate()
     for count in range(1, 10): calls.add(count, 1 + .05 * count)
