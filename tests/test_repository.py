@@ -59,8 +59,8 @@ def nbdev(command, folder): subprocess.run([BIN/command], cwd=folder, check=True
 
 
 def differing(copy, folder, pattern):
-    files = sorted((copy/folder).rglob(pattern))
-    return [str(path.relative_to(copy)) for path in files if path.read_bytes() != (ROOT/path.relative_to(copy)).read_bytes()]
+    files = [path.relative_to(copy) for path in sorted((copy/folder).rglob(pattern))]
+    return [str(file) for file in files if (copy/file).read_bytes() != (ROOT/file).read_bytes()]
 
 
 def test_library_is_what_the_notebooks_export(copy):
@@ -132,17 +132,16 @@ def test_module_notebook_has_outputs_and_tests(path):
 # Vocabulary and density
 
 RETIRED_WORDS = re.compile(
-    r"(?<![\w`/.-])(?:(?<!scaling )(?<!power )laws?|judge[sd]?|likeliest|lump(?:s|ed)?|twins?|anatomy|sooner|dear(?:er|ly)?"
-    r"|beginnings|unrolled|newcomers?|few rows|our loop|in turns|free token|people's code|reading student|texts at once"
-    r"|look-?ups?|as many as may)(?![\w-])", re.IGNORECASE)
+    r"(?<![\w`/.-])(?:(?<!scaling )(?<!power )laws?|judge[sd]?|likeliest|lump(?:s|ed)?|twins?|anatomy|sooner"
+    r"|dear(?:er|ly)?|beginnings|unrolled|newcomers?|few rows|our loop|in turns|free token|people's code"
+    r"|reading student|texts at once|look-ups?|as many as may)(?![\w-])", re.IGNORECASE)
 RETIRED_NAMES = {
     "Law", "SparseLaw", "ReadingStudent", "Round", "Ends", "Pace", "Times", "Adaptive", "Index", "Batcher", "Borrowed",
     "Passes", "law", "laws", "room", "judge", "judged", "twin", "few_rows", "anatomy", "pace", "beginnings", "unrolled",
     "likeliest", "lumped", "newcomer", "newcomers", "texts_at_once", "dialect", "reads", "place", "places"}
-TEXTS = sorted([
-    *NOTEBOOKS, ROOT/"README.md", ROOT/"CHANGELOG.md", ROOT/"CONTRIBUTING.md", ROOT/"Makefile", ROOT/"kdcode"/"playground.html",
-    *(ROOT/"docs").glob("*.*"), *(ROOT/"tests").glob("*.py"), *(ROOT/"models").glob("*/README.md"), *(ROOT/"onyxia").glob("*.*"),
-    *(ROOT/"configs").rglob("*.yaml"), *(ROOT/"results").rglob("report.md")])
+TEXT_FILES = ("*.md", "Makefile", "kdcode/*.html", "docs/*.*", "tests/*.py", "models/*/README.md", "onyxia/*.*",
+              "configs/**/*.yaml", "results/**/report.md")
+TEXTS = [*NOTEBOOKS, *sorted(path for pattern in TEXT_FILES for path in ROOT.glob(pattern))]
 
 
 def retired(text): return [match[0] for match in RETIRED_WORDS.finditer(text)]
@@ -181,7 +180,8 @@ def test_exported_cells_are_short(path):
 
 # Settings, paths, pins
 
-PUBLIC_FILES = [*sorted(ROOT.glob("kdcode/*.py")), *sorted(ROOT.glob("configs/*.yaml")), ROOT/"Makefile", ROOT/"README.md"]
+PUBLIC = ("kdcode/*.py", "configs/*.yaml", "Makefile", "README.md")
+PUBLIC_FILES = [path for pattern in PUBLIC for path in sorted(ROOT.glob(pattern))]
 
 
 @pytest.mark.parametrize("path", PUBLIC_FILES, ids=name)
@@ -362,8 +362,8 @@ def test_hooks_use_this_environment():
 def commands_to_copy() -> list[str]:
     """The `kdcode` commands in shell blocks of the README and the docs, and in comments of configurations."""
     pages = [ROOT/"README.md", ROOT/"CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md")]
-    blocks = [block for page in pages for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]
-    lines = [line for block in blocks for line in block.splitlines()]
+    blocks = [re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE) for page in pages]
+    lines = [line for found in blocks for block in found for line in block.splitlines()]
     configured = [line for file in ROOT.glob("configs/**/*.yaml") for line in file.read_text().splitlines()]
     lines += [line.lstrip("# ") for line in configured if re.match("# +kdcode ", line)]
     return sorted({match[1] for line in lines if (match := re.match(r"(?:\.venv/bin/)?kdcode (.+)", line))})
