@@ -1,4 +1,4 @@
-"""Sphinx's configuration. `make docs` builds the site; pages.py makes what is read here."""
+"""Sphinx configuration. `make docs` builds the site; pages.py writes what is read here."""
 import importlib.metadata
 import importlib.util
 import shutil
@@ -14,23 +14,23 @@ language = "en"
 
 extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax"]
 root_doc = "index"
-nitpicky = True  # a reference to a name that has no entry is a warning, and warnings are errors
+nitpicky = True  # a reference to a name without an entry is a warning, and warnings are errors
 add_module_names = False
 
-nb_execution_mode = "off"  # outputs are those that were committed
+nb_execution_mode = "off"  # the committed outputs are shown
 nb_render_markdown_format = "gfm"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block", "attrs_inline"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
-# Nothing comes from another server: MathJax lies in a package, and its equations need no fonts.
+# Nothing is loaded from other servers: MathJax comes from a package, and its SVG output needs no fonts.
 mathjax_path = "mathjax.js"
 mathjax3_config = {"svg": {"scale": 0.92}}
 html_static_path = ["static"]
 html_css_files = ["kdcode.css"]
 html_favicon = "static/kdcode.svg"
-html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
+html_context = {"default_mode": "auto"}  # light or dark, following the reader's system
 
 html_theme = "sphinx_book_theme"
 html_title = "kdcode"
@@ -43,7 +43,7 @@ html_theme_options = {
     "use_repository_button": True,
     "use_download_button": False,
     "show_navbar_depth": 1,
-    **{f"navbar_{place}": [] for place in ("start", "center", "end", "persistent")},  # the search is in the sidebar
+    **{f"navbar_{part}": [] for part in ("start", "center", "end", "persistent")},  # the search is in the sidebar
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "pygments_light_style": "a11y-high-contrast-light",
@@ -52,7 +52,7 @@ html_theme_options = {
 
 
 def copy_mathjax(app):
-    """Beside the other static files, before pages are written."""
+    """Copy MathJax to the static files before pages are written."""
     folder = Path(importlib.util.find_spec("mathjax").submodule_search_locations[0])
     target = Path(app.outdir)/"_static"/"mathjax.js"
     target.parent.mkdir(parents=True, exist_ok=True)

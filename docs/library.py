@@ -1,11 +1,13 @@
-"""What the library's modules offer, read from their source: names, parameters with the comments that stand beside them, methods.
+"""Read the library's public names from its source: parameters with the comments beside them, fields, methods.
 
-Nothing is imported, so types and defaults are shown as they were written.
+Nothing is imported, so types and defaults are shown as written.
 """
 import ast
 import io
 import tokenize
 from dataclasses import dataclass, field
+
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Entry:
 
     @property
     def signature(self):
-        """Names and defaults; types stand in the table."""
+        """Names and defaults; the types are in the table."""
         return ", ".join(p.name + (f"={p.default}" if p.default else "") for p in self.parameters)
 
     @property
@@ -38,26 +40,34 @@ class Entry:
 
 
 def trailing_comments(source):
-    """The comment on each line that has one, without its sign."""
+    """Return the comment on each line that has one, without its sign."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {token.start[0]: token.string.lstrip("#").strip() for token in tokens if token.type == tokenize.COMMENT and not token.string.startswith("#|")}
+    comments = [token for token in tokens if token.type == tokenize.COMMENT and not token.string.startswith("#|")]
+    return {token.start[0]: token.string.lstrip("#").strip() for token in comments}
 
 
 def text_of(node): return "" if node is None else ast.unparse(node)
 
 
-def parameters_of(function, comments):
-    """A comment belongs to the last parameter on its line, as nbdev has it."""
+def arguments_of(function):
+    """Return (argument or None, name, default or None) for each parameter, in order."""
     a = function.args
-    plain = [*a.posonlyargs, *a.args]
-    defaults = [None] * (len(plain) - len(a.defaults)) + a.defaults
-    found = [(arg, arg.arg, default) for arg, default in zip(plain, defaults)]
+    positional = [*a.posonlyargs, *a.args]
+    defaults = [None] * (len(positional) - len(a.defaults)) + a.defaults
+    found = [(arg, arg.arg, default) for arg, default in zip(positional, defaults)]
     if a.vararg: found.append((a.vararg, f"*{a.vararg.arg}", None))
     elif a.kwonlyargs: found.append((None, "*", None))
     found += [(arg, arg.arg, default) for arg, default in zip(a.kwonlyargs, a.kw_defaults)]
     if a.kwarg: found.append((a.kwarg, f"**{a.kwarg.arg}", None))
+    return found
+
+
+def parameters_of(function, comments):
+    """Return the parameters. A comment belongs to the last parameter on its line, as in nbdev."""
+    found = arguments_of(function)
     last_on_line = {arg.lineno: name for arg, name, _ in found if arg}
-    return [Parameter(name, text_of(arg and arg.annotation), text_of(default), comments.get(arg.lineno, "") if arg and last_on_line[arg.lineno] == name else "")
+    def details(arg, name): return comments.get(arg.lineno, "") if arg and last_on_line[arg.lineno] == name else ""
+    return [Parameter(name, text_of(arg and arg.annotation), text_of(default), details(arg, name))
             for arg, name, default in found if name not in ("self", "cls")]
 
 
@@ -72,30 +82,41 @@ def kind_of(function):
 
 
 def function_entry(node, comments, kind="function"):
-    return Entry(node.name, kind, node.lineno, ast.get_docstring(node) or "", parameters_of(node, comments), returns_of(node, comments))
+    text = ast.get_docstring(node) or ""
+    return Entry(node.name, kind, node.lineno, text, parameters_of(node, comments), returns_of(node, comments))
+
+
+def is_text(node):
+    constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return constant and isinstance(node.value.value, str)
 
 
 def fields_of(node, comments):
-    """Fields of a dataclass or a named tuple: with the comment beside them, or the text below."""
-    following = {id(a): b.value.value for a, b in zip(node.body, node.body[1:]) if isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant) and isinstance(b.value.value, str)}
-    fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and not text_of(item.annotation).startswith("ClassVar")]
-    return [Parameter(item.target.id, text_of(item.annotation), default_of(item.value), following.get(id(item)) or comments.get(item.end_lineno, "")) for item in fields]
+    """Return the fields of a dataclass or named tuple, with the comment beside them or the string below."""
+    below = {id(a): b.value.value for a, b in zip(node.body, node.body[1:]) if is_text(b)}
+    fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+    return [Parameter(item.target.id, text_of(item.annotation), default_of(item.value),
+                      below.get(id(item)) or comments.get(item.end_lineno, ""))
+            for item in fields if not text_of(item.annotation).startswith("ClassVar")]
 
 
 def default_of(value):
-    """A field's default, also where a helper holds it beside other things: within(0, 1, default=0.1), field(default_factory=list)."""
+    """Return a field's default, also from a call: `field(default_factory=list)`, `bounded(default=0.1)`."""
     if not isinstance(value, ast.Call): return text_of(value)
     named = {keyword.arg: text_of(keyword.value) for keyword in value.keywords}
-    return named.get("default") or (f"{named['default_factory']}()" if "default_factory" in named else text_of(value))
+    if "default" in named: return named["default"]
+    return f"{named['default_factory']}()" if "default_factory" in named else text_of(value)
 
 
 def class_entry(node, comments):
-    functions = {item.name: item for item in node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    functions = {item.name: item for item in node.body if isinstance(item, FUNCTION)}
     start, bases = functions.get("__init__"), {text_of(base) for base in node.bases}
     parameters = parameters_of(start, comments) if start else fields_of(node, comments)
-    methods = [function_entry(item, comments, kind_of(item)) for name, item in functions.items() if not name.startswith("_") and ast.get_docstring(item)]
+    public = [item for name, item in functions.items() if not name.startswith("_") and ast.get_docstring(item)]
+    methods = [function_entry(item, comments, kind_of(item)) for item in public]
     kind = "exception" if bases & {"Exception", "ValueError", "RuntimeError"} else "class"
-    return Entry(node.name, kind, node.lineno, ast.get_docstring(node) or (ast.get_docstring(start) if start else "") or "", parameters, None, methods)
+    text = ast.get_docstring(node) or (ast.get_docstring(start) if start else "") or ""
+    return Entry(node.name, kind, node.lineno, text, parameters, None, methods)
 
 
 @dataclass
@@ -106,13 +127,19 @@ class Module:
     constants: list[str]  # public names without a docstring of their own
 
 
+def public_names(tree):
+    lists = [item for item in tree.body if isinstance(item, ast.Assign) and text_of(item.targets[0]) == "__all__"]
+    return ast.literal_eval(lists[0].value) if lists else []
+
+
 def read_module(path):
-    """The functions and classes that a file exports, in its order."""
+    """Return the functions and classes that a file exports, in their order."""
     source = path.read_text()
     tree, comments = ast.parse(source), trailing_comments(source)
-    public = next((ast.literal_eval(item.value) for item in tree.body if isinstance(item, ast.Assign) and text_of(item.targets[0]) == "__all__"), [])
-    entries = {}
+    public, entries = public_names(tree), {}
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name in public: entries[node.name] = class_entry(node, comments)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name in public: entries[node.name] = function_entry(node, comments)
-    return Module(f"kdcode.{path.stem}", ast.get_docstring(tree) or "", entries, [name for name in public if name not in entries])
+        if getattr(node, "name", None) not in public: continue
+        if isinstance(node, ast.ClassDef): entries[node.name] = class_entry(node, comments)
+        if isinstance(node, FUNCTION): entries[node.name] = function_entry(node, comments)
+    constants = [name for name in public if name not in entries]
+    return Module(f"kdcode.{path.stem}", ast.get_docstring(tree) or "", entries, constants)
