@@ -82,7 +82,7 @@ def find_pages():
 # Links
 
 def resolve(link, source):
-    """Return the repository path that a link in a file names. Links of the index may start at the root, as in the README."""
+    """Return the repository path of a link. Links of the index may start at the root, as in the README."""
     for start in [posixpath.dirname(source)] + ([""] if source == "nbs/index.ipynb" else []):
         path = posixpath.normpath(posixpath.join(start, link))
         if (ROOT/path).exists() and not path.startswith(".."): return "nbs/index.ipynb" if path == "README.md" else path
@@ -223,7 +223,8 @@ def after_colon(summary):
 
 def filled(markdown, page, pages, modules):
     """Replace comments of the form `<!-- pages: nbs -->` by the lists that they name."""
-    makers = {"names": names_list, "pages": pages_list, "report": report_text, "reports": reports_list, "limits": limits_list}
+    makers = {"names": names_list, "pages": pages_list, "report": report_text, "reports": reports_list,
+              "limits": limits_list}
     return re.sub(r"<!-- (\w+)(?:: (.*?))? -->", lambda m: makers[m[1]](m[2], page, pages, modules), markdown)
 
 
@@ -282,7 +283,8 @@ def table(entry):
     """Return the parameters and the result as a table."""
     gives = entry.returns if entry.returns and entry.returns.type != "None" else None
     rows = [row for row in entry.parameters if row.name != "*"]
-    if not rows: return f"**Returns** `{gives.type}`{': ' * bool(gives.details)}{escaped(gives.details)}" if gives else ""
+    if not rows and not gives: return ""
+    if not rows: return f"**Returns** `{gives.type}`{': ' * bool(gives.details)}{escaped(gives.details)}"
     if gives: rows = [*rows, Parameter("**returns**", gives.type, "", gives.details)]
     return "\n".join(["| parameter | type | default | description |", "|---|---|---|---|", *map(table_row, rows)])
 
@@ -351,7 +353,11 @@ def known_names():
     return {address: name for names in d["syms"].values() for name, (address, _) in names.items()}
 
 
-INDEX = {"Start": ["install", "demo", "onyxia"], "Learn": ["lessons", "how"], "Reference": ["answers", "api", "glossary"]}
+INDEX = {  # the sidebar
+    "Start": ["install", "demo", "onyxia"],
+    "Learn": ["lessons", "how"],
+    "Reference": ["answers", "api", "glossary"],
+}
 
 
 def build():

@@ -1,4 +1,4 @@
-"""What several tests share: the repository's root, a tiny teacher in a folder, and the command as a process."""
+"""Shared fixtures: a tiny teacher in a folder, the command as a process, a running server."""
 import itertools
 import multiprocessing
 import os
@@ -27,8 +27,10 @@ def tiny_teacher(tmp_path_factory):
     from kdcode.teacher import load_tokenizer
     folder, tokenizer = tmp_path_factory.mktemp("teacher"), load_tokenizer("smollm2")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=512, initializer_range=.1, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=.1, bos_token_id=1, eos_token_id=2,
+        pad_token_id=2)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -38,10 +40,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Forked:
-    """The command as a process of its own, with the words of `subprocess.Popen`."""
+    """The command in its own process, with the interface of `subprocess.Popen`."""
     def __init__(self, forks, words, folder, environment):
         self.streams = [folder.parent/f"{folder.name}-{name}-{next(COUNT)}.txt" for name in ("out", "err")]
-        self.process = forks.Process(target=command, args=(list(map(str, words)), folder, environment, *self.streams), daemon=True)
+        arguments = (list(map(str, words)), folder, environment, *self.streams)
+        self.process = forks.Process(target=command, args=arguments, daemon=True)
         self.process.start()
 
     @property
@@ -53,7 +56,7 @@ class Forked:
 
     def wait(self, timeout=None):
         self.process.join(timeout)
-        assert self.process.exitcode is not None, f"it has not ended after {timeout} seconds"
+        assert self.process.exitcode is not None, f"still running after {timeout} seconds"
 
     def communicate(self, timeout=None):
         self.wait(timeout)
@@ -62,18 +65,18 @@ class Forked:
 
 @pytest.fixture(scope="session")
 def forks():
-    """Starts processes that have imported the library already: a process of Python's own, from which they fork."""
+    """Start processes that have already imported the library: they fork from Python's fork server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdcode.cli", "kdcode.bench", "kdcode.compare", "kdcode.export", "forked"])
+    context.set_forkserver_preload(["kdcode.cli", "kdcode.bench", "kdcode.eval", "kdcode.export", "forked"])
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in OFFLINE.items(): environment.setenv(name, value)  # both are read when a library is imported
+        for name, value in OFFLINE.items(): environment.setenv(name, value)  # both are read at import
         forkserver.ensure_running()
     return context
 
 
 @pytest.fixture
 def start(forks, tmp_path):
-    """Starts the command in an empty working folder, and doesn't wait for it."""
+    """Start the command in an empty working folder, without waiting for it."""
     def starting(*words, **variables):
         return Forked(forks, words, tmp_path, os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables)
     return starting
@@ -81,11 +84,16 @@ def start(forks, tmp_path):
 
 @pytest.fixture
 def kdcode(start, tmp_path):
-    """Runs the command in an empty working folder; returns the finished process. A fresh one is a new Python, as a shell starts it."""
+    """Run the command in an empty working folder and return the finished process.
+
+    A fresh one is a new Python process, as a shell starts it.
+    """
     def run(*words, timeout=300, fresh=False, **variables):
         if fresh:
             python = [sys.executable, "-m", "kdcode.cli", *map(str, words)]
-            return subprocess.run(python, cwd=tmp_path, env=os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables, capture_output=True, text=True, timeout=timeout)
+            environment = os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables
+            options = {"capture_output": True, "text": True, "timeout": timeout}
+            return subprocess.run(python, cwd=tmp_path, env=environment, **options)
         process = start(*words, **variables)
         return subprocess.CompletedProcess(words, process.wait(timeout) or process.returncode, *process.communicate())
     return run
@@ -93,7 +101,7 @@ def kdcode(start, tmp_path):
 
 @pytest.fixture(scope="session")
 def pair(tiny_teacher):
-    """That teacher, and a student that begins with its first layer."""
+    """The tiny teacher, and a student that starts with its first layer."""
     from kdcode.config import TeacherSettings
     from kdcode.student import Student
     from kdcode.teacher import load_teacher
@@ -102,16 +110,16 @@ def pair(tiny_teacher):
 
 
 def wait_until(true, seconds=60):
-    """Waits for something that must happen."""
+    """Wait for a condition that must become true."""
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, "it has not happened"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(.01)
 
 
 @pytest.fixture(scope="session")
 def served(pair):
-    """Serves both in a thread: gives a client, and the service."""
+    """Serve both in a thread; yields a client and the service."""
     import httpx
     from kdcode.config import Config, DecodeSettings, ServeSettings
     from kdcode.serve import create_app, make_server, Service
@@ -124,8 +132,9 @@ def served(pair):
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         wait_until(lambda: server.started)
+        url, limits = f"http://127.0.0.1:{listening.getsockname()[1]}", httpx.Limits(max_connections=100)
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=120, limits=httpx.Limits(max_connections=100)) as client: yield client, service
+            with httpx.Client(base_url=url, timeout=120, limits=limits) as client: yield client, service
         finally:
             server.should_exit = True
             thread.join()

@@ -1,10 +1,10 @@
-"""The command in a process that is forked from one which has imported the library already: as real as any other, and there at once."""
+"""Run the command in a process forked from one that has imported the library: real, without the import time."""
 import os
 import sys
 
 
 def command(words, folder, environment, out, err):
-    """What such a process runs: the command, in a folder, with an environment, its streams written to two files."""
+    """Run the command in a folder with an environment, and write its streams to two files."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""The table of results: it holds every report that is committed, and every one that git remembers."""
+"""results/history.csv holds every committed report, and every report in git's history."""
 import json
 import shlex
 from dataclasses import asdict
@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from kdcode.cli import parse
-from kdcode.history import from_git, join_rows, read_history, report_rows, write_history
-from kdcode.hub import read_report
+from kdcode.history import from_git, join_rows, read_history, read_report, report_rows, write_history
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT/"results"
@@ -24,48 +23,52 @@ def history(): return read_history(RESULTS/"history.csv")
 def test_report_has_its_rows(history, name):
     rows = report_rows(read_report(RESULTS, name), name)
     assert rows
-    pd.testing.assert_frame_equal(join_rows(history, rows), history)  # else: kdcode record
+    pd.testing.assert_frame_equal(join_rows(history, rows), history)  # if not: kdcode record
 
 
-def test_table_is_sorted_and_whole(history, tmp_path):
+def test_table_is_sorted_and_complete(history, tmp_path):
     write_history(join_rows(history, []), tmp_path/"history.csv")
     assert (tmp_path/"history.csv").read_bytes() == (RESULTS/"history.csv").read_bytes()
 
 
 @pytest.mark.skipif(not (ROOT/".git").exists(), reason="no repository")
-def test_table_holds_what_git_remembers(history):
-    rows = from_git(ROOT).to_dict("records")
-    pd.testing.assert_frame_equal(join_rows(history, rows), history)
+def test_table_holds_the_reports_of_all_commits(history):
+    """By date and value: figures and results were renamed once."""
+    known = {date: sorted(rows["value"]) for date, rows in history.groupby("date")}
+    for date, rows in from_git(ROOT).groupby("date"):
+        values = sorted(set(rows["value"]))
+        assert date in known and not set(values) - set(known[date]), date
 
 
 def flat(settings: dict, above: str = "") -> dict:
-    """Each setting by its whole name; a mix of divergences is one setting."""
+    """Return each setting by its full name; a mix of divergences is one setting."""
     rows = {}
     for key, value in settings.items():
-        rows |= flat(value, f"{above}{key}.") if isinstance(value, dict) and key != "divergence" else {above + key: value}
+        section = isinstance(value, dict) and key != "divergence"
+        rows |= flat(value, f"{above}{key}.") if section else {above + key: value}
     return rows
 
 
-RENAMED = {"configs/smollm2-alone-draft.yaml": "configs/smollm2-independent.yaml"}
-# the name and the folder of a run change nothing; a draft saved in 8 bits is read in them by "auto" too
+# name and folder do not change a result; "auto" also decodes an int8 draft in int8
 OF_NO_EFFECT = {"name", "out", "decode.student_weights"}
-# what configurations have come to say since: decode-all is of the first shipped draft, and says so where it is quoted
+# settings changed since: decode-all measured the first shipped draft, and pages that quote it say so
 SINCE = {
-    "decode-all": {"data.source", "data.tokens", "student.layers", "train.epochs", "train.eval_steps", "train.single_step_share", "train.save_dtype"},
-    "targets": {"loss.chunk_size", "decode.gamma"},  # the sizes of batches and drafts are the command's own there
+    "decode-all": {"data.source", "data.tokens", "student.layers", "train.epochs", "train.eval_steps",
+                   "train.single_step_share", "train.save_dtype"},
+    "targets": {"loss.chunk_size", "decode.gamma"},
     "training-smollm2-draft": {"decode.gamma"},
-    "training-smollm2-independent": {"decode.gamma", "train.single_step_share"},  # it drafts in one step
+    "training-smollm2-independent": {"decode.gamma", "train.single_step_share"},  # trained for one step
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_command_of_report_asks_for_the_same_today(name, monkeypatch):
+def test_command_of_report_gives_the_same_configuration(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     report = read_report(RESULTS, name)
     program, *arguments = shlex.split(report["command"])
     if program != "kdcode":
         assert (ROOT/arguments[0]).is_file()
         return
-    _, config, _ = parse([RENAMED.get(word, word) for word in arguments])
+    _, config, _ = parse(arguments)
     now, then = flat(json.loads(json.dumps(asdict(config)))), flat(report["config"])
     assert {key for key in then if now.get(key) != then[key]} - OF_NO_EFFECT == SINCE.get(name, set())
