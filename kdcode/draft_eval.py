@@ -236,7 +236,7 @@ def first_draft_acceptance(
     labels, rates = TeacherLabels(teacher, torch.empty(0, dtype=torch.long), getattr(student.config, "feature_layers", ())), []
     for prompt, text in texts:
         ids, drafting = torch.tensor([prompt + text], device=teacher.device), slice(len(prompt) - 1, -1)
-        teacher_hidden, states = labels.read(ids)
+        teacher_hidden, states = labels.hidden_and_features(ids)
         hidden = student.training_time_test(ids, states[None], 1)[0] if isinstance(student, EagleStudent) else student.hidden_states(ids)
         p, _ = teacher_log_probs(student, teacher, teacher_hidden[drafting])
         rates.append(acceptance_probability(log_probs(drop_padding_rows(student.draft_logits(hidden[0, drafting]), p.shape[-1])), p))

@@ -89,7 +89,7 @@ class DistillationTrainer(Trainer):
         if self.targets is not None:
             law, states = (part.to(inputs["input_ids"].device) for part in self.targets.read(inputs["block"].tolist()))
             return lambda start, end: law[start:end], states.unflatten(0, inputs["input_ids"].shape)
-        hidden, states = self.labels.read(inputs["input_ids"])
+        hidden, states = self.labels.hidden_and_features(inputs["input_ids"])
         return lambda start, end: self.labels.logits(hidden[start:end]), states.unflatten(0, inputs["input_ids"].shape)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:

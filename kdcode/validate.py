@@ -54,7 +54,7 @@ class ValidationSet:
     def of(cls, blocks: Dataset, teacher: Teacher, batch_size: int = 8, feature_layers: list[int] = ()) -> "ValidationSet":
         """Lets the teacher read the blocks."""
         batch, labels = collate(list(blocks)), TeacherLabels(teacher, torch.empty(0, dtype=torch.long), feature_layers)
-        hidden, states = (torch.cat(parts).unflatten(0, batch["input_ids"].shape).cpu() for parts in zip(*(labels.read(part) for part in batch["input_ids"].split(batch_size))))
+        hidden, states = (torch.cat(parts).unflatten(0, batch["input_ids"].shape).cpu() for parts in zip(*(labels.hidden_and_features(part) for part in batch["input_ids"].split(batch_size))))
         return cls(batch["input_ids"], batch["labels"], hidden, batch["language"], states)
 
     def by_language(self, batch_size: int) -> Iterator[tuple[str, Tensor]]:
