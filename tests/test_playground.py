@@ -262,7 +262,8 @@ def test_page_satisfies_a_strict_content_security_policy():
 def test_tokens_show_their_origin(visit, server):
     page = visit()
     events, _ = run(page)
-    expected = [{name: token[name] for name in ("text", "drafted")} for step in steps_of(events) for token in step["tokens"]]
+    tokens = [token for step in steps_of(events) for token in step["tokens"]]
+    expected = [{"text": token["text"], "drafted": token["drafted"]} for token in tokens]
     assert displayed_tokens(page) == expected and {token["drafted"] for token in expected} == {True, False}
     assert "".join(token["text"] for token in displayed_tokens(page)) == text_of(events)
     weights = [style(page, selector, "fontWeight") for selector in ("#text .drafted", "#text .teacher")]
@@ -369,8 +370,8 @@ def test_comparison_differs_in_gamma_only(visit, stub):
     page.get_by_label("Seed").fill("7")
     run(page)
     first, second = stub.requests
-    assert first == {"prompt": page.get_by_label("Prompt").input_value(), "max_tokens": 128, "temperature": 0, "seed": 7,
-                     "model": "smollm2", "stream": True, "stream_options": {"include_usage": True},
+    assert first == {"prompt": page.get_by_label("Prompt").input_value(), "max_tokens": 128, "temperature": 0,
+                     "seed": 7, "model": "smollm2", "stream": True, "stream_options": {"include_usage": True},
                      "speculation": {"gamma": 4, "details": True}}
     assert second == first | {"speculation": {"gamma": 0, "details": True}}
 
@@ -533,8 +534,9 @@ def test_every_control_has_an_accessible_name(visit, stub):
             expect(control).to_have_accessible_name(re.compile(r"\w"))
     tree = page.locator("body").aria_snapshot()
     assert not re.search(r"- (button|textbox|slider|spinbutton|checkbox|table|region|form)(:|$|\n| \[)", tree), tree
-    for line in ('heading "kdcode playground" [level=1]', 'textbox "Prompt"', 'slider "Draft tokens per target call, γ"',
-                 'button "3 rejected draft tokens"', 'rowheader "with drafting"', 'rowheader "without drafting"'):
+    for line in ('heading "kdcode playground" [level=1]', 'textbox "Prompt"',
+                 'slider "Draft tokens per target call, γ"', 'button "3 rejected draft tokens"',
+                 'rowheader "with drafting"', 'rowheader "without drafting"'):
         assert line in tree, tree
 
 

@@ -87,9 +87,10 @@ def test_a_full_queue_returns_429_and_drains(pair, served):
 def test_a_disconnected_client_frees_its_slot(pair, served, stream):
     with served(slots=1) as (client, service):
         content = json.dumps(request_body(max_tokens=450, stream=stream))
-        header = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        header = [f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json",
+                  f"Content-Length: {len(content)}"]
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-            connection.sendall((header + content).encode())
+            connection.sendall("\r\n".join([*header, "", content]).encode())
             wait_until(lambda: service.scheduler.batch.sequences)
             sequence = service.scheduler.batch.sequences[0]
         response = client.post(PATH, json=request_body(max_tokens=1))  # with one slot, only after it was freed
