@@ -1,6 +1,8 @@
-"""The playground as a person uses it: a real browser, with a pointer or with keys alone, in light and dark, on a narrow screen, and when things go wrong.
+"""The playground in a real browser: pointer and keyboard, light and dark colours, narrow screens, and errors.
 
-Tests that take `server` hold for every server of the page, as they read what it answered; those that take `stand_in` script what it says."""
+Tests with the fixture `server` run against both servers, and take the expected values from the response.
+Tests with the fixture `stub` script the response.
+"""
 import base64
 import hashlib
 import json
@@ -17,35 +19,48 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
+expect.set_options(timeout=30_000)  # ms; a busy machine decodes slowly
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 PAGE = Path(__file__).parent.parent/"kdcode"/"playground.html"
 
 
-def drafted(*texts): return [{"text": text, "drafted": True} for text in texts]
+def drafted(*texts):
+    return [{"text": text, "drafted": True} for text in texts]
 
 
-def own(text): return [{"text": text, "drafted": False}]
+def by_teacher(text):
+    return [{"text": text, "drafted": False}]
 
 
-# Each round: its tokens, and the rejected drafts.
-ROUNDS = [(drafted("    if", " n", " <", " ") + own("2"), []), (drafted(":") + own("\n        return"), [" ", "1", "\n"]), (drafted(" False", "\n") + own("    for"), ["    return", " True"]),
-          (own(" divisor"), [" i", " in", " range", "("]), (drafted(" in", " range"), [])]
-ALONE = [(own(token["text"]), []) for tokens, _ in ROUNDS for token in tokens]
-# The last round's drafts beyond the text's end count as drafted, so these are not what a reader of the rounds alone would count.
-STATISTICS = {"acceptance_rate": .66, "tokens_per_call": 2.4, "calls": 5, "drafted": [5, 5, 5, 5], "verified": [5, 4, 3, 1], "accepted": [4, 3, 1, 1], "seconds": 1.9}
+# Decoding steps: (tokens, rejected draft tokens)
+STEPS = [
+    (drafted("    if", " n", " <", " ") + by_teacher("2"), []),
+    (drafted(":") + by_teacher("\n        return"), [" ", "1", "\n"]),
+    (drafted(" False", "\n") + by_teacher("    for"), ["    return", " True"]),
+    (by_teacher(" divisor"), [" i", " in", " range", "("]),
+    (drafted(" in", " range"), []),
+]
+BASELINE_STEPS = [(by_teacher(token["text"]), []) for tokens, _ in STEPS for token in tokens]
+# The statistics count draft tokens beyond the end of the last step, so they differ from a count of the steps above.
+STATISTICS = {"acceptance_rate": .66, "tokens_per_call": 2.4, "calls": 5, "drafted": [5, 5, 5, 5],
+              "verified": [5, 4, 3, 1], "accepted": [4, 3, 1, 1], "seconds": 1.9}
+BASELINE_STATISTICS = {"acceptance_rate": None, "tokens_per_call": 1.0, "calls": 13, "drafted": [], "verified": [],
+                       "accepted": [], "seconds": 3.1}
 
 
-class StandIn:
-    """Answers as the server does, from a script that a test may change."""
+class StubServer:
+    """Responds like the server, with steps that a test may change."""
+
     def __init__(self):
-        self.rounds, self.alone, self.statistics = ROUNDS, ALONE, STATISTICS
-        self.refusal = None  # status and message
-        self.token = None  # asked for where it is set
-        self.ending = "done"  # or "error" or "cut", which come after the rounds
-        self.hold_after, self.release, self.closed = None, threading.Event(), threading.Event()  # waits after so many rounds
+        self.steps, self.baseline_steps, self.statistics = STEPS, BASELINE_STEPS, STATISTICS
+        self.error = None  # (status, message) for every completion request
+        self.key = None  # required API key
+        self.ending = "done"  # after the steps: "done", "error" or "cut"
+        self.hold_after = None  # wait for `release` after this number of steps
+        self.release, self.closed = threading.Event(), threading.Event()
         self.requests = []
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"stand_in": self}))
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"stub": self}))
         self.url = f"http://127.0.0.1:{self.http.server_port}/"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": .02}, daemon=True).start()
 
@@ -55,14 +70,17 @@ class StandIn:
         self.http.server_close()
 
 
-def policy(page):
-    """What the server allows the page: its own script, its own style, its own server."""
-    script, style = (base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1].encode()).digest()).decode() for tag in ("script", "style"))
-    return f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+def content_security_policy(page):
+    """The server's policy: only the page's own script and style, and requests to its own server."""
+    def digest(tag):
+        block = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
+        return base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+    return (f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 class Handler(BaseHTTPRequestHandler):
-    stand_in: StandIn
+    stub: StubServer
 
     def log_message(self, *_): pass
 
@@ -72,67 +90,76 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def refuse(self, status, message): self.reply("application/json", json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode(), status)
+    def reply_error(self, status, message):
+        body = {"error": {"message": message, "type": "error", "code": None}}
+        self.reply("application/json", json.dumps(body).encode(), status)
 
-    def admitted(self):
-        if self.stand_in.token is None or self.headers["Authorization"] == f"Bearer {self.stand_in.token}": return True
-        self.refuse(401, "this server wants a token")
+    def authorized(self):
+        if self.stub.key is None or self.headers["Authorization"] == f"Bearer {self.stub.key}": return True
+        self.reply_error(401, "an API key is required")
 
     def do_GET(self):
-        if self.path == "/": return self.reply("text/html", PAGE.read_bytes(), **{"Content-Security-Policy": policy(PAGE.read_text())})
-        if self.path != "/v1/models": return self.refuse(404, "there is nothing here")
-        if not self.admitted(): return
-        model = {"id": "smollm2", "object": "model", "created": 0, "owned_by": "kdcode", "speculation": {"gamma": 4, "drafter": "student", "max_tokens": 512}}
+        if self.path == "/":
+            policy = content_security_policy(PAGE.read_text())
+            return self.reply("text/html", PAGE.read_bytes(), **{"Content-Security-Policy": policy})
+        if self.path != "/v1/models": return self.reply_error(404, "not found")
+        if not self.authorized(): return
+        model = {"id": "smollm2", "object": "model", "created": 0, "owned_by": "kdcode",
+                 "speculation": {"gamma": 4, "drafter": "student", "max_tokens": 512}}
         self.reply("application/json", json.dumps({"object": "list", "data": [model]}).encode())
 
     def do_POST(self):
-        script, asked = self.stand_in, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        script.requests.append(asked)
-        if not self.admitted(): return
-        if script.refusal: return self.refuse(*script.refusal)
+        stub, request = self.stub, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        stub.requests.append(request)
+        if not self.authorized(): return
+        if stub.error: return self.reply_error(*stub.error)
         self.reply("text/event-stream")
-        gamma = asked["speculation"]["gamma"]
-        for i, (tokens, rejected) in enumerate(script.rounds if gamma else script.alone):
-            if i == script.hold_after and not self.released(): return
-            self.choice("".join(token["text"] for token in tokens), None, speculation={"tokens": tokens, "rejected": rejected})
-        if script.ending == "cut": return
-        if script.ending == "error": return self.event({"error": {"message": "the teacher ran out of memory"}})
+        gamma = request["speculation"]["gamma"]
+        for i, (tokens, rejected) in enumerate(stub.steps if gamma else stub.baseline_steps):
+            if i == stub.hold_after and not self.released(): return
+            text = "".join(token["text"] for token in tokens)
+            self.choice(text, None, speculation={"tokens": tokens, "rejected": rejected})
+        if stub.ending == "cut": return
+        if stub.ending == "error": return self.event({"error": {"message": "out of memory"}})
         self.choice("", "length")
-        nothing = {"acceptance_rate": None, "tokens_per_call": 1.0, "calls": 13, "drafted": [], "verified": [], "accepted": [], "seconds": 3.1}
-        self.event({**self.frame(), "choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 13, "total_tokens": 22}, "speculation": {"statistics": script.statistics if gamma else nothing}})
+        usage = {"prompt_tokens": 9, "completion_tokens": 13, "total_tokens": 22}
+        statistics = stub.statistics if gamma else BASELINE_STATISTICS
+        self.event({**self.header(), "choices": [], "usage": usage, "speculation": {"statistics": statistics}})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def released(self):
-        while not self.stand_in.release.wait(.02):
-            if select.select([self.connection], [], [], 0)[0]:  # after its body, a client only closes
-                self.stand_in.closed.set()
+        while not self.stub.release.wait(.02):
+            if select.select([self.connection], [], [], 0)[0]:  # after the request, readable means closed
+                self.stub.closed.set()
                 return False
         return True
 
-    def frame(self): return {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "smollm2"}
+    def header(self): return {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "smollm2"}
 
-    def choice(self, text, reason, **more): self.event({**self.frame(), "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}], "usage": None, **more})
+    def choice(self, text, reason, **fields):
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+        self.event({**self.header(), "choices": [choice], "usage": None, **fields})
 
     def event(self, content):
         self.wfile.write(f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode())
 
 
 @pytest.fixture
-def stand_in():
-    server = StandIn()
+def stub():
+    server = StubServer()
     yield server
     server.stop()
 
 
 @pytest.fixture
-def server(request, stand_in, served):
-    """What serves the page and the interface behind it: the stand-in, or our server with a tiny teacher."""
-    if getattr(request, "param", "stand-in") == "stand-in": yield stand_in
+def server(request, stub, served):
+    """The server of the page: the stub, or kdcode's server with a tiny teacher."""
+    if getattr(request, "param", "stub") == "stub": yield stub
     else:
         with served() as (client, _): yield SimpleNamespace(url=str(client.base_url))
 
 
-both = pytest.mark.parametrize("server", ["stand-in", "kdcode"], indirect=True)
+both_servers = pytest.mark.parametrize("server", ["stub", "kdcode"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -144,124 +171,144 @@ def browser():
 
 
 @pytest.fixture
-def complaints():
-    """What the browser's console complains about; anything left in it at the end is a failure."""
+def console():
+    """Errors and warnings in the browser's console. A test fails if any are left at the end."""
     return []
 
 
-OVERHEAR = """
-    const ask = window.fetch
-    window.fetch = async (place, ...how) => {
-        const reply = await ask(place, ...how)
-        if (String(place).endsWith("v1/completions") && window.answers) window.answers.push(reply.clone().text().catch(() => ""))
-        return reply
-    }"""  # a browser doesn't keep what a server tells it not to store
+# The browser does not keep responses with Cache-Control: no-store.
+RECORD_RESPONSES = """
+    const original = window.fetch
+    window.fetch = async (path, ...options) => {
+        const response = await original(path, ...options)
+        if (String(path).endsWith("v1/completions") && window.responses)
+            window.responses.push(response.clone().text().catch(() => ""))
+        return response
+    }"""
 
 
 @pytest.fixture
-def visit(browser, server, complaints):
-    """Opens the page; at the end, nothing was complained about and no request went elsewhere."""
+def visit(browser, server, console):
+    """Open the page. At the end, the console must be empty, and all requests must have gone to the server."""
     contexts, hosts = [], set()
+
+    def log(message):
+        if message.type in ("error", "warning"): console.append(message.text)
 
     def visit(width=1280, motion="reduce", **options):
         contexts.append(browser.new_context(viewport={"width": width, "height": 800}, reduced_motion=motion, **options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
-        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.set_default_timeout(30_000)
+        page.on("console", log)
+        page.on("pageerror", lambda error: console.append(str(error)))
         page.on("request", lambda request: hosts.add(urlsplit(request.url)[:2]))
-        page.add_init_script(OVERHEAR)
+        page.add_init_script(RECORD_RESPONSES)
         page.goto(server.url)
         return page
     yield visit
     for context in contexts: context.close()
-    assert complaints == []
-    assert {place for place in hosts if place[0] != "data"} == {urlsplit(server.url)[:2]}
+    assert console == []
+    assert {host for host in hosts if host[0] != "data"} == {urlsplit(server.url)[:2]}
 
 
 def run(page, ending="Done"):
-    """Runs what the page is set to, and returns the events of each answer."""
-    page.evaluate("window.answers = []")
+    """Run with the current settings, and return the events of each response."""
+    page.evaluate("window.responses = []")
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_role("status")).to_contain_text(ending)
-    return [[json.loads(line[6:]) for line in answer.split("\n") if line.startswith("data: {")] for answer in page.evaluate("Promise.all(window.answers)")]
+    return [[json.loads(line[6:]) for line in response.split("\n") if line.startswith("data: {")]
+            for response in page.evaluate("Promise.all(window.responses)")]
 
 
-def rounds(events): return [event["speculation"] for event in events if event.get("speculation", {}).get("tokens")]
+def steps_of(events):
+    return [event["speculation"] for event in events if event.get("speculation", {}).get("tokens")]
 
 
-def statistics(events): return next(event["speculation"]["statistics"] for event in events if "statistics" in event.get("speculation", {}))
+def statistics_of(events):
+    return next(event["speculation"]["statistics"] for event in events if "statistics" in event.get("speculation", {}))
 
 
-def text(events): return "".join(choice["text"] for event in events for choice in event["choices"])
+def text_of(events):
+    return "".join(choice["text"] for event in events for choice in event["choices"])
 
 
-def shown(page): return page.locator("#text .token").evaluate_all("tokens => tokens.map(token => ({text: token.textContent, drafted: token.classList.contains('drafted')}))")
+def displayed_tokens(page):
+    return page.locator("#text .token").evaluate_all(
+        "tokens => tokens.map(token => ({text: token.textContent, drafted: token.classList.contains('drafted')}))")
 
 
-def style(page, selector, name, pseudo=None): return page.locator(selector).first.evaluate("(element, [name, pseudo]) => getComputedStyle(element, pseudo)[name]", [name, pseudo])
+def style(page, selector, name, pseudo=None):
+    script = "(element, [name, pseudo]) => getComputedStyle(element, pseudo)[name]"
+    return page.locator(selector).first.evaluate(script, [name, pseudo])
 
 
-def refused(complaints):
-    """A browser's console notes each refused or lost request by itself."""
-    assert complaints and all("Failed to load resource" in complaint for complaint in complaints)
-    complaints.clear()
+def expect_failed_requests(console):
+    """The browser itself logs every failed request; nothing else may be logged."""
+    assert console and all("Failed to load resource" in message for message in console)
+    console.clear()
 
 
-def test_page_is_one_file_without_what_a_strict_policy_forbids():
+def test_page_satisfies_a_strict_content_security_policy():
     page = PAGE.read_text()
     assert (page.count("<script"), page.count("<style")) == (1, 1)
     markup = re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.S)
     assert not re.search(r"\s(on\w+|style)=", markup)
-    assert re.findall(r"""(?:src|href|action)\s*=\s*["'](?!data:)|url\(|@import|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(""", page) == []
+    external = r"""(?:src|href|action)\s*=\s*["'](?!data:)|url\(|@import"""
+    unsafe = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\("
+    assert re.findall(f"{external}|{unsafe}", page) == []
 
 
-@both
-def test_tokens_say_who_wrote_them(visit, server):
+@both_servers
+def test_tokens_show_their_origin(visit, server):
     page = visit()
     events, _ = run(page)
-    expected = [{"text": token["text"], "drafted": token["drafted"]} for step in rounds(events) for token in step["tokens"]]
-    assert shown(page) == expected and {token["drafted"] for token in expected} == {True, False}
-    assert "".join(token["text"] for token in shown(page)) == text(events)
-    assert style(page, "#text .drafted", "fontWeight") != style(page, "#text .own", "fontWeight")  # not by colour alone
-    assert (style(page, "#text .drafted", "textDecorationLine"), style(page, "#text .own u", "textDecorationLine")) == ("none", "underline")
-    for name in ("drafted", "own"): assert style(page, f".legend .{name}", "color") == style(page, f"#text .{name}", "color")
-    model = page.evaluate("fetch('/v1/models').then(reply => reply.json())")["data"][0]
+    tokens = [token for step in steps_of(events) for token in step["tokens"]]
+    expected = [{"text": token["text"], "drafted": token["drafted"]} for token in tokens]
+    assert displayed_tokens(page) == expected and {token["drafted"] for token in expected} == {True, False}
+    assert "".join(token["text"] for token in displayed_tokens(page)) == text_of(events)
+    weights = [style(page, selector, "fontWeight") for selector in ("#text .drafted", "#text .teacher")]
+    assert weights[0] != weights[1]  # not by colour alone
+    decorations = [style(page, selector, "textDecorationLine") for selector in ("#text .drafted", "#text .teacher u")]
+    assert decorations == ["none", "underline"]
+    for name in ("drafted", "teacher"):
+        assert style(page, f".legend .{name}", "color") == style(page, f"#text .{name}", "color")
+    model = page.evaluate("fetch('/v1/models').then(response => response.json())")["data"][0]
     expect(page.locator("#model")).to_have_text(model["id"])
     gamma = str(model["speculation"]["gamma"])
-    assert page.get_by_role("slider", name="γ").evaluate("slider => [slider.min, slider.max, slider.value]") == ["0", gamma, gamma]
+    slider = page.get_by_role("slider", name="γ").evaluate("slider => [slider.min, slider.max, slider.value]")
+    assert slider == ["0", gamma, gamma]
 
 
-def test_text_appears_as_it_is_verified(visit, stand_in):
-    stand_in.hold_after = 2
+def test_text_appears_while_it_is_decoded(visit, stub):
+    stub.hold_after = 2
     page = visit()
     page.get_by_role("button", name="Run").click()
     expect(page.locator("#text .token")).to_have_count(7)
-    expect(page.get_by_role("status")).to_have_text("Decoding with drafts…")
+    expect(page.get_by_role("status")).to_have_text("Decoding with drafting…")
     expect(page.locator("#speed")).to_contain_text("tokens/s")
     expect(page.locator("#positions tbody tr").first).to_contain_text("2 of 2, 100%")
-    stand_in.release.set()
+    stub.release.set()
     expect(page.get_by_role("status")).to_contain_text("Done")
     expect(page.locator("#text .token")).to_have_count(13)
 
 
-def test_rejected_drafts_are_shown_to_the_pointer(visit, stand_in):
+def test_pointer_shows_rejected_draft_tokens(visit, stub):
     page = visit()
     run(page)
     tip, marks = page.get_by_role("tooltip"), page.locator("#text .mark")
-    expect(marks).to_have_count(sum(bool(rejected) for _, rejected in ROUNDS))
+    expect(marks).to_have_count(sum(bool(rejected) for _, rejected in STEPS))
     expect(tip).to_be_hidden()
     marks.nth(2).hover()
-    expect(tip).to_have_text("Refused by the teacher: ·iFell with it: ·in·range(Written instead: ·divisor")
-    page.locator("#text .own", has_text="for").hover()  # what the teacher wrote instead is a larger target
+    expect(tip).to_have_text("Rejected draft token: ·iDiscarded after it: ·in·range(Teacher’s token: ·divisor")
+    page.locator("#text .teacher", has_text="for").hover()  # the teacher's token is a larger target than the mark
     expect(tip).to_contain_text("····return")
-    tip.hover()  # the pointer may move onto it
+    tip.hover()  # the pointer may move onto the tooltip
     expect(tip).to_be_visible()
     page.get_by_role("heading", name="kdcode").hover()
     expect(tip).to_be_hidden()
 
 
-def test_rejected_drafts_are_shown_to_the_keyboard(visit, stand_in):
+def test_keyboard_shows_rejected_draft_tokens(visit, stub):
     page = visit()
     run(page)
     tip, marks = page.get_by_role("tooltip"), page.locator("#text").get_by_role("button")
@@ -269,8 +316,9 @@ def test_rejected_drafts_are_shown_to_the_keyboard(visit, stand_in):
     page.get_by_role("button", name="Stop").focus()
     page.keyboard.press("Tab")
     expect(marks.first).to_be_focused()
-    expect(marks.first).to_have_accessible_name("3 rejected drafts")
-    expect(marks.first).to_have_accessible_description(re.compile("Refused by the teacher: · ?Fell with it: 1 ?↵ ?Written instead: ↵········return"))
+    expect(marks.first).to_have_accessible_name("3 rejected draft tokens")
+    description = re.compile("Rejected draft token: · ?Discarded after it: 1 ?↵ ?Teacher’s token: ↵········return")
+    expect(marks.first).to_have_accessible_description(description)
     page.keyboard.press("ArrowRight")
     expect(marks.nth(1)).to_be_focused()
     expect(tip).to_contain_text("·True")
@@ -279,159 +327,173 @@ def test_rejected_drafts_are_shown_to_the_keyboard(visit, stand_in):
     page.keyboard.press("End")
     expect(marks.last).to_be_focused()
     expect(tip).to_be_visible()
-    page.keyboard.press("Tab")  # all marks are one stop
+    page.keyboard.press("Tab")  # all marks share one tab stop
     expect(page.locator("summary")).to_be_focused()
     expect(tip).to_be_hidden()
 
 
-@both
-def test_bars_are_the_statistics(visit, server):
+@both_servers
+def test_bars_show_the_statistics(visit, server):
     page = visit()
-    numbers = statistics(run(page)[0])
+    numbers = statistics_of(run(page)[0])
     rows = page.locator("#positions tbody tr")
     expect(rows).to_have_count(len(numbers["drafted"]))
     for i, (n, verified, accepted) in enumerate(zip(numbers["drafted"], numbers["verified"], numbers["accepted"])):
         expect(rows.nth(i)).to_have_text(re.compile(rf"^{i + 1}\s*{accepted} of {n}, {100*accepted/n:.0f}%$"))
-        widths = rows.nth(i).locator(".track").evaluate("track => [track, ...track.children].map(bar => bar.getBoundingClientRect().width)")
-        assert [width / widths[0] for width in widths[1:]] == pytest.approx([accepted / n, (verified - accepted) / n], abs=.01)
-    expect(page.locator("#acceptance")).to_contain_text(f"{numbers['calls']} teacher calls, {numbers['tokens_per_call']:.3g}")
-    expect(page.locator("#acceptance")).to_contain_text(f"α = {numbers['acceptance_rate']:.2f}")
+        widths = rows.nth(i).locator(".track").evaluate(
+            "track => [track, ...track.children].map(bar => bar.getBoundingClientRect().width)")
+        shares = [width / widths[0] for width in widths[1:]]
+        assert shares == pytest.approx([accepted / n, (verified - accepted) / n], abs=.01)
+    summary = page.locator("#acceptance")
+    expect(summary).to_contain_text(f"Tokens per target call: {numbers['tokens_per_call']:.3g}")
+    expect(summary).to_contain_text(f"({numbers['calls']} calls)")
+    expect(summary).to_contain_text(f"α = {numbers['acceptance_rate']:.2f}")
 
 
-@both
-def test_teacher_alone_is_compared(visit, server):
+@both_servers
+def test_output_is_compared_with_decoding_without_drafting(visit, server):
     page = visit()
-    main, alone = run(page)
-    expect(page.locator("#verdict")).to_have_text("✓ Both texts are identical.")
-    assert page.locator("#alone-text").text_content() == page.get_by_label("Prompt").input_value() + text(alone)
+    main, baseline = run(page)
+    expect(page.locator("#verdict")).to_have_text("✓ The outputs are identical.")
+    prompt = page.get_by_label("Prompt").input_value()
+    assert page.locator("#baseline-text").text_content() == prompt + text_of(baseline)
     speeds = [float(re.search(r"([\d.]+) tokens/s", row)[1]) for row in page.locator("#speed tr").all_text_contents()]
     ratio = float(page.locator("#headline").text_content().rstrip("×"))
-    assert len(speeds) == 2 and ratio == pytest.approx(speeds[0] / speeds[1], rel=.02, abs=.006)  # all three are rounded
-    expect(page.get_by_role("status")).to_contain_text(f"{ratio:.2f} times as fast")
+    assert len(speeds) == 2 and ratio == pytest.approx(speeds[0] / speeds[1], rel=.02, abs=.006)  # all are rounded
+    expect(page.get_by_role("status")).to_contain_text(f"speedup {ratio:.2f}")
     page.locator("summary").click()
-    expect(page.locator("#alone-text")).to_be_hidden()
+    expect(page.locator("#baseline-text")).to_be_hidden()
 
 
-def test_same_request_goes_out_without_drafts(visit, stand_in):
+def test_comparison_differs_in_gamma_only(visit, stub):
     page = visit()
     page.get_by_label("Seed").fill("7")
     run(page)
-    first, second = stand_in.requests
-    assert first == {"prompt": page.get_by_label("Prompt").input_value(), "max_tokens": 128, "temperature": 0, "seed": 7, "model": "smollm2", "stream": True, "stream_options": {"include_usage": True},
+    first, second = stub.requests
+    assert first == {"prompt": page.get_by_label("Prompt").input_value(), "max_tokens": 128, "temperature": 0,
+                     "seed": 7, "model": "smollm2", "stream": True, "stream_options": {"include_usage": True},
                      "speculation": {"gamma": 4, "details": True}}
     assert second == first | {"speculation": {"gamma": 0, "details": True}}
 
 
-@pytest.mark.parametrize("temperature, words", [("0", "The texts differ from character 4 on."), ("0.7", "Both texts are samples of the same law, so they may differ.")])
-def test_differing_texts_are_told(visit, stand_in, temperature, words):
-    stand_in.alone = [(own("   "), []), (own("while"), [])]
+@pytest.mark.parametrize("temperature, message", [
+    ("0", "The outputs differ from character 4 on."),
+    ("0.7", "The outputs are samples of the same distribution and may differ."),
+])
+def test_differing_outputs_are_reported(visit, stub, temperature, message):
+    stub.baseline_steps = [(by_teacher("   "), []), (by_teacher("while"), [])]
     page = visit()
-    stand_in.rounds = [(drafted("   ") + own("if"), [])]
+    stub.steps = [(drafted("   ") + by_teacher("if"), [])]
     page.get_by_label("Temperature").fill(temperature)
     run(page)
-    expect(page.locator("#verdict")).to_have_text(words)
+    expect(page.locator("#verdict")).to_have_text(message)
 
 
-@pytest.mark.parametrize("change", ["no comparison", "no drafts"])
-def test_one_request_where_there_is_nothing_to_compare(visit, stand_in, change):
+@pytest.mark.parametrize("change", ["no comparison", "no drafting"])
+def test_without_a_comparison_there_is_one_request(visit, stub, change):
     page = visit()
     if change == "no comparison": page.get_by_label("Compare").uncheck()
     else: page.get_by_label("γ").fill("0")
     run(page)
-    assert [asked["speculation"]["gamma"] for asked in stand_in.requests] == [4 if change == "no comparison" else 0]
-    expect(page.locator("#alone")).to_be_hidden()
+    assert [request["speculation"]["gamma"] for request in stub.requests] == [4 if change == "no comparison" else 0]
+    expect(page.locator("#baseline")).to_be_hidden()
     expect(page.locator("#headline-unit")).to_have_text("tokens/s")
 
 
-@pytest.mark.parametrize("way", ["button", "key"])
-def test_stop_ends_the_request_and_the_page_runs_again(visit, stand_in, way):
-    stand_in.hold_after = 1
+@pytest.mark.parametrize("method", ["button", "key"])
+def test_stop_cancels_the_request(visit, stub, method):
+    stub.hold_after = 1
     page = visit()
     page.get_by_role("button", name="Run").click()
     expect(page.locator("#text .token")).to_have_count(5)
-    assert not stand_in.closed.is_set()
-    if way == "button": page.get_by_role("button", name="Stop").click()
+    assert not stub.closed.is_set()
+    if method == "button": page.get_by_role("button", name="Stop").click()
     else: page.keyboard.press("Escape")
     expect(page.get_by_role("status")).to_have_text("Stopped after 5 tokens.")
-    assert stand_in.closed.wait(10)
+    assert stub.closed.wait(30)
     expect(page.get_by_role("alert")).to_be_hidden()
-    assert len(stand_in.requests) == 1  # nothing is left to compare
-    stand_in.hold_after = None
+    assert len(stub.requests) == 1  # no comparison after a stop
+    stub.hold_after = None
     run(page)
     expect(page.locator("#text .token")).to_have_count(13)
 
 
-@pytest.mark.parametrize("refusal", [(400, "temperature must not be below 0"), (429, "3 requests are waiting")])
-def test_refusal_is_shown_and_the_page_lives_on(visit, stand_in, complaints, refusal):
-    stand_in.refusal = refusal
+@pytest.mark.parametrize("error", [(400, "temperature must not be below 0"), (429, "the request queue is full")])
+def test_error_status_is_shown(visit, stub, console, error):
+    stub.error = error
     page = visit()
     page.get_by_role("button", name="Run").click()
-    expect(page.get_by_role("alert")).to_have_text(f"The server refused the request ({refusal[0]}): {refusal[1]}")
-    refused(complaints)
-    stand_in.refusal = None
+    expect(page.get_by_role("alert")).to_have_text(f"The server returned an error ({error[0]}): {error[1]}")
+    expect_failed_requests(console)
+    stub.error = None
     run(page)
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-@pytest.mark.parametrize("ending, words", [("error", "The server gave up: the teacher ran out of memory"), ("cut", "The server ended the answer before it was complete.")])
-def test_broken_answer_is_shown_and_the_page_lives_on(visit, stand_in, ending, words):
-    stand_in.ending = ending
+@pytest.mark.parametrize("ending, message", [
+    ("error", "The server stopped with an error: out of memory"),
+    ("cut", "The response ended before it was complete."),
+])
+def test_broken_stream_is_shown(visit, stub, ending, message):
+    stub.ending = ending
     page = visit()
     page.get_by_role("button", name="Run").click()
-    expect(page.get_by_role("alert")).to_have_text(words)
+    expect(page.get_by_role("alert")).to_have_text(message)
     expect(page.locator("#text .token")).to_have_count(13)
-    stand_in.ending = "done"
+    stub.ending = "done"
     run(page)
 
 
-def test_server_that_is_gone_is_told(visit, stand_in, complaints):
+def test_unreachable_server_is_shown(visit, stub, console):
     page = visit()
     expect(page.locator("#model")).to_have_text("smollm2")
-    stand_in.stop()
+    stub.stop()
     page.get_by_role("button", name="Run").click()
-    expect(page.get_by_role("alert")).to_have_text("The server cannot be reached. Is it still running?")
+    expect(page.get_by_role("alert")).to_have_text("The server cannot be reached. Is it running?")
     expect(page.get_by_role("button", name="Run")).to_be_enabled()
-    refused(complaints)
+    expect_failed_requests(console)
 
 
-def test_token_is_asked_for_and_sent(visit, stand_in, complaints):
+def test_api_key_is_requested_and_sent(visit, stub, console):
     page = visit()
     expect(page.locator("#model")).to_have_text("smollm2")
-    expect(page.get_by_label("API token")).to_be_hidden()
-    stand_in.token = "a-token"
+    expect(page.get_by_label("API key")).to_be_hidden()
+    stub.key = "a-key"
     page.reload()
-    expect(page.get_by_label("API token")).to_be_focused()
-    expect(page.get_by_role("alert")).to_contain_text("this server wants a token")
+    expect(page.get_by_label("API key")).to_be_focused()
+    expect(page.get_by_role("alert")).to_contain_text("an API key is required")
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_be_visible()
-    page.get_by_label("API token").fill("a-token")
+    page.get_by_label("API key").fill("a-key")
     run(page)
     expect(page.locator("#model")).to_have_text("smollm2")
-    refused(complaints)
+    expect_failed_requests(console)
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
 
 
-def test_markup_in_the_text_stays_text(visit, stand_in, complaints):
+def test_markup_in_model_output_is_shown_as_text(visit, stub, console):
     attack = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
-    stand_in.rounds, stand_in.alone = [(drafted(attack) + own(attack), [attack, attack])], [(own(attack), [])]
+    stub.steps = [(drafted(attack) + by_teacher(attack), [attack, attack])]
+    stub.baseline_steps = [(by_teacher(attack), [])]
     page = visit()
     page.get_by_label("Prompt").fill(attack)
     run(page)
     page.locator("#text .mark").focus()
-    assert [token["text"] for token in shown(page)] == [attack, attack]
+    assert [token["text"] for token in displayed_tokens(page)] == [attack, attack]
     expect(page.get_by_role("tooltip")).to_contain_text(attack.replace(" ", "·"))
-    stand_in.refusal = (400, attack)
+    stub.error = (400, attack)
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_role("alert")).to_contain_text(attack)
-    refused(complaints)
+    expect_failed_requests(console)
     assert page.locator("img").count() == 0 and page.title() == "kdcode playground"
 
 
 @pytest.mark.parametrize("width", [320, 400, 800, 1280])
-def test_nothing_scrolls_sideways(visit, stand_in, width):
+def test_nothing_scrolls_sideways(visit, stub, width):
     long = "x" * 200
-    stand_in.rounds = ROUNDS + [(drafted(" short") + own(" word"), [" of"] * 8)] * 20 + [(drafted(long) + own(long), [long, long])]
+    short_steps = [(drafted(" short") + by_teacher(" word"), [" of"] * 8)] * 20
+    stub.steps = STEPS + short_steps + [(drafted(long) + by_teacher(long), [long, long])]
     page = visit(width)
     run(page)
     edges = page.locator("#text .mark").evaluate_all("""marks => marks.map(mark => {
@@ -439,11 +501,11 @@ def test_nothing_scrolls_sideways(visit, stand_in, width):
         const tip = document.getElementById("tip").getBoundingClientRect();
         return [mark.getBoundingClientRect().left, tip.left, tip.right, document.documentElement.scrollWidth];
     })""")
-    assert max(mark for mark, *_ in edges) > min(width - 100, 600)  # there are marks far to the right
+    assert max(mark for mark, *_ in edges) > min(width - 100, 600)  # some marks are close to the right edge
     assert all(0 <= left < right <= width and scroll <= width for _, left, right, scroll in edges), edges
 
 
-def test_keyboard_alone_is_enough(visit, stand_in):
+def test_keyboard_alone_is_enough(visit, stub):
     page = visit()
     expect(page.locator("#model")).to_have_text("smollm2")
     order = []
@@ -455,57 +517,77 @@ def test_keyboard_alone_is_enough(visit, stand_in):
     assert order == ["prompt", "gamma", "temperature", "max-tokens", "seed", "compare", "run", "stop"]
     page.keyboard.press("Control+Enter")
     expect(page.get_by_role("status")).to_contain_text("Done")
-    asked, = stand_in.requests
-    assert asked["prompt"].endswith("def f():") and (asked["speculation"]["gamma"], asked["temperature"]) == (3, .1)
+    request, = stub.requests
+    assert request["prompt"].endswith("def f():")
+    assert (request["speculation"]["gamma"], request["temperature"]) == (3, .1)
 
 
-def test_every_control_has_a_name(visit, stand_in):
+def test_every_control_has_an_accessible_name(visit, stub):
     page = visit()
     run(page)
-    page.evaluate("document.getElementById('token-field').hidden = false")
-    controls = page.locator("button, input, textarea, form, section, table, summary, [role]").locator("visible=true").all()
+    page.evaluate("document.getElementById('key-field').hidden = false")
+    selector = "button, input, textarea, form, section, table, summary, [role]"
+    controls = page.locator(selector).locator("visible=true").all()
     assert len(controls) > 15
     for control in controls:
-        if control.get_attribute("role") not in ("status", "alert"): expect(control).to_have_accessible_name(re.compile(r"\w"))
+        if control.get_attribute("role") not in ("status", "alert"):
+            expect(control).to_have_accessible_name(re.compile(r"\w"))
     tree = page.locator("body").aria_snapshot()
     assert not re.search(r"- (button|textbox|slider|spinbutton|checkbox|table|region|form)(:|$|\n| \[)", tree), tree
-    for line in ('heading "kdcode playground" [level=1]', 'textbox "Prompt"', 'slider "Drafts per call, γ"', 'button "3 rejected drafts"', 'rowheader "teacher alone"'): assert line in tree, tree
+    for line in ('heading "kdcode playground" [level=1]', 'textbox "Prompt"',
+                 'slider "Draft tokens per target call, γ"', 'button "3 rejected draft tokens"',
+                 'rowheader "with drafting"', 'rowheader "without drafting"'):
+        assert line in tree, tree
 
 
-def test_screen_reader_is_told_little(visit, stand_in):
+def test_screen_reader_hears_status_changes_only(visit, stub):
     page = visit()
-    page.evaluate("""() => { window.said = []; new MutationObserver(() => said.push(document.getElementById("status").textContent)).observe(document.getElementById("status"), {childList: true}); }""")
+    page.evaluate("""() => {
+        window.messages = [];
+        const status = document.getElementById("status");
+        new MutationObserver(() => messages.push(status.textContent)).observe(status, {childList: true});
+    }""")
     run(page)
-    said = page.evaluate("said")
-    assert said[:2] == ["Decoding with drafts…", "Decoding with the teacher alone, to compare…"] and said[2].startswith("Done: 13 tokens, 9 of them drafted") and len(said) == 3
-    assert page.locator("[aria-live], [role=status], [role=alert], output").count() == 2  # and nothing else speaks by itself
+    messages = page.evaluate("messages")
+    assert messages[:2] == ["Decoding with drafting…", "Decoding without drafting, for comparison…"]
+    assert messages[2].startswith("Done: 13 tokens, 9 of them drafted") and len(messages) == 3
+    assert page.locator("[aria-live], [role=status], [role=alert], output").count() == 2  # no other live regions
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_are_told_apart(visit, stand_in, scheme):
-    """Contrast of WCAG 2.2 AA: 4.5 for text, 3 for what else has to be seen."""
+def test_contrast(visit, stub, scheme):
+    """WCAG 2.2 AA: a contrast of 4.5 for text, 3 for other visible elements."""
     page = visit(color_scheme=scheme)
     run(page)
     page.locator("#text .mark").first.focus()
 
-    def light(colour):
+    def luminance(colour):
         parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-        return sum(weight * (part / 12.92 if part <= .04045 else ((part + .055) / 1.055)**2.4) for weight, part in zip((.2126, .7152, .0722), parts))
+        linear = [part / 12.92 if part <= .04045 else ((part + .055) / 1.055)**2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((.2126, .7152, .0722), linear))
 
-    def contrast(selector, behind, name="color", pseudo=None):
-        bright, dim = sorted((light(style(page, selector, name, pseudo)), light(style(page, behind, "backgroundColor"))), reverse=True)
-        return (bright + .05) / (dim + .05)
-    assert (light(style(page, "body", "backgroundColor")) < .1) == (scheme == "dark")
-    for selector in (".prompt", "#alone-text", "h2", "#status", "#tip .refused", "#tip .fallen", "label span"): assert contrast(selector, ".card") >= 4.5, selector
-    for selector, behind in (("#text .drafted", "#text .drafted"), ("#text .own", "#text .own"), ("header p", "body"), ("#run", "#run"), ("#prompt", "#prompt")): assert contrast(selector, behind) >= 4.5, selector
-    for selector, name, behind in ((".track .accepted", "backgroundColor", ".track"), (".track .alone", "backgroundColor", ".track"), ("#prompt", "borderTopColor", ".card")):
-        assert contrast(selector, behind, name) >= 3, selector
+    def contrast(selector, background, name="color", pseudo=None):
+        colours = (style(page, selector, name, pseudo), style(page, background, "backgroundColor"))
+        dark, bright = sorted(map(luminance, colours))
+        return (bright + .05) / (dark + .05)
+
+    assert (luminance(style(page, "body", "backgroundColor")) < .1) == (scheme == "dark")
+    for selector in (".prompt", "#baseline-text", "h2", "#status", "#tip .rejected", "#tip .discarded", "label span"):
+        assert contrast(selector, ".card") >= 4.5, selector
+    for selector, background in (("#text .drafted", "#text .drafted"), ("#text .teacher", "#text .teacher"),
+                                 ("header p", "body"), ("#run", "#run"), ("#prompt", "#prompt")):
+        assert contrast(selector, background) >= 4.5, selector
+    for selector, name, background in ((".track .accepted", "backgroundColor", ".track"),
+                                       (".track .baseline", "backgroundColor", ".track"),
+                                       ("#prompt", "borderTopColor", ".card")):
+        assert contrast(selector, background, name) >= 3, selector
     assert contrast("#text .mark", ".card", "borderTopColor", "::before") >= 3
 
 
 @pytest.mark.parametrize("motion", ["reduce", "no-preference"])
-def test_motion_is_left_out_where_it_is_not_wanted(visit, stand_in, motion):
+def test_animations_respect_reduced_motion(visit, stub, motion):
     page = visit(motion=motion)
     run(page)
-    moves = (style(page, "#text .token", "animationName") != "none", style(page, ".track .accepted", "transitionDuration") != "0s")
-    assert moves == ((False, False) if motion == "reduce" else (True, True))
+    animated = (style(page, "#text .token", "animationName") != "none",
+                style(page, ".track .accepted", "transitionDuration") != "0s")
+    assert animated == ((False, False) if motion == "reduce" else (True, True))

@@ -1,4 +1,4 @@
-"""The server as clients meet it: many at once, gone in the middle, hostile, and told to end."""
+"""The server under real clients: many at once, disconnecting, malicious, and during shutdown."""
 import json
 import os
 import signal
@@ -12,190 +12,231 @@ import pytest
 from conftest import wait_until
 
 from kdcode.config import Config, DecodeSettings
-from kdcode.serve import create_app, Service
 from kdcode.decode import complete
+from kdcode.serve import create_app, Service
+
+PATH = "/v1/completions"
+JSON = {"Content-Type": "application/json"}
 
 
-def body(**changes):
+def request_body(**changes):
     return {"model": "teacher0", "prompt": "def f(n):", "max_tokens": 20, "temperature": 0} | changes
 
 
-def kinds():
-    """Requests of eight kinds, greedy and sampled, short and long."""
+def different_requests():
+    """Eight requests, greedy and sampled, short and long."""
     prompts = ("def f(n):", "import", "class Tree:\n    def __init__(self):", "x = [1, 2, 3]\n" * 5)
-    return [body(prompt=prompt, max_tokens=5 + 9 * (i % 4), temperature=temperature, seed=i) for i, prompt in enumerate(prompts) for temperature in (0, 1)]
+    return [request_body(prompt=prompt, max_tokens=5 + 9 * (i % 4), temperature=temperature, seed=i)
+            for i, prompt in enumerate(prompts) for temperature in (0, 1)]
 
 
-def alone(pair, asked):
-    """The same text without a server."""
-    settings = DecodeSettings(gamma=3, max_new_tokens=asked["max_tokens"], temperature=float(asked["temperature"]))
-    return complete(*pair, asked["prompt"], settings, asked["seed"]).text
+def solo_text(pair, request):
+    """The text of a request without a server."""
+    settings = DecodeSettings(gamma=3, max_new_tokens=request["max_tokens"], temperature=float(request["temperature"]))
+    return complete(*pair, request["prompt"], settings, request["seed"]).text
 
 
-def memory():
-    """Of this process, in MB."""
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def streamed_text(response):
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
+
+
+def resident_memory():
+    """Memory of this process, in MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def test_200_requests_from_16_clients(pair, served):
-    wanted = {json.dumps(asked): alone(pair, asked) for asked in kinds()}
-    requests = [kinds()[i % 8] | {"stream": i % 3 == 0} for i in range(200)]
-    def ask(client, asked):
-        reply = client.post("/v1/completions", json=asked)
-        assert reply.status_code == 200, reply.text
-        if not asked["stream"]: return reply.json()["choices"][0]["text"]
-        lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
-        assert lines[-1] == "[DONE]"
-        return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
-    with served(places=6) as (client, service), ThreadPoolExecutor(16) as clients:
-        used = []
+    expected = {json.dumps(request): solo_text(pair, request) for request in different_requests()}
+    requests = [different_requests()[i % 8] for i in range(200)]
+
+    def send(client, i):
+        stream = i % 3 == 0
+        response = client.post(PATH, json=requests[i] | {"stream": stream})
+        assert response.status_code == 200, response.text
+        return streamed_text(response) if stream else response.json()["choices"][0]["text"]
+
+    with served(slots=6) as (client, service), ThreadPoolExecutor(16) as clients:
+        memory = []
         for _ in range(2):
-            found = list(clients.map(lambda asked: ask(client, asked), requests))
-            assert found == [wanted[json.dumps({name: value for name, value in asked.items() if name != "stream"})] for asked in requests]
-            used.append(memory())
-        figures = client.get("/metrics").text
-    assert used[1] - used[0] < 30, used
-    assert 'kdcode_requests_total{path="/v1/completions",status="200"} 400.0' in figures
-    assert "kdcode_running_requests 0.0" in figures and "kdcode_waiting_requests 0.0" in figures and "kdcode_first_token_seconds_count 400.0" in figures
-    assert len(set(wanted.values())) == 8  # or equal answers would say nothing
+            texts = list(clients.map(lambda i: send(client, i), range(200)))
+            assert texts == [expected[json.dumps(request)] for request in requests]
+            memory.append(resident_memory())
+        metrics = client.get("/metrics").text
+    assert memory[1] - memory[0] < 30, memory
+    for line in (f'kdcode_requests_total{{path="{PATH}",status="200"}} 400.0', "kdcode_running_requests 0.0",
+                 "kdcode_waiting_requests 0.0", "kdcode_first_token_seconds_count 400.0"):
+        assert line in metrics, line
+    assert len(set(expected.values())) == 8  # control: the eight requests have different texts
 
 
-def test_a_full_line_is_told_and_empties(pair, served):
-    with served(places=1, waiting=2) as (client, service), ThreadPoolExecutor(12) as clients:
-        replies = list(clients.map(lambda seed: client.post("/v1/completions", json=body(max_tokens=150, seed=seed)), range(12)))
-        assert {reply.status_code for reply in replies} == {200, 429}
-        for reply in replies:
-            if reply.status_code == 429: assert reply.headers["Retry-After"] == "1" and reply.json()["error"]["code"] == "queue_full"
-        assert client.post("/v1/completions", json=body()).status_code == 200
+def test_a_full_queue_returns_429_and_drains(pair, served):
+    with served(slots=1, queue_size=2) as (client, service), ThreadPoolExecutor(12) as clients:
+        def send(seed): return client.post(PATH, json=request_body(max_tokens=150, seed=seed))
+        responses = list(clients.map(send, range(12)))
+        assert {response.status_code for response in responses} == {200, 429}
+        for response in responses:
+            if response.status_code == 429:
+                assert response.headers["Retry-After"] == "1" and response.json()["error"]["code"] == "queue_full"
+        assert client.post(PATH, json=request_body()).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_goes_away_frees_the_place(pair, served, stream):
-    with served(places=1) as (client, service):
-        asked = json.dumps(body(max_tokens=450, stream=stream)).encode()
+def test_a_disconnected_client_frees_its_slot(pair, served, stream):
+    with served(slots=1) as (client, service):
+        content = json.dumps(request_body(max_tokens=450, stream=stream))
+        header = [f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json",
+                  f"Content-Length: {len(content)}"]
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(asked), asked))
-            wait_until(lambda: service.scheduler.batch.texts)
-            text = service.scheduler.batch.texts[0]
-        assert client.post("/v1/completions", json=body(max_tokens=1)).status_code == 200  # with one place, only where the other has left
-        assert not text.finished and service.scheduler.running == 0
+            connection.sendall("\r\n".join([*header, "", content]).encode())
+            wait_until(lambda: service.scheduler.batch.sequences)
+            sequence = service.scheduler.batch.sequences[0]
+        response = client.post(PATH, json=request_body(max_tokens=1))  # with one slot, only after it was freed
+        assert response.status_code == 200
+        assert not sequence.finished and service.scheduler.running == 0
 
 
-def test_a_stop_string_ends_the_writing(pair, served):
-    whole = alone(pair, body(max_tokens=200, seed=0))
+def test_a_stop_string_ends_decoding(pair, served):
+    whole = solo_text(pair, request_body(max_tokens=200, seed=0))
     stop = whole[10:14]
     with served() as (client, service):
-        for stream in (False, True):
-            reply = client.post("/v1/completions", json=body(max_tokens=200, stop=[stop, "\0"], stream=stream))
-            told = reply.json() if not stream else None
-            text = told["choices"][0]["text"] if told else "".join(json.loads(line[6:])["choices"][0]["text"] for line in reply.text.splitlines() if line.startswith("data: {"))
-            assert text == whole.split(stop)[0]
-        assert told is None and client.post("/v1/completions", json=body(max_tokens=200, stop=stop)).json()["choices"][0]["finish_reason"] == "stop"
+        request = request_body(max_tokens=200, stop=[stop, "\0"])
+        choice = client.post(PATH, json=request).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == (whole.split(stop)[0], "stop")
+        assert streamed_text(client.post(PATH, json=request | {"stream": True})) == whole.split(stop)[0]
+        choice = client.post(PATH, json=request | {"stop": stop}).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
         assert service.scheduler.running == 0
 
 
-def test_bodies_without_a_length_are_bounded(pair, served):
+def test_a_body_without_a_length_is_limited(pair, served):
     def endless():
         for _ in range(1000): yield b"x" * 100_000
     with served(max_bytes=50_000) as (client, service):
-        try: status = client.post("/v1/completions", content=endless(), headers={"Content-Type": "application/json"}).status_code
-        except (httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError): status = 413  # the server has hung up on the rest
+        try: status = client.post(PATH, content=endless(), headers=JSON).status_code
+        except (httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError): status = 413  # the connection was closed
         assert status == 413
-        assert client.post("/v1/completions", json=body()).status_code == 200
+        assert client.post(PATH, json=request_body()).status_code == 200
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[" * 20_000, b'{"model": "teacher0", "prompt": ' + b"9" * 5000 + b"}", b'{"model": "teacher0", "prompt": ["x", 1]}', b'{"model": "teacher0", "prompt": "x", "n": 1e400}', b"\xff\xfe", b'{"\\ud800": 1}', b'{"model": "' + b"m" * 10_000 + b'", "prompt": "x"}'])
-def test_odd_bodies_are_told(pair, served, content):
+@pytest.mark.parametrize("content", [
+    b"",
+    b"null",
+    b"[" * 20_000,
+    b'{"model": "teacher0", "prompt": ' + b"9" * 5000 + b"}",
+    b'{"model": "teacher0", "prompt": ["x", 1]}',
+    b'{"model": "teacher0", "prompt": "x", "n": 1e400}',
+    b"\xff\xfe",
+    b'{"\\ud800": 1}',
+    b'{"model": "' + b"m" * 10_000 + b'", "prompt": "x"}',
+])
+def test_a_malformed_body_is_an_error_of_the_client(pair, served, content):
     with served() as (client, service):
-        reply = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
-        error = reply.json()["error"]
-        assert reply.status_code in (400, 404) and set(error) == {"message", "type", "param", "code"} and 0 < len(error["message"]) <= 300 and "Traceback" not in error["message"]
-        assert client.post("/v1/completions", json=body()).status_code == 200
+        response = client.post(PATH, content=content, headers=JSON)
+        error = response.json()["error"]
+        assert response.status_code in (400, 404) and set(error) == {"message", "type", "param", "code"}
+        assert 0 < len(error["message"]) <= 300 and "Traceback" not in error["message"]
+        assert client.post(PATH, json=request_body()).status_code == 200
 
 
-def test_what_breaks_inside_is_not_told(pair, served, monkeypatch):
+def test_internal_errors_are_not_disclosed(pair, served, monkeypatch):
     with served() as (client, service):
-        whole = service.scheduler.batch.round
-        def breaks(): raise RuntimeError("secret detail")
-        monkeypatch.setattr(service.scheduler.batch, "round", breaks)
-        reply = client.post("/v1/completions", json=body())
-        assert reply.status_code == 500 and "secret detail" not in reply.text and "log" in reply.json()["error"]["message"]
-        streamed = client.post("/v1/completions", json=body(stream=True))
+        working_round = service.scheduler.batch.round
+        def fail(): raise RuntimeError("secret detail")
+        monkeypatch.setattr(service.scheduler.batch, "round", fail)
+        response = client.post(PATH, json=request_body())
+        assert response.status_code == 500 and "secret detail" not in response.text
+        assert "log" in response.json()["error"]["message"]
+        streamed = client.post(PATH, json=request_body(stream=True))
         assert '"server_error"' in streamed.text and "secret detail" not in streamed.text
-        monkeypatch.setattr(service.scheduler.batch, "round", whole)
-        assert client.post("/v1/completions", json=body()).status_code == 200
+        monkeypatch.setattr(service.scheduler.batch, "round", working_round)
+        assert client.post(PATH, json=request_body()).status_code == 200
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_its_own_description(pair, served, known):
-    """Whatever the description allows is answered as it says; with a known model too, where texts come out."""
+@pytest.mark.parametrize("known_model", [False, True])
+def test_responses_match_the_openapi_description(pair, served, known_model):
+    """Random requests that the description allows; with a known model, completions are generated as well."""
     import hypothesis
     import schemathesis
     from schemathesis.specs.openapi.checks import positive_data_acceptance
-    service, answered, statuses = Service(*pair, Config(decode=DecodeSettings(gamma=2))), set(), set()
+    service, tested, statuses = Service(*pair, Config(decode=DecodeSettings(gamma=2))), set(), set()
+    excluded = [positive_data_acceptance] if known_model else []  # a description cannot limit the number of tokens
+    settings = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None,
+                                   suppress_health_check=list(hypothesis.HealthCheck))
     for operation in schemathesis.openapi.from_asgi("/openapi.json", create_app(service)).get_all_operations():
-        @hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+        @settings
         @hypothesis.given(case=operation.ok().as_strategy())
-        def holds(case):
-            if known and isinstance(case.body, dict): case.body = case.body | {"model": "teacher0", "max_tokens": 3, "stream": False}
-            reply = case.call()
-            case.validate_response(reply, excluded_checks=[positive_data_acceptance] if known else [])  # no description says how long a prompt may be
-            statuses.add(reply.status_code)
-        holds()
-        answered.add(operation.ok().label)
+        def check(case):
+            if known_model and isinstance(case.body, dict):
+                case.body = case.body | {"model": "teacher0", "max_tokens": 3, "stream": False}
+            response = case.call()
+            case.validate_response(response, excluded_checks=excluded)
+            statuses.add(response.status_code)
+        check()
+        tested.add(operation.ok().label)
     service.scheduler.close()
-    assert {"POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /metrics"} <= answered
-    assert 500 not in statuses and 404 in statuses and (not known or 200 in statuses)
+    assert {"POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /metrics"} <= tested
+    assert 500 not in statuses and 404 in statuses and (not known_model or 200 in statuses)
 
 
 @pytest.fixture
 def process(tmp_path, tiny_teacher, pair):
-    """Starts `kdcode serve` on a port, and gives it when it is ready."""
+    """Start `kdcode serve` on a free port, and wait until it is ready."""
     pair[1].save_pretrained(tmp_path/"student")
-    running = []
-    def start(*words, port=None, ready=True, **variables):
+    processes = []
+
+    def start(*arguments, port=None, ready=True, **variables):
         if port is None:
             with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-        command = [sys.executable, "-m", "kdcode.cli", "serve", "--teacher.name", str(tiny_teacher), "--draft", str(tmp_path/"student"), "--serve.port", str(port), *words]
-        environment = {name: value for name, value in os.environ.items() if name != "KDCODE_API_KEY"} | {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
-        one = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        running.append(one)
-        if ready: wait_until(lambda: one.poll() is not None or answers(port), 120)
-        return one, port
+        command = [sys.executable, "-m", "kdcode.cli", "serve", "--teacher.name", str(tiny_teacher),
+                   "--draft", str(tmp_path/"student"), "--serve.port", str(port), *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "KDCODE_API_KEY"}
+        environment |= {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(server)
+        if ready: wait_until(lambda: server.poll() is not None or is_ready(port), 120)
+        return server, port
+
     yield start
-    for one in running:
-        one.kill()
-        one.communicate()
+    for server in processes:
+        server.kill()
+        server.communicate()
 
 
-def answers(port):
+def is_ready(port):
     try: return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=1).status_code == 200
     except httpx.HTTPError: return False
 
 
-def test_a_process_from_start_to_end(process):
-    one, port = process(KDCODE_API_KEY="a-secret-token")
-    url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer a-secret-token"}
-    second, _ = process(port=port, ready=False, KDCODE_API_KEY="a-secret-token")
-    out, err = second.communicate(timeout=120)
-    assert second.returncode == 2 and err.count("\n") == 1 and "choose another --serve.port" in err
-    assert httpx.post(f"{url}/v1/completions", json=body()).status_code == 401 and httpx.get(f"{url}/metrics").status_code == 401
-    assert httpx.post(f"{url}/v1/completions", json=body(), headers=headers).status_code == 200
-    with httpx.stream("POST", f"{url}/v1/completions", json=body(max_tokens=400, stream=True), headers=headers, timeout=60) as reply:
-        lines = reply.iter_lines()
+def test_a_process_from_start_to_shutdown(process):
+    server, port = process(KDCODE_API_KEY="a-secret-key")
+    url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer a-secret-key"}
+    second, _ = process(port=port, ready=False, KDCODE_API_KEY="a-secret-key")
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode == 2 and errors.count("\n") == 1 and "choose another --serve.port" in errors
+    assert httpx.post(f"{url}{PATH}", json=request_body()).status_code == 401
+    assert httpx.get(f"{url}/metrics").status_code == 401
+    assert httpx.post(f"{url}{PATH}", json=request_body(), headers=headers, timeout=60).status_code == 200
+    body = request_body(max_tokens=400, stream=True)
+    with httpx.stream("POST", f"{url}{PATH}", json=body, headers=headers, timeout=60) as response:
+        lines = response.iter_lines()
         assert next(lines).startswith("data: ")
-        one.send_signal(signal.SIGTERM)
-        wait_until(lambda: not answers(port))  # who comes now is refused
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["choices"][0]["finish_reason"] in ("length", "stop")
-    out, err = one.communicate(timeout=60)
-    assert one.returncode == 0 and "a-secret-token" not in out + err and "Traceback" not in err, err
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: not is_ready(port))  # new connections fail, the running stream continues
+        remaining = [line for line in lines if line]
+    assert remaining[-1] == "data: [DONE]"
+    assert json.loads(remaining[-2][6:])["choices"][0]["finish_reason"] in ("length", "stop")
+    output, errors = server.communicate(timeout=60)
+    assert server.returncode == 0 and "a-secret-key" not in output + errors and "Traceback" not in errors, errors
 
 
-def test_where_others_reach_it_a_token_is_needed(process):
-    one, _ = process("--serve.host", "0.0.0.0", ready=False)
-    out, err = one.communicate(timeout=120)
-    assert one.returncode == 2 and err.count("\n") == 1 and "KDCODE_API_KEY" in err
+def test_a_public_address_requires_an_api_key(process):
+    server, _ = process("--serve.host", "0.0.0.0", ready=False)
+    _, errors = server.communicate(timeout=120)
+    assert server.returncode == 2 and errors.count("\n") == 1 and "KDCODE_API_KEY" in errors
 
 
 def test_vllm_gets_the_right_arguments(process, tmp_path):
@@ -203,9 +244,12 @@ def test_vllm_gets_the_right_arguments(process, tmp_path):
     program = tmp_path/".engines"/"bin"/"vllm"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\necho "key=$VLLM_API_KEY"\n')
     program.chmod(0o755)
-    one, port = process("--engine", "vllm", "--decode.gamma", "3", ready=False, KDCODE_API_KEY="a-secret-token")
-    out, err = one.communicate(timeout=120)
-    words = out.splitlines()
-    assert words[0] == "serve" and words[-1] == "key=a-secret-token" and words[words.index("--port") + 1] == str(port)
-    drafting = json.loads(words[words.index("--speculative-config") + 1])
-    assert drafting["num_speculative_tokens"] == 3 and os.path.exists(f"{drafting['model']}/model.safetensors") and os.path.exists(f"{words[1]}/model.safetensors")
+    server, port = process("--engine", "vllm", "--decode.gamma", "3", ready=False, KDCODE_API_KEY="a-secret-key")
+    output, _ = server.communicate(timeout=120)
+    arguments = output.splitlines()
+    assert arguments[0] == "serve" and arguments[-1] == "key=a-secret-key"
+    assert arguments[arguments.index("--port") + 1] == str(port)
+    speculation = json.loads(arguments[arguments.index("--speculative-config") + 1])
+    assert speculation["num_speculative_tokens"] == 3
+    for folder in (speculation["model"], arguments[1]):
+        assert os.path.exists(f"{folder}/model.safetensors")
