@@ -30,7 +30,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cached_model import CachedModel, clock
 from .config import ConfigError, DecodeSettings
 from .data import tokenizer_fingerprint
-from .drafters import Draft, Drafter, is_adaptive, LatencyModel, make_drafter, running, Sequence, StopCriteria
+from .drafters import Draft, Drafter, is_adaptive, LatencyModel, make_drafter, estimates_for, Sequence, StopCriteria
 from .eagle import EagleStudent
 from .result import incremental_text, SpeculativeResult
 from .sampling import SamplingParams, verify
@@ -152,7 +152,7 @@ class SpeculativeDecoder:
         self.teacher.crop(final)
         self.drafter.update(final, hidden and [states[:length - start] for states, length, start in zip(hidden, final, read)])
         if min(read): self.calls.add(len(texts) * max(map(len, fed)), times[2] - times[1])  # the first call reads prompts, and is no measure
-        for text in texts: text.statistics.add_times(*times, clock(self.device), texts=len(texts))
+        for text in texts: text.statistics.add_times(*times, clock(self.device), batch_size=len(texts))
         return rounds
 
 # %% ../nbs/07c_decode.ipynb #6d7db397
@@ -229,7 +229,7 @@ def make_decoder(
     """A decoder for these texts. Raises `ValueError` for prompts and models that don't fit."""
     shape = teacher.config.get_text_config()
     check_prompts(texts, getattr(shape, "max_position_embeddings", None), shape.vocab_size)
-    calls = running(teacher, LatencyModel, settings.compile) if is_adaptive(settings) else LatencyModel()
+    calls = estimates_for(teacher).latency[settings.compile] if is_adaptive(settings) else LatencyModel()
     return SpeculativeDecoder(teacher, make_drafter(teacher, student, settings), settings.gamma, calls, settings.compile)
 
 # %% ../nbs/07c_decode.ipynb #bcbef759

@@ -14,92 +14,108 @@ from transformers import (
     LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper,
     TopPLogitsWarper)
 
-# %% ../nbs/07_sampling.ipynb #1407503c
+# %% ../nbs/07_sampling.ipynb #9194daa8
 @dataclass(frozen=True)
 class SamplingParams:
-    """How logits become the probabilities that tokens are sampled from."""
+    """How logits become the probabilities that tokens are sampled from, in the order that `generate` applies them."""
     temperature: float = 0.0
-    """0: greedy, all probability on the best token"""
+    """0: greedy decoding"""
     top_k: int = 0
-    """0: all tokens"""
+    """keep the k most probable tokens; 0: all"""
     top_p: float = 1.0
-    """1: all tokens"""
+    """keep the most probable tokens until their probabilities add up to this; 1: all"""
     min_p: float = 0.0
-    """0: all tokens"""
+    """keep tokens with at least this fraction of the top token's probability; 0: all"""
     processors: tuple[LogitsProcessor, ...] = ()
-    """what looks at the text so far, such as a penalty for repetition; they come before temperature and the rest"""
+    """logits processors, such as a repetition penalty; applied before temperature, top-k, top-p and min-p"""
 
     def probs(self, logits: Tensor, tokens: list[int] = ()) -> Tensor:
-        """Probabilities (positions, vocab), float32, of logits (positions, vocab), of which the last row follows `tokens`, the one before it all but the last of them, and so on."""
-        if self.processors: logits = self.processed(logits, tokens)
+        """Return probabilities (positions, vocab), float32, of logits (positions, vocab).
+
+        The last row is the distribution after all of `tokens`, the row before it after all but the last, and so on.
+        """
+        if self.processors:
+            logits = self.processed(logits, tokens)
         if self.temperature == 0:
-            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.)
+            top = logits.argmax(-1, keepdim=True)
+            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, top, 1.)
         return self.warpers()(None, logits.float()).softmax(-1)
 
     def processed(self, logits: Tensor, tokens: list[int]) -> Tensor:
-        """The logits after the processors, each row with its own text."""
+        """Return the logits (positions, vocab) after the logits processors; each row has its own prefix of `tokens`."""
         ids, chain = torch.tensor([tokens], device=logits.device), LogitsProcessorList(self.processors)
-        before = range(len(tokens) - len(logits) + 1, len(tokens) + 1)
-        return torch.cat([chain(ids[:, :n], row[None].float()) for n, row in zip(before, logits)])
+        shortest = len(tokens) - len(logits) + 1
+        return torch.cat([chain(ids[:, :shortest + i], row[None].float()) for i, row in enumerate(logits)])
 
     def warpers(self) -> LogitsProcessorList:
-        """What reshapes a law without looking at the text."""
-        chosen = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
-        if self.top_k: chosen.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1: chosen.append(TopPLogitsWarper(self.top_p))
-        if self.min_p: chosen.append(MinPLogitsWarper(self.min_p))
-        return chosen
+        """Return temperature, top-k, top-p and min-p as logits processors; none of them sees the prefix."""
+        warpers = [TemperatureLogitsWarper(float(self.temperature))]
+        if self.top_k: warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1: warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p: warpers.append(MinPLogitsWarper(self.min_p))
+        return LogitsProcessorList(warpers)
 
 # %% ../nbs/07_sampling.ipynb #9f7fe323
 def sample(
-    law: Tensor,  # (vocab,), probabilities; need not add up to 1
+    probs: Tensor,  # (vocab,); need not be normalised
     generator: torch.Generator | None = None,
-) -> int:         # token id
-    """Draws one token."""
-    cumulative = law.double().cumsum(-1)
-    place = torch.rand(1, generator=generator, device=law.device, dtype=torch.double) * cumulative[-1]
-    token = int(torch.searchsorted(cumulative, place, right=True))
-    if token == len(law): raise ValueError("a law to sample from holds values that are no finite numbers, or nothing above 0; use a wider number format (teacher.dtype float32)")
+) -> int:           # token id
+    """Return a token sampled from `probs`. Raises `ValueError` if they hold NaN or infinity, or are all 0."""
+    cumulative = probs.double().cumsum(-1)
+    uniform = torch.rand(1, generator=generator, device=probs.device, dtype=torch.double)
+    token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    if token == len(probs):
+        raise ValueError("the probabilities to sample from contain NaN or infinity, or are all 0; "
+                         "use a wider floating-point format (teacher.dtype: float32)")
     return token
 
 # %% ../nbs/07_sampling.ipynb #205a876b
 def residual(
-    p: Tensor,  # (..., vocab), the teacher's law
-    q: Tensor,  # (..., vocab), the student's
-) -> Tensor:    # (..., vocab)
-    """The law to sample from after a rejection: normalise(max(p − q, 0)). Source: Leviathan et al. 2023, section 2.3."""
-    rest = (p - q).clamp(min=0)
-    total = rest.sum(-1, keepdim=True)
-    return torch.where(total > 0, rest / total, p)  # p = q up to rounding: a rejection can then only be rounding itself
+    p: Tensor,  # (..., vocab), target probabilities
+    q: Tensor,  # (..., vocab), draft probabilities
+) -> Tensor:    # (..., vocab), sums to 1
+    """Return the distribution to sample from after a rejection, norm(max(p − q, 0)).
 
+    Where p = q it returns p: only rounding can reject a token there. Source: Leviathan et al. 2023, section 2.3.
+    """
+    difference = (p - q).clamp(min=0)
+    total = difference.sum(-1, keepdim=True)
+    return torch.where(total > 0, difference / total, p)
+
+# %% ../nbs/07_sampling.ipynb #5f9e5bfa
 def verify(
-    drafted: Tensor,  # (gamma,), the drafted ids; gamma may be 0
-    q: Tensor,        # (gamma, vocab), the laws that they were drafted from
-    p: Tensor,        # (gamma + 1, vocab), the teacher's laws at the same places and at the one after
+    drafted: Tensor,  # (gamma,), ids of the draft tokens; gamma may be 0
+    q: Tensor,        # (gamma, vocab), draft probabilities, after sampling parameters
+    p: Tensor,        # (gamma + 1, vocab), target probabilities at the same positions and the one after
     generator: torch.Generator | None = None,
-) -> tuple[int, int]:  # how many drafted tokens are accepted, and the token that the teacher adds
-    """The rule of speculative sampling. Its tokens follow p exactly. Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2."""
+) -> tuple[int, int]:  # number of accepted draft tokens, and the token that the target adds
+    """Return how many draft tokens are accepted and the next token, sampled from the residual or as a bonus token.
+
+    Accepted tokens and next token follow p exactly.
+    Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2.
+    """
     gamma = len(drafted)
-    places = torch.arange(gamma, device=p.device)
-    ratio = p[places, drafted] / q[places, drafted]
+    positions = torch.arange(gamma, device=p.device)
+    ratio = p[positions, drafted] / q[positions, drafted]
     accept = torch.rand(gamma, generator=generator, device=p.device, dtype=torch.float32) < ratio
     accepted = int(accept.cumprod(0).sum())
-    law = p[gamma] if accepted == gamma else residual(p[accepted], q[accepted])
-    return accepted, sample(law, generator)
+    probs = p[gamma] if accepted == gamma else residual(p[accepted], q[accepted])
+    return accepted, sample(probs, generator)
 
-# %% ../nbs/07_sampling.ipynb #58fe8507
+# %% ../nbs/07_sampling.ipynb #cb4ab551
 def expected_tokens(
     acceptance_rate: float,  # α, 0 to 1
-    gamma: int,              # drafted tokens
+    gamma: int,              # number of draft tokens
 ) -> float:
-    """Tokens that one teacher call brings, E = (1 − α^(γ+1)) / (1 − α). Source: Leviathan et al. 2023, eq. 1."""
+    """Return the expected tokens per target call, E = (1 − α^(γ+1)) / (1 − α). Source: Leviathan et al. 2023, eq. 1."""
     return sum(acceptance_rate**i for i in range(gamma + 1))
 
+# %% ../nbs/07_sampling.ipynb #73eaa0d0
 def predicted_speedup(
     acceptance_rate: float,  # α, 0 to 1
-    gamma: int,              # drafted tokens
-    c: float,                # draft step / teacher step
-    v: float = 1.0,          # teacher call over gamma + 1 tokens / over one token
+    gamma: int,              # number of draft tokens
+    c: float,                # time of a draft step / time of a target step
+    v: float = 1.0,          # time of a target call over gamma + 1 tokens / over one token
 ) -> float:
-    """Speed against the teacher alone, E / (γc + v). Source: Leviathan et al. 2023, theorem 3.8 (there v = 1)."""
+    """Return the speedup over plain decoding, E / (γc + v). Source: Leviathan et al. 2023, theorem 3.8 (with v = 1)."""
     return expected_tokens(acceptance_rate, gamma) / (gamma * c + v)
