@@ -111,8 +111,9 @@ def fields_of(node, comments, classes):
 def inherited_fields(node, comments, classes):
     """Return the fields that a class inherits from dataclasses in `classes`, the class definitions of its module."""
     bases = [classes[name] for base in reversed(node.bases) if (name := text_of(base)) in classes]
-    return [field for base in bases
-            for field in (fields_of if is_dataclass(base) else inherited_fields)(base, comments, classes)]
+    found = []
+    for base in bases: found += (fields_of if is_dataclass(base) else inherited_fields)(base, comments, classes)
+    return found
 
 
 def own_fields(node, comments):
