@@ -12,6 +12,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass
 class Parameter:
+    """A parameter, a field, or the return value of a function."""
     name: str
     type: str = ""
     default: str = ""
@@ -31,16 +32,17 @@ class Entry:
 
     @property
     def signature(self):
-        """Names and defaults; the types are in the table."""
+        """Return names and defaults; the types are in the table."""
         return ", ".join(p.name + (f"={p.default}" if p.default else "") for p in self.parameters)
 
     @property
     def summary(self):
+        """Return the first paragraph of the docstring."""
         return self.text.strip().split("\n\n")[0].replace("\n", " ")
 
 
 def trailing_comments(source):
-    """Return the comment on each line that has one, without its sign."""
+    """Return the comment of each line that has one, without the number sign."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = [token for token in tokens if token.type == tokenize.COMMENT and not token.string.startswith("#|")]
     return {token.start[0]: token.string.lstrip("#").strip() for token in comments}
@@ -91,8 +93,30 @@ def is_text(node):
     return constant and isinstance(node.value.value, str)
 
 
-def fields_of(node, comments):
-    """Return the fields of a dataclass or named tuple, with the comment beside them or the string below."""
+def is_dataclass(node):
+    return any(text_of(decorator).partition("(")[0] in ("dataclass", "dataclasses.dataclass")
+               for decorator in node.decorator_list)
+
+
+def fields_of(node, comments, classes):
+    """Return the fields of a dataclass or named tuple: those of its base dataclasses in `classes`, then its own.
+
+    As in Python, a field that is defined again keeps its place and gets the new default.
+    """
+    fields = {parameter.name: parameter for parameter in inherited_fields(node, comments, classes)}
+    fields |= {parameter.name: parameter for parameter in own_fields(node, comments)}
+    return list(fields.values())
+
+
+def inherited_fields(node, comments, classes):
+    """Return the fields that a class inherits from dataclasses in `classes`, the class definitions of its module."""
+    bases = [classes[name] for base in reversed(node.bases) if (name := text_of(base)) in classes]
+    return [field for base in bases
+            for field in (fields_of if is_dataclass(base) else inherited_fields)(base, comments, classes)]
+
+
+def own_fields(node, comments):
+    """Return the fields that a class defines itself, with the comment beside them or the string below."""
     below = {id(a): b.value.value for a, b in zip(node.body, node.body[1:]) if is_text(b)}
     fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
     return [Parameter(item.target.id, text_of(item.annotation), default_of(item.value),
@@ -108,10 +132,11 @@ def default_of(value):
     return f"{named['default_factory']}()" if "default_factory" in named else text_of(value)
 
 
-def class_entry(node, comments):
+def class_entry(node, comments, classes):
+    """Return the entry of a class. `classes` are the class definitions of its module, by name."""
     functions = {item.name: item for item in node.body if isinstance(item, FUNCTION)}
     start, bases = functions.get("__init__"), {text_of(base) for base in node.bases}
-    parameters = parameters_of(start, comments) if start else fields_of(node, comments)
+    parameters = parameters_of(start, comments) if start else fields_of(node, comments, classes)
     public = [item for name, item in functions.items() if not name.startswith("_") and ast.get_docstring(item)]
     methods = [function_entry(item, comments, kind_of(item)) for item in public]
     kind = "exception" if bases & {"Exception", "ValueError", "RuntimeError"} else "class"
@@ -121,8 +146,9 @@ def class_entry(node, comments):
 
 @dataclass
 class Module:
+    """A module and its public names."""
     name: str
-    text: str
+    text: str  # the docstring
     entries: dict[str, Entry]
     constants: list[str]  # public names without a docstring of their own
 
@@ -133,13 +159,14 @@ def public_names(tree):
 
 
 def read_module(path):
-    """Return the functions and classes that a file exports, in their order."""
+    """Return the functions and classes that a file exports, in the order of the file."""
     source = path.read_text()
     tree, comments = ast.parse(source), trailing_comments(source)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     public, entries = public_names(tree), {}
     for node in tree.body:
         if getattr(node, "name", None) not in public: continue
-        if isinstance(node, ast.ClassDef): entries[node.name] = class_entry(node, comments)
+        if isinstance(node, ast.ClassDef): entries[node.name] = class_entry(node, comments, classes)
         if isinstance(node, FUNCTION): entries[node.name] = function_entry(node, comments)
     constants = [name for name in public if name not in entries]
     return Module(f"kdcode.{path.stem}", ast.get_docstring(tree) or "", entries, constants)
