@@ -9,12 +9,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import torch
 
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
 from kdcode.decode import complete, load_draft, shipped_drafts
-from kdcode.engines import drop_end_token, engine_files, find_program, method_name, PROGRAMS, start_engines, target_calls
+from kdcode.engines import (
+    drop_end_token, engine_files, find_program, method_name, PROGRAMS, start_engines, target_calls)
 from kdcode.export import export_gguf, export_llama
 from kdcode.teacher import load_teacher
 
