@@ -1,4 +1,7 @@
-"""Our student drafts in engines that others made: the text is that of our decoder, and as many drafts are accepted. `make test-engines` installs what they need."""
+"""The student as a draft model in vLLM and llama.cpp: the same output and acceptance as in kdcode.
+
+`make test-engines` installs the engines.
+"""
 import re
 import subprocess
 from pathlib import Path
@@ -6,15 +9,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import torch
 
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
-from kdcode.export import export_gguf, export_llama
-from kdcode.engines import (
-    calls_of, Engine, engine_files, find_program, llama_command, PROGRAMS, served, vllm_command,
-    VLLM_ENVIRONMENT, without_end)
 from kdcode.decode import complete, load_draft, shipped_drafts
+from kdcode.engines import (
+    drop_end_token, engine_files, find_program, method_name, PROGRAMS, start_engines, target_calls)
+from kdcode.export import export_gguf, export_llama
 from kdcode.teacher import load_teacher
 
 pytestmark = pytest.mark.slow
@@ -30,52 +31,54 @@ def pair():
 
 @pytest.fixture(scope="module")
 def ours(pair):
-    """Our decoder's texts, and its tokens per call of the teacher."""
+    """kdcode's outputs, and its tokens per target call."""
     results = [complete(*pair, problem["prompt"], SETTINGS) for problem in humaneval_problems(4)]
     statistics = sum((result.statistics for result in results[1:]), results[0].statistics)
-    return [without_end(result.tokens, pair[0]) for result in results], statistics.tokens_per_call
+    return [drop_end_token(result.tokens, pair[0]) for result in results], statistics.tokens_per_call
 
 
 @pytest.mark.parametrize("engine", PROGRAMS)
-def test_our_student_drafts_in(engine, pair, ours, tmp_path):
-    program = find_program(engine)
-    if program is None: pytest.skip(f"{engine} is not installed; make engines")
-    files = engine_files(engine, *pair, "smollm2", tmp_path)
-    def texts(draft):
-        command = vllm_command(program, files[0], draft, SETTINGS.gamma, "float32") if engine == "vLLM" else llama_command(program, files[0], draft, SETTINGS.gamma, torch.get_num_threads())
-        with served(command, VLLM_ENVIRONMENT if engine == "vLLM" else {}, tmp_path/"log") as url:
-            asked = Engine(url, pair[0])
-            found = [(asked.vllm if engine == "vLLM" else asked.llama_cpp)(problem["prompt"], SETTINGS) for problem in humaneval_problems(4)]
-            return [without_end(text, pair[0]) for text in found], asked.drafts()
-    drafted, counts = texts(files[1])
-    assert counts.accepted > 0
+def test_the_student_drafts_in(engine, pair, ours, tmp_path):
+    if find_program(engine) is None: pytest.skip(f"{engine} is not installed; make engines")
+    files = {engine: engine_files(engine, *pair, "smollm2", tmp_path)}
+    prompts = [problem["prompt"] for problem in humaneval_problems(4)]
+    with start_engines(pair[0], files, SETTINGS.gamma, tmp_path) as engines:
+        outputs = {name: [drop_end_token(client.complete(prompt, SETTINGS), pair[0]) for prompt in prompts]
+                   for name, client in engines.items()}
+        counts = engines[method_name(engine, True)].draft_counts()
+    drafted = outputs[method_name(engine, True)]
     tokens = sum(map(len, drafted))
-    assert tokens / calls_of(counts, tokens, len(drafted)) == pytest.approx(ours[1], rel=.1)
-    if engine == "vLLM": assert drafted == ours[0]
-    else: assert drafted == texts(None)[0]  # llama.cpp multiplies 4-bit blocks, so its text is compared with its own
+    assert counts.accepted > 0
+    assert tokens / target_calls(counts, tokens, len(drafted)) == pytest.approx(ours[1], rel=.1)
+    # llama.cpp multiplies 4-bit blocks, so its output is compared with its own
+    assert drafted == (ours[0] if engine == "vLLM" else outputs[method_name(engine, False)])
 
 
-def settings_of(file) -> dict:
-    """What a GGUF file says of its model and tokenizer; not who made it, and what it is called."""
+def metadata(file) -> dict:
+    """The fields of a GGUF file about its model and tokenizer, without its name and author."""
     about = {"general.name", "general.type", "general.size_label", "general.quantized_by", "GGUF.kv_count"}
-    defaults = {"tokenizer.ggml.add_space_prefix", "tokenizer.ggml.add_eos_token"}  # false where nothing is said
-    return {name: field.contents() for name, field in file.fields.items() if name not in about and (name not in defaults or field.contents())}
+    defaults = {"tokenizer.ggml.add_space_prefix", "tokenizer.ggml.add_eos_token"}  # false if missing
+    return {name: field.contents() for name, field in file.fields.items()
+            if name not in about and (name not in defaults or field.contents())}
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
 @pytest.mark.parametrize("source", ["the teacher's file", "a tokenizer"])
-def test_llama_cpp_makes_the_same_file_of_the_exported_folder(kind, source, pair, tmp_path):
+def test_llama_cpp_converts_the_exported_folder_to_the_same_file(kind, source, pair, tmp_path):
     if not CONVERTER.is_file(): pytest.skip("llama.cpp's converter is not installed; make engines")
     teacher, student = pair
-    export_gguf(student, "smollm2" if source == "the teacher's file" else teacher.tokenizer, tmp_path/"ours.gguf", kind)
+    tokenizer = "smollm2" if source == "the teacher's file" else teacher.tokenizer
+    export_gguf(student, tokenizer, tmp_path/"ours.gguf", kind)
     folder = export_llama(student, teacher.tokenizer, tmp_path/"llama")
-    subprocess.run([CONVERTER, folder, "--outfile", tmp_path/"theirs.gguf", "--outtype", kind], check=True, capture_output=True)
+    command = [CONVERTER, folder, "--outfile", tmp_path/"theirs.gguf", "--outtype", kind]
+    subprocess.run(command, check=True, capture_output=True)
     ours, theirs = (gguf.GGUFReader(tmp_path/name) for name in ("ours.gguf", "theirs.gguf"))
-    said, wanted = settings_of(ours), settings_of(theirs)
-    if source == "a tokenizer":  # transformers' cuts no number into digits; no token has two, so the ids are the same
-        assert (said.pop("tokenizer.ggml.pre"), wanted.pop("tokenizer.ggml.pre")) == ("gpt-2", "smollm")
-        assert not any(re.search("[0-9].*[0-9]", token) for token in said["tokenizer.ggml.tokens"])
-    assert said == wanted
-    assert {one.name: one.tensor_type for one in ours.tensors} == {one.name: one.tensor_type for one in theirs.tensors}
-    weights = {one.name: one.data for one in theirs.tensors}
-    for one in ours.tensors: np.testing.assert_array_equal(one.data, weights[one.name], one.name)
+    found, expected = metadata(ours), metadata(theirs)
+    if source == "a tokenizer":  # transformers lost the rule for digits; no token has two of them, so the ids are equal
+        assert (found.pop("tokenizer.ggml.pre"), expected.pop("tokenizer.ggml.pre")) == ("gpt-2", "smollm")
+        assert not any(re.search("[0-9].*[0-9]", token) for token in found["tokenizer.ggml.tokens"])
+    assert found == expected
+    types = [{tensor.name: tensor.tensor_type for tensor in file.tensors} for file in (ours, theirs)]
+    assert types[0] == types[1]
+    weights = {tensor.name: tensor.data for tensor in theirs.tensors}
+    for tensor in ours.tensors: np.testing.assert_array_equal(tensor.data, weights[tensor.name], tensor.name)
