@@ -32,6 +32,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from .provenance import write_atomic
 
+# %% ../nbs/00a_config.ipynb #0255c2c2
 if TYPE_CHECKING:
     import pandas as pd
 
