@@ -25,7 +25,7 @@ from .export import atomic_folder
 from .loss import drop_padding_rows
 from .eagle import EagleStudent
 from .decode import load_draft
-from .cached_model import CachedModel, call_times, int8, share
+from .cached_model import CachedModel, call_times, int8, shallow_copy
 from .student import pack_weights, Student
 from .teacher import quantization_options, Teacher
 
@@ -108,7 +108,7 @@ class RowByRowLinear(nn.Module):
 
 def row_by_row(model: Student) -> Student:
     """A twin of a model of `int8` that rounds the inputs of each position by themselves, as drafting does."""
-    twin = share(model)
+    twin = shallow_copy(model)
     for module in list(twin.modules()):
         layers = {name: part for name, part in module._modules.items() if type(part).__module__.startswith("torch.ao.") and hasattr(part, "in_features")}
         module._modules |= {name: RowByRowLinear(part) for name, part in layers.items()}
