@@ -153,7 +153,7 @@ def print_trial(study, trial) -> None:
 def run_tune(config: Config, options) -> None:
     """Run `kdcode tune`: search for the best settings."""
     from kdcode.bench import speedup_objective
-    from kdcode.experiment import report_search
+    from kdcode.report import report_search
     from kdcode.tune import acceptance_objective, check_search, DEFAULT_SPACE, tune
     space = check_search_space(read_yaml(options.space), config) if options.space else DEFAULT_SPACE
     if options.trials < 1:

@@ -32,6 +32,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from .provenance import write_atomic
 
+# %% ../nbs/00a_config.ipynb #0255c2c2
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -761,7 +762,7 @@ def run_path(config: Config) -> Path:
 
 def generated_text_folder(config: Config) -> Path:
     """Return the folder for teacher-generated text: shared by all runs in the working folder, or `config.out`."""
-    return run_path(config) if config.out else home()/"runs"/"teacher-texts"
+    return run_path(config) if config.out else home()/"runs"/"generated-text"
 
 def run_folder(config: Config) -> Path:
     """Create the folder of a run if necessary and return it. Raise `ConfigError` if that is not possible."""

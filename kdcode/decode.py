@@ -28,7 +28,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cached_model import CachedModel, clock
 from .config import ConfigError, DecodeSettings
 from .data import tokenizer_fingerprint
-from .drafters import Draft, Drafter, is_adaptive, LatencyModel, estimates_for, make_drafter, Sequence, StopCriteria
+from .drafters import (
+    Draft, Drafter, estimates_for, is_adaptive, LatencyModel, make_drafter, Sequence, StopCriteria)
 from .eagle import EagleStudent
 from .result import incremental_text, SpeculativeResult
 from .sampling import SamplingParams, verify

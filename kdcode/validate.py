@@ -62,7 +62,8 @@ class ValidationSet:
     ) -> "ValidationSet":     # on the CPU
         """Return the set, after one forward pass of the teacher over each block."""
         batch = collate(list(blocks))
-        labels = TeacherLabels(teacher, torch.empty(0, dtype=torch.long), feature_layers)  # no ids: we need no logits
+        no_ids = torch.empty(0, dtype=torch.long)  # we need no logits
+        labels = TeacherLabels(teacher, no_ids, list(feature_layers))
         parts = zip(*(labels.hidden_and_features(part) for part in batch["input_ids"].split(batch_size)))
         hidden, features = (torch.cat(part).unflatten(0, batch["input_ids"].shape).cpu() for part in parts)
         return cls(batch["input_ids"], batch["labels"], hidden, batch["language"], features)

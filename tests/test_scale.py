@@ -212,7 +212,7 @@ def test_several_sources_with_teacher_generated_text(kdcode, tiny_teacher, tmp_p
                   "--data.tokens", 1024, "--data.validation_tokens", 256, "--name", "mixed")
     assert done.returncode == 0, done.stderr
     run = tmp_path/"runs"/"mixed"
-    file, = (tmp_path/"runs"/"teacher-texts").glob("*.jsonl")
+    file, = (tmp_path/"runs"/"generated-text").glob("*.jsonl")
     header, *generated = map(json.loads, file.read_text().splitlines())
     assert header["teacher"] == str(tiny_teacher) and all(len(line[1]) == 64 for line in generated)
     corpus = read_json(run/"corpus"/"corpus.json")

@@ -143,15 +143,15 @@ def test_a_malformed_body_is_an_error_of_the_client(pair, served, content):
 
 def test_internal_errors_are_not_disclosed(pair, served, monkeypatch):
     with served() as (client, service):
-        working_round = service.scheduler.batch.round
+        working_step = service.scheduler.batch.step
         def fail(): raise RuntimeError("secret detail")
-        monkeypatch.setattr(service.scheduler.batch, "round", fail)
+        monkeypatch.setattr(service.scheduler.batch, "step", fail)
         response = client.post(PATH, json=request_body())
         assert response.status_code == 500 and "secret detail" not in response.text
         assert "log" in response.json()["error"]["message"]
         streamed = client.post(PATH, json=request_body(stream=True))
         assert '"server_error"' in streamed.text and "secret detail" not in streamed.text
-        monkeypatch.setattr(service.scheduler.batch, "round", working_round)
+        monkeypatch.setattr(service.scheduler.batch, "step", working_step)
         assert client.post(PATH, json=request_body()).status_code == 200
 
 
