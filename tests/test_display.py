@@ -107,7 +107,7 @@ def test_tab_completion_offers_the_public_names(kernel):
 
 
 def test_configuration_is_displayed_as_a_table(kernel):
-    shown, = run_cell(kernel, "kdcode.Config(name='mine')")
+    shown, = run_cell(kernel, "import kdcode\nkdcode.Config(name='mine')")
     assert shown["text/plain"] == "Config(name='mine')"
     assert shown["text/html"].count("<table>") == 10 and "<b>mine</b>" in shown["text/html"]
     assert "peak learning rate" in shown["text/html"]
