@@ -74,7 +74,7 @@ def generate_baseline(
     seed: int,
     **options: Any,  # more arguments of `generate`
 ) -> list[int]:      # new tokens, up to the end-of-text token or max_new_tokens
-    """Return what `generate` of `transformers` writes after a prompt."""
+    """Return the new tokens of `generate` of `transformers` after a prompt."""
     ids = torch.tensor([prompt_ids(teacher, prompt)], device=teacher.device)
     torch.manual_seed(seed)
     output = teacher.model.generate(
@@ -93,7 +93,7 @@ def generate_assisted(
     seed: int,
     **assistant: Any,  # any of `ASSISTANT_OPTIONS`; otherwise the student's generation config decides
 ) -> list[int]:        # new tokens
-    """Return what assisted generation of `transformers` writes after a prompt; the student's config is restored."""
+    """Return the new tokens of assisted generation of `transformers`, and restore the student's config."""
     config = student.generation_config
     before = {name: getattr(config, name) for name in ASSISTANT_OPTIONS}
     config.update(**assistant)
@@ -293,13 +293,13 @@ def speedup_objective(teacher: PreTrainedModel, gamma: int) -> Objective:
 
 # %% ../nbs/09a_bench.ipynb #4eb221d6
 def _expected_tokens(s: Statistics) -> float:
-    """M: the expected number of tokens of a run."""
+    """Return M, the expected number of tokens of a run."""
     if not sum(s.verified):  # no drafts, so there is no acceptance rate
         return s.calls
     return s.calls + sum(count * s.acceptance_rate**i for i, count in enumerate(s.drafted, 1))
 
 def _rounds_by_gamma(s: Statistics) -> list[int]:
-    """R: the number of rounds with exactly 0, 1, 2, ... draft tokens."""
+    """Return R, the number of rounds with exactly 0, 1, 2, ... draft tokens."""
     at_least = [s.calls, *s.drafted, 0]
     return [more - fewer for more, fewer in zip(at_least, at_least[1:])]
 
@@ -598,7 +598,7 @@ def plot_tasks(rows: list[dict[str, Any]]) -> Figure:
 
 # %% ../nbs/09a_bench.ipynb #00406185
 def _tasks_notes(config: Config, everything: dict[str, Decoded]) -> list[str]:
-    """Return the notes of a task benchmark: what a speedup is, and the intervals over all prompts."""
+    """Return the notes of a task benchmark: the definition of a speedup, and the intervals over all prompts."""
     intervals = []
     for name in list(BY_TASK.values())[1:]:
         speedups = prompt_speedups(everything, name)
@@ -661,7 +661,7 @@ def plain_distillation_loss(
     labels: Tensor,          # (tokens,)
     settings: LossSettings,
 ) -> Tensor:                 # scalar
-    """Return the loss as the equation has it, on whole tensors; the reference of the benchmark."""
+    """Return the loss of the equation above on whole tensors; the reference of the benchmark."""
     ce, T = F.cross_entropy(student_logits, labels), settings.temperature
     p, log_q = (teacher_logits / T).softmax(-1), (student_logits / T).log_softmax(-1)
     kl = (p * (p.log() - log_q)).sum(-1).mean()
