@@ -398,8 +398,7 @@ CHECKED = weakref.WeakSet()  # models
 def needs_check(model: PreTrainedModel) -> bool:
     """Return whether a model must be tested before use.
 
-    Students are known to work. Dropout makes a model in training random, and `int8` rounds the inputs of all rows
-    together.
+    Students need no test. Dropout makes a model in training random; `int8` rounds the inputs of all rows together.
     """
     is_int8 = any(type(module).__module__.startswith("torch.ao.") for module in model.modules())
     return not (model in CHECKED or isinstance(model, Student) or model.training or is_int8)
