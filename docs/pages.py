@@ -356,7 +356,7 @@ def known_names():
 INDEX = {  # the sidebar
     "Start": ["install", "demo", "onyxia"],
     "Learn": ["lessons", "how"],
-    "Reference": ["answers", "api", "glossary"],
+    "Reference": ["answers", "reference", "glossary"],
 }
 
 

@@ -81,10 +81,10 @@ class Batch:
 
 # %% ../nbs/07d_batching.ipynb #1da4ef50
 class QueueFull(Exception):
-    """All slots are busy and the queue is full."""
+    """Raised if all slots are busy and the queue is full."""
 
 class SchedulerClosed(Exception):
-    """The scheduler accepts no new requests."""
+    """Raised if the scheduler accepts no new requests."""
 
 StepListener = Callable[[StepOutput | BaseException | None], None]
 

@@ -134,7 +134,7 @@ def shallow_copy(
 
 # %% ../nbs/02b_cached_model.ipynb #e44a9096
 def module_signature(model: PreTrainedModel) -> list:
-    """Return what a shallow copy does not follow: device, dtype, module classes, submodules and replaced methods."""
+    """Return what a shallow copy does not share: device, dtype, module classes, submodules and replaced methods."""
     modules = [(type(module), vars(module).get("forward"), *map(id, module._modules.values()))
                for module in model.modules()]
     return [model.device, model.dtype, *modules]
@@ -266,7 +266,7 @@ def additive_mask(
 
 # %% ../nbs/02b_cached_model.ipynb #ad3323ab
 def check_attention(config) -> None:
-    """Raise `ConfigError` if the attention of a model takes no mask per row."""
+    """Raise `ConfigError` if the attention of a model does not support a mask per row."""
     name, kernel = config.model_type, config._attn_implementation or ""
     others = attention_kinds(config) - {"full_attention", "sliding_attention"}
     if "flash" in kernel:
@@ -361,7 +361,7 @@ class RaggedModel:
 
     @property
     def lengths(self) -> list[int]:
-        """Number of tokens that each row has read."""
+        """Number of tokens of each row in the cache."""
         return self.cache.lengths
 
     def crop(self, lengths: list[int]) -> None:
@@ -398,7 +398,7 @@ CHECKED = weakref.WeakSet()  # models
 def needs_check(model: PreTrainedModel) -> bool:
     """Return whether a model must be tested before use.
 
-    Students are known. Dropout makes a model in training random, and `int8` rounds the inputs of all rows together.
+    Students need no test. Dropout makes a model in training random; `int8` rounds the inputs of all rows together.
     """
     is_int8 = any(type(module).__module__.startswith("torch.ao.") for module in model.modules())
     return not (model in CHECKED or isinstance(model, Student) or model.training or is_int8)
@@ -421,7 +421,7 @@ def row_difference(model: PreTrainedModel, trial: "CachedModel") -> float:
     return worst
 
 def check_row_independence(model: PreTrainedModel, trial: "CachedModel") -> None:
-    """Raise `ConfigError` if the rows of a batch are not what they are alone."""
+    """Raise `ConfigError` if the rows of a batch differ from the same sequences alone."""
     rounds = model.dtype != torch.float32 or getattr(model, "hf_quantizer", None)
     try:
         matches = row_difference(model, trial) < (.2 if rounds else .01)
@@ -435,7 +435,7 @@ def check_row_independence(model: PreTrainedModel, trial: "CachedModel") -> None
 
 # %% ../nbs/02b_cached_model.ipynb #ca04f473
 class CachedModel(RaggedModel):
-    """A causal language model with a KV cache whose rows read and roll back independently; tested on first use."""
+    """A causal language model with a KV cache whose rows grow and roll back independently; tested on first use."""
 
     def __init__(
         self,
@@ -457,7 +457,7 @@ class CachedModel(RaggedModel):
         hidden_layers: tuple[int, ...] = (),  # hidden states to return, as transformers counts them: −1 is the last
         features: list[Tensor] | None = None, # (tokens, hidden) per row, for an `EagleStudent`
     ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Read the next tokens of each row.
+        """Process the next tokens of each row.
 
         Returns for each row logits (keep, vocab), and hidden states (tokens, layers × hidden) or None.
         """
@@ -490,7 +490,7 @@ def call_ms(model: CachedModel, count: int) -> float:
 
 @torch.no_grad()
 def call_times(
-    models: dict[str, CachedModel],  # by name; each is rolled back and reads `context` tokens first
+    models: dict[str, CachedModel],  # by name; each is rolled back and processes `context` tokens first
     counts: list[int],               # numbers of tokens in a call
     context: int = 100,
     repeats: int = 9,
@@ -519,7 +519,7 @@ def operation_kind(operation: str) -> str:
 def profile_call(
     model: CachedModel,
     count: int,          # tokens in the call
-    context: int = 100,  # tokens read before
+    context: int = 100,  # tokens in the cache
     repeats: int = 10,
 ) -> dict[str, float]:   # milliseconds by kind of work, "framework", and "total" of the call
     """Measure what a call spends its time on."""

@@ -515,7 +515,7 @@ def settings_html(
     return html_table(rows, [number for number, name in enumerate(names) if name in changed])
 
 def config_html(config: "Config") -> str:
-    """Return a configuration as HTML: one folded table per section, whose title lists the changes."""
+    """Return a configuration as HTML: one collapsible table per section, whose title lists the changes."""
     sections = {name: part for name, part in vars(config).items() if isinstance(part, Settings)}
     parts = [settings_html(config, [name for name in vars(config) if name not in sections])]
     for name, section in sections.items():
@@ -558,7 +558,7 @@ def _suggestion(key: Any, known: Iterable[str], prefix: str) -> str:
 def check_keys(
     data: Any,             # content of a YAML file
     settings: type = Config,  # the settings class it is meant for
-    prefix: str = "",      # of the keys, for messages
+    prefix: str = "",      # prefix of the keys in error messages
 ) -> None:
     """Raise `ConfigError` for the first key that `settings` does not have, and suggest a similar one."""
     if not isinstance(data, dict):
@@ -614,7 +614,7 @@ def resolve(
 
 def make_config(
     data: dict[str, Any] | None = None,  # nested values, as in a YAML file
-    arguments: list[str] = (),           # command-line options, which win, such as `["--loss.alpha", "0.3"]`
+    arguments: list[str] = (),           # command-line options; they take precedence, e.g. `["--loss.alpha", "0.3"]`
 ) -> Config:
     """Return a validated `Config`. Raise `ConfigError` for an unknown key, a wrong type or a value out of range."""
     check_keys(data or {})

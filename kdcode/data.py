@@ -51,7 +51,7 @@ class Document:
     origin: str = ""
     """relative path within the source, or row number in reading order"""
     family: str = ""
-    """documents with the same family are in the same split; empty: the text itself decides"""
+    """documents with the same family are in the same split; empty: the split depends on the text"""
     language: str = ""
     """programming language of the text; `python by teacher` for teacher-generated text"""
 
@@ -91,7 +91,7 @@ def read_text(
     path: Path,
     characters: int,  # maximum number of characters to read
 ) -> str:             # with `\n` as line ending
-    """Return the start of a text file; U+FFFD replaces invalid UTF-8, and stands for a file that cannot be read."""
+    """Return the start of a text file, with U+FFFD for invalid UTF-8; only U+FFFD if the file cannot be read."""
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             return file.read(characters)
@@ -419,7 +419,7 @@ class SplitWriter:
         self.begin(0)
 
     def begin(self, tokens: int) -> None:
-        """Start a source of which `tokens` are wanted, in whole blocks. Drop incomplete blocks of the last source."""
+        """Start a source that contributes `tokens` tokens, in whole blocks; drop incomplete blocks of the last one."""
         self.packers: dict[str, Packer] = defaultdict(lambda: Packer(self.block_size))
         self.first_document, self.first_block = self.statistics.documents, self.statistics.blocks
         self.wanted = self.first_block + tokens // self.block_size
@@ -467,7 +467,7 @@ def settings_by_source(
 
 # %% ../nbs/01_data.ipynb #865c3105
 def _shortage(settings: DataSettings, documents: int, rejected: Counter) -> str:
-    """Return what is wrong with a source that has no block for one of the splits."""
+    """Return the reason why a source has no block for one of the splits."""
     if documents: return "too little text"
     if rejected or settings.source not in ("folder", "stdlib", "packages"): return "no usable document"
     return f"no file that ends in {' or '.join(settings.suffixes)}"
@@ -526,7 +526,7 @@ def write_splits(
     progress: Callable[[int, int], None] | None = None,  # called with tokens written and tokens wanted
     documents: Iterable[Document] | None = None,  # teacher-generated text, for source teacher
 ) -> dict:                                        # statistics: `train`, `validation` and `rejected`
-    """Read each source until both splits have enough tokens of it or it ends.
+    """Write both splits; each source is read until both have enough of its tokens or it ends.
 
     Raises `ConfigError` if a split gets no block from a source.
     """

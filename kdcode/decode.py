@@ -46,17 +46,17 @@ class TokenLogprobs:
 
 @dataclass
 class StepOutput:
-    """What one target call adds to one sequence."""
+    """The output of one target call for one sequence."""
     tokens: list[int]
     """new tokens, at least one"""
     accepted: int
-    """number of them, from the first, that are accepted draft tokens"""
+    """number of accepted draft tokens, which come first"""
     sequence: int = 0
     """index of the sequence in the batch"""
     rejected: list[int] = field(default_factory=list)
     """draft tokens from the first rejected one on, which the target did not accept"""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """one for each new token if the sequence asks for them, else empty"""
+    """one for each new token if the sequence requests them, else empty"""
 
 def _token_logprobs(
     logits: Tensor,     # (tokens, vocab)
@@ -447,7 +447,7 @@ def custom_generate(
     generation_config: GenerationConfig,
     student: PreTrainedModel | Drafter | None = None,
     decode: DecodeSettings = DecodeSettings(),  # its gamma, adaptive, drafter, draft_sampling, student_weights, compile
-    **inputs: Any,      # attention_mask, and what only `generate`'s own loop needs
+    **inputs: Any,      # attention_mask, and arguments for `generate`'s own loop
 ) -> Tensor | GenerateDecoderOnlyOutput:  # (batch, longest), padded on the right
     """Decode speculatively inside `teacher.generate(**inputs, custom_generate=custom_generate, student=student)`.
 

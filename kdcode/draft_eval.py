@@ -296,7 +296,7 @@ def evaluation_texts(
     teacher: Teacher,
     settings: DecodeSettings,  # `problems` and `max_new_tokens` are used
     seed: int,                 # of the sampling
-    file: Path,                # JSON; written if it does not hold texts of these inputs
+    file: Path,                # JSON; written if it has no texts for these inputs
 ) -> dict[str, PromptTexts]:   # "greedy", "sampled" and "human"
     """Return texts after prompts of HumanEval: generated greedily, sampled at temperature 1, and human-written.
 

@@ -125,7 +125,7 @@ def one_hot_draft(tokens: list[int], vocabulary_size: int, device: torch.device 
 
 # %% ../nbs/07b_drafters.ipynb #e3a4e789
 def cache_capacity(max_length: int, rows: int) -> int:
-    """Return the positions that a drafter's KV cache needs for sequences of at most `max_length` tokens."""
+    """Return the number of KV cache positions that a drafter needs for sequences of at most `max_length` tokens."""
     return max_length if rows == 1 else 2 * max_length
 
 class CachedDrafter(Drafter):
@@ -143,7 +143,7 @@ class CachedDrafter(Drafter):
         self.cached = CachedModel(self.model, capacity, len(sequences), self.compiled)
 
     def new_tokens(self, tokens: list[list[int]], active: list[int]) -> list[list[int]]:
-        """Return what the model has not processed of each active row; ids that the model lacks become 0."""
+        """Return the unprocessed tokens of each active row; ids outside the model's vocabulary become 0."""
         rows = [row[length:] if i in active else [] for i, (row, length) in enumerate(zip(tokens, self.cached.lengths))]
         return [[token if token < self.model_vocabulary_size else 0 for token in row] for row in rows]
 
@@ -187,7 +187,7 @@ class ModelDrafter(CachedDrafter):
                 if q.sum() > 0:
                     probs[row].append(q)
                     drafts[row].append(sample(q[0], sequences[row].generator))
-                else: budgets[row] = len(drafts[row])  # the student knows no allowed token, or q holds nan
+                else: budgets[row] = len(drafts[row])  # the student lacks all allowed tokens, or q has NaN
         return [Draft(draft, torch.cat(q)) if draft else empty_draft(self.model.device)
                 for draft, q in zip(drafts, probs)]
 
@@ -297,7 +297,7 @@ MIN_NGRAM = 2  # a match of one token predicts little (table below)
 MAX_NGRAM = 8  # longer matches are rarely ambiguous
 
 class NGramDrafter(Drafter):
-    """Drafts the tokens that followed the last tokens earlier. Source: Saxena, *Prompt Lookup Decoding*, 2023."""
+    """Drafts the tokens after an earlier match of the last ones. Source: Saxena, *Prompt Lookup Decoding*, 2023."""
 
     def __init__(
         self,
@@ -331,7 +331,7 @@ class NGramDrafter(Drafter):
 
 # %% ../nbs/07b_drafters.ipynb #eddca8b0
 class CompositeDrafter(Drafter):
-    """A drafter made of others, which passes every event on to all of them."""
+    """A drafter made of others, which forwards every call except `propose` to all of them."""
 
     def __init__(self, *drafters: Drafter):  # at most one of them with `feature_layers`
         self.drafters = drafters
@@ -434,7 +434,7 @@ def best_gamma(
     return speeds.index(max(speeds))
 
 # %% ../nbs/07b_drafters.ipynb #5ea87154
-FIRST_PROBE, MAX_PROBE = 8, 64  # plain rounds before the first probe, and before each of the later ones at most
+FIRST_PROBE, MAX_PROBE = 8, 64  # plain rounds before the first probe; the most before a later one
 
 class ProbeSchedule:
     """Plans short drafts in plain decoding, to find out whether drafting pays again."""
@@ -466,7 +466,7 @@ class GammaController:
         self.caught_up = False  # whether the drafter drafted in the previous round
 
     def start(self) -> None:
-        """Discount what was learned from earlier sequences."""
+        """Reduce the weight of the acceptance estimate from earlier sequences."""
         self.estimate.discount(NEW_BATCH_WEIGHT)
         self.caught_up = False
 
@@ -555,7 +555,7 @@ MAX_PADDING_ROWS = 1024  # vocabularies are padded to multiples of 1024 at most;
 def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raise an error if the student cannot draft for the teacher.
 
-    `ConfigError` for something else than a model, or a model on another device; `ValueError` for another tokenizer.
+    `ConfigError` for anything other than a model, or a model on another device; `ValueError` for another tokenizer.
     """
     if not isinstance(student, PreTrainedModel):
         raise ConfigError(f"the student is {student!r}; "

@@ -79,7 +79,7 @@ STOP_STRINGS = [
     "\ndef ", "\nclass ", "\nif ", "\nfor ", "\nprint", "\nassert ", "\nimport ", "\nfrom ", "\n#", "\n@", "\n```"]
 
 def uses_chat_template(model: Teacher, settings: EvalSettings) -> bool:
-    """Return whether problems are asked in the model's chat template."""
+    """Return whether prompts use the model's chat template."""
     if settings.prompt == "auto":
         return bool(model.tokenizer.chat_template)
     return settings.prompt == "chat"
@@ -363,7 +363,7 @@ def plot_models(
     figures: dict[str, dict[str, Any]],  # by model
     k: int,                              # of pass@k
 ) -> Figure:
-    """Return a bar chart of what each model is worth by itself and as a draft."""
+    """Return a bar chart of the figures of each model, by itself and as a draft."""
     labels = {f"pass_at_{k}": f"pass@{k}"} | PLOT_LABELS
     labels = {key: label for key, label in labels.items() if any(key in found for found in figures.values())}
     names = list(figures)[::-1]
@@ -407,7 +407,7 @@ def _candidate_figures(
     candidate: Candidate, teacher: Teacher, config: Config, isolation: str, folder: Path,
     progress: Callable[[str], Callable[[int, int], None]]
 ) -> dict[str, Any]:
-    """Return all figures of a candidate but its speed."""
+    """Return all figures of a candidate except its speed."""
     folder = folder/model_folder(candidate.name)
     figures = {"parameters": candidate.parameters / 1e6}
     if candidate.model:

@@ -123,7 +123,7 @@ MIN_TAIL = 1e-6  # a smaller 1 - Σp in float32 is rounding error
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """The teacher's distribution of each token, for a few ids only."""
+    """The teacher's probabilities at each token, for a few ids only."""
     ids: Tensor
     """(tokens, slots), int64, rows of the student's head; distinct, but empty slots have id 0 and log-probability −∞"""
     log_probs: Tensor

@@ -84,7 +84,7 @@ def commit() -> str | None:
 def provenance(
     config: dict[str, Any],  # the resolved settings as plain values
 ) -> dict[str, Any]:
-    """Return what is stored beside every result: date (UTC), commit, machine, versions and configuration."""
+    """Return the record stored beside every result: date (UTC), commit, machine, versions and configuration."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),

@@ -145,7 +145,7 @@ def bootstrap_interval(
 
 # %% ../nbs/09_report.ipynb #a6162875
 def cached_figures(
-    file: Path,                                # JSON; written if it does not hold figures of these inputs
+    file: Path,                                # JSON; written if it has no figures for these inputs
     inputs: dict[str, Any],                    # what the figures depend on; JSON types
     measure: Callable[[], dict[str, float]],
 ) -> dict[str, float]:

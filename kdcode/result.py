@@ -126,7 +126,7 @@ def percent_bar(
 
 # %% ../nbs/07a_result.ipynb #3c028375
 def statistics_html(s: Statistics) -> str:
-    """Return a table with one row per position in the draft, a summary, and the share of each model in the time."""
+    """Return a table with one row per position in the draft, a summary, and each model's share of the time."""
     rows = [{"position": position, "drafted": drafted, "verified": verified, "accepted": accepted,
              "accepted / verified": percent_bar(accepted / verified) if verified else "–"}
             for position, (drafted, verified, accepted) in enumerate(zip(s.drafted, s.verified, s.accepted), 1)]
@@ -137,7 +137,7 @@ def statistics_html(s: Statistics) -> str:
     return f"{table}<p>{s.summary()}; {s.seconds:.2f} s: {shares}</p>"
 
 # %% ../nbs/07a_result.ipynb #8663836e
-CONTEXT_TOKENS = 8  # of the preceding text, decoded along; a character takes fewer byte-level tokens than this
+CONTEXT_TOKENS = 8  # decoded together with the new ones; a character takes fewer byte-level tokens than this
 
 def incremental_text(
     tokenizer: PreTrainedTokenizerBase,
@@ -164,7 +164,7 @@ def incremental_text(
 # %% ../nbs/07a_result.ipynb #f3cb972a
 @dataclass(repr=False)
 class SpeculativeResult:
-    """Decoded tokens; displays in a notebook or an IPython terminal which of them were drafted."""
+    """Decoded tokens, displayed in a notebook or an IPython terminal with the drafted ones marked."""
     prompt: list[int]
     """token ids"""
     tokens: list[int]
@@ -228,7 +228,7 @@ def result_html(result: SpeculativeResult) -> str:
 _DIM, _GREEN, _BOLD_YELLOW = "2", "32", "1;33"  # ANSI codes
 
 def _ansi(code: str, text: str) -> str:
-    """Return text in an ANSI style, with its control characters spelled out."""
+    """Return text in an ANSI style, with its control characters escaped."""
     printable = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
     return f"\x1b[{code}m{printable}\x1b[0m"
 

@@ -17,7 +17,7 @@ from transformers import (
 # %% ../nbs/07_sampling.ipynb #9194daa8
 @dataclass(frozen=True)
 class SamplingParams:
-    """How logits become the probabilities that tokens are sampled from, in the order that `generate` applies them."""
+    """Sampling parameters, which turn logits into probabilities in the order that `generate` applies them."""
     temperature: float = 0.0
     """0: greedy decoding"""
     top_k: int = 0

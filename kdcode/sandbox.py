@@ -184,7 +184,7 @@ def unshare(
 def other_uid(
     folder: str,              # the working folder; the new user becomes its owner
 ) -> tuple[list[str], dict]:
-    """Return a command and a random unused user to run it. Raises `OSError` if this process is not root's."""
+    """Return a command and a random unused user to run it. Raises `OSError` if we are not root."""
     uid = random.SystemRandom().randrange(1 << 20, 1 << 30)
     os.chown(folder, uid, uid)
     python = os.path.realpath(sys.executable)
@@ -208,7 +208,7 @@ def run_program(
     isolation: str,            # a key of `ISOLATIONS`
     limits: Limits = Limits(),
 ) -> str:
-    """Return "passed", or what went wrong.
+    """Run a program and return "passed" or the reason why it failed.
 
     A program passes if it runs to its end within the limits, raises no exception and leaves no process behind.
     """

@@ -37,7 +37,7 @@ def read_legacy_keys(
     config: PreTrainedConfig,
     keys: dict[str, Any],  # unknown keys of config.json; the legacy keys are removed
 ) -> None:
-    """Set the fields that old keys of config.json stand for, and warn once if there are any."""
+    """Set the fields that correspond to old keys of config.json, and warn once if there are any."""
     legacy = [name for name in LEGACY_KEYS if name in keys]
     for name in legacy:
         setattr(config, LEGACY_KEYS[name], keys.pop(name))
@@ -151,7 +151,7 @@ class RowLengths:
 
 # %% ../nbs/02_student.ipynb #c145d7b9
 def _write(storage: Tensor, x: Tensor, cache: RowLengths) -> None:
-    """Write new positions `x` (batch, heads, new, dim) behind the last position of each row."""
+    """Write new positions `x` (batch, heads, new, dim) after the last position of each row."""
     longest, new = cache.get_seq_length(), x.shape[2]
     if min(cache.lengths) == longest:
         storage[:, :, longest:longest + new] = x
@@ -327,7 +327,7 @@ def select_positions(
 
 # %% ../nbs/02_student.ipynb #14e82b49
 class StudentModel(nn.Module):
-    """The body of a student: token ids to hidden states."""
+    """The body of a student: maps token ids to hidden states."""
 
     def __init__(self, config: StudentConfig, embedding: bool = True):
         super().__init__()
@@ -424,7 +424,7 @@ def pack_weights(
     return packed
 
 def unpack_weights(file: str) -> dict[str, Tensor] | None:
-    """Return the weights of a safetensors file with 8-bit matrices, multiplied out; None for any other file."""
+    """Return the dequantised weights of a safetensors file with 8-bit matrices; None for any other file."""
     with safe_open(file, "pt") as found:
         if not any(name.endswith(SCALE) for name in found.keys()):
             return None
@@ -437,7 +437,7 @@ class Int8LoadingMixin:
 
     @classmethod
     def from_pretrained(cls, path, *inputs, config: PreTrainedConfig | None = None, **options) -> PreTrainedModel:
-        """Load a model as `PreTrainedModel.from_pretrained` does; 8-bit matrices are multiplied out."""
+        """Load a model as `PreTrainedModel.from_pretrained` does, and dequantise 8-bit matrices."""
         names = ("revision", "token", "cache_dir", "local_files_only")
         source = {name: options[name] for name in names if name in options}
         file = None
@@ -515,7 +515,10 @@ def narrow_shape(
     shape: dict[str, Any],  # of a student as wide as its teacher
     width: int,             # of the hidden states
 ) -> dict[str, int]:        # the fields that change
-    """Return the fields of a narrower student. Raises `ValueError` for a width that is not a number of whole heads."""
+    """Return the fields of a narrower student.
+
+    Raises `ValueError` if `width` is not a multiple of the head size, or is larger than the teacher's width.
+    """
     dim, heads, kv_heads = shape["head_dim"], shape["num_attention_heads"], shape["num_key_value_heads"]
     if width > shape["hidden_size"] or width % dim:
         raise ValueError(f"width is {width}; allowed are multiples of {dim} (the size of the teacher's heads) "
@@ -594,7 +597,7 @@ def principal_directions(
 
 @torch.no_grad()
 def head_with_norm(teacher: PreTrainedModel) -> Tensor:
-    """Return the teacher's output head with the weights of its final norm multiplied in: (vocab, hidden)."""
+    """Return the teacher's output head with the weights of its final norm folded in: (vocab, hidden)."""
     head, norm = dense_weight(teacher.get_output_embeddings()), getattr(teacher.base_model, "norm", None)
     return head if norm is None else head * norm.weight
 
@@ -649,8 +652,8 @@ def check_draft_ids(
 ) -> None:
     """Raise `ValueError` unless the ids ascend and lie in the vocabulary; `ids_to_rows` needs them sorted."""
     if len(draft_ids) == 0 or draft_ids.min() < 0 or draft_ids.max() >= vocab_size:
-        raise ValueError(f"draft_ids are {len(draft_ids)} ids, not all from 0 to {vocab_size - 1}; "
-                         "give at least one id of the vocabulary")
+        raise ValueError(f"draft_ids has {len(draft_ids)} ids, not all of them from 0 to {vocab_size - 1}; "
+                         "give at least one id, and only ids of the vocabulary")
     if (draft_ids.diff() <= 0).any():
         raise ValueError(f"draft_ids do not ascend ({draft_ids[:3].tolist()}...); sort them and keep each id once")
 
@@ -716,7 +719,7 @@ LLAMA_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
                 "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # equal in both configs
 
 def llama_config(config: StudentConfig) -> LlamaConfig:
-    """Return the config of a student as a Llama. Raises `ValueError`, with what to train instead, if there is none."""
+    """Return the equivalent `LlamaConfig` of a student. Raises `ValueError` if the student cannot become a Llama."""
     if config.architecture != "llama":
         raise ValueError("a student of the classic architecture cannot become a Llama; "
                          "train one with student.architecture llama")

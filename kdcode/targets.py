@@ -284,7 +284,7 @@ def write_targets(
     folder: Path,                 # of the shards; created if it is missing
     fingerprint: dict[str, Any],  # from `targets_fingerprint`
     seed: int,                    # of the samples
-    progress: Callable[[int, int], None] | None = None,  # called with the blocks done and all blocks
+    progress: Callable[[int, int], None] | None = None,  # called with the numbers of finished and all blocks
     batch_size: int = 8,          # blocks in one forward pass of the teacher
 ) -> None:
     """Write all shards that are missing.

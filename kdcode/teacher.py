@@ -274,7 +274,7 @@ def load_teacher(
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise ConfigError(f"teacher {settings.name} has {rows} rows for a tokenizer of {len(tokenizer)} tokens; "
-                          "its files do not belong together")
+                          "its files do not belong together; give a model with its own tokenizer")
     if gguf_options and model.config.model_type == "qwen2":
         add_qwen_eos(model, tokenizer)
     name = Path(settings.name).stem if settings.name.endswith(".gguf") else settings.name
@@ -441,7 +441,7 @@ def is_greedy_batch(number: int, share: float) -> bool:
 # %% ../nbs/04_teacher.ipynb #92589800
 def finished_batches(
     file: Path,    # after the first line, each line is `[key, texts]`
-    header: dict,  # what the first line must be
+    header: dict,  # the expected first line
 ) -> dict[str, list[str]]:
     """Return the finished batches of a file by their keys, and rewrite the file so that it holds only these."""
     try: lines = file.read_bytes().split(b"\n")[:-1]  # an incomplete line has no newline

@@ -93,7 +93,7 @@ class LossParts:
         self.sums += torch.stack([sums.ce, sums.divergence]).cpu()
 
     def take(self, step: int, reduce) -> list[float]:  # `reduce` sums a tensor over all processes
-        """Return both means after `step` finished optimizer steps, and begin anew."""
+        """Return both means after `step` finished optimizer steps, and reset the sums."""
         means = (reduce(self.sums) / max(step - self.logged_step, 1)).tolist()
         self.sums, self.logged_step = torch.zeros(2), step
         return means
@@ -103,7 +103,7 @@ class TeacherTrainer(Trainer):
     """A `Trainer` with a teacher: it makes the batches, and the teacher's targets for them."""
 
     def __init__(self, student: Student, teacher: Teacher, config: Config, validation: ValidationSet,
-                 targets: TargetCache | None, **options):  # None: the teacher reads each batch
+                 targets: TargetCache | None, **options):  # None: the teacher processes each batch
         super().__init__(model=student, data_collator=self.collate, **options)
         self.student, self.teacher, self.config = student, teacher, config
         self.validation, self.targets = validation, targets
@@ -119,7 +119,7 @@ class TeacherTrainer(Trainer):
         return batch | {"labels": labels, "block": torch.tensor([row["block"] for row in rows])}
 
     def teacher_targets(self, inputs: dict) -> tuple[Chunk, Tensor]:
-        """Return the teacher's targets of tokens start to end as a function, and the features (batch, time, ...)."""
+        """Return a function for the targets of tokens start to end, and the features (batch, time, ...)."""
         ids = inputs["input_ids"]
         if self.targets is not None:
             targets, features = (part.to(ids.device) for part in self.targets.read(inputs["block"].tolist()))
@@ -266,7 +266,7 @@ def check_run(
     check_same_run(saved.read_text(), config, folder)
 
 def run_stages(folder: Path) -> list[dict[str, Any]]:
-    """Return where, when and with which versions a run ran, its last stage first; an empty list before it has begun.
+    """Return machine, time and versions of each stage of a run, the last stage first; empty before it has begun.
 
     Raises `ConfigError` if the record can't be read.
     """
@@ -457,8 +457,8 @@ def distill(
 def best_validation(run: Path) -> dict[str, float]:
     """Return the optimizer step and the metrics of a finished run's best validation, and the training time.
 
-    Best is the highest acceptance rate after step 0. `seconds` is the training time, of a resumed run that of its
-    last part.
+    Best is the highest acceptance rate after step 0. `seconds` is the training time; for a resumed
+    run, that of its last part only.
     """
     history = json.loads((run/"history.json").read_text())
     validations = [entry for entry in history if "eval_acceptance_rate" in entry and entry["step"]]

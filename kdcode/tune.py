@@ -110,7 +110,7 @@ def open_study(
     seed: int,    # of the first process; one that joins or resumes the search samples at random
     about: dict,  # what must be the same in all processes: space and objective
 ) -> optuna.Study:
-    """Return the search of a folder, new or resumed. Raises `ConfigError` if it is about something else."""
+    """Return the search of a folder, new or resumed. Raises `ConfigError` if `about` differs."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     ignored = {"action": "ignore", "category": optuna.exceptions.ExperimentalWarning}  # of the heartbeat
     with FileLock(folder/".study.lock"), warnings.catch_warnings(**ignored):
@@ -215,9 +215,9 @@ def plot_search(study: optuna.Study, space: SearchSpace) -> Figure:
 
 # %% ../nbs/06c_tune.ipynb #33a7d531
 def check_search(config: Config, folder: Path) -> None:
-    """Raise `ConfigError` if a folder holds a run or another search, or with several processes. Writes nothing."""
+    """Raise `ConfigError` if a folder holds a run or another search, or if there are several processes."""
     if PartialState().num_processes > 1:
-        raise ConfigError("a search can't be spread by accelerate launch; start kdcode tune several times "
+        raise ConfigError("a search can't run under accelerate launch; start kdcode tune several times "
                           "with the same --name instead")
     if not (folder/"config.yaml").exists(): return
     if not (folder/"study.db").exists():
@@ -245,11 +245,11 @@ def tune(
     corpus: Corpus,
     folder: Path,     # of the search; gets study.db, a folder for each trial, trials.csv, best.yaml and tuning.png
     objective: Objective = acceptance_objective,
-    tell: Callable[[optuna.Study, FrozenTrial], None] | None = None,  # is called after each trial
+    tell: Callable[[optuna.Study, FrozenTrial], None] | None = None,  # called after each trial
 ) -> optuna.Study:
     """Search for the settings with the greatest objective; resume the search in the folder, if there is one.
 
-    Raises `ConfigError` for a space that is not allowed or a folder with another search, and what a training raises.
+    Raises `ConfigError` for a space that is not allowed or a folder with another search, and the errors of `distill`.
     """
     space = check_search_space(space, config)
     check_search(config, folder)

@@ -50,7 +50,7 @@ class ValidationSet:
     languages: list[str]
     """one per block"""
     features: Tensor
-    """(blocks, time, feature layers × hidden), the teacher's hidden states that an `EagleStudent` reads"""
+    """(blocks, time, feature layers × hidden), the teacher's hidden states for an `EagleStudent`"""
 
     @classmethod
     def of(
@@ -104,7 +104,7 @@ def position_metrics(
     return torch.stack(sums).double()
 
 def mean_metrics(sums: Tensor) -> dict[str, float]:
-    """Return the metrics of a token from the sums (6,) of `position_metrics`."""
+    """Return the mean metrics from the sums (6,) of `position_metrics`."""
     ce, kl, acceptance, agreement, in_vocabulary, count = sums.tolist()
     count = max(count, 1)
     ce /= max(in_vocabulary, 1)
@@ -136,7 +136,7 @@ def _batch_metrics(student: Student, teacher: Teacher, model, batch: tuple, chun
 
 # %% ../nbs/06_validate.ipynb #aca80f28
 def _named_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Return the metrics of sums (steps, 6) by language: of the first step in full, of later steps two."""
+    """Return named metrics from sums (steps, 6) by language: all of the first step, two of each later step."""
     first, *later = [mean_metrics(step) for step in sum(sums.values())]
     metrics = dict(first)
     if len(sums) > 1:

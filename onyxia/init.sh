@@ -17,11 +17,11 @@ stop() {
     exit 1
 }
 
-told() {  # at the end of a step that failed
+report_failure() {  # at the end of a step that failed
     local status=$? reason=""
     [ "$status" -eq 0 ] || [ "$status" -eq 143 ] || [ -z "$step" ] || {  # 143: the time was over
         [ ! -f "$log" ] || reason=$(grep -Ei '^(error|fatal)' "$log" | tail -n 1) || true
-        say "failed to $step (${reason:-exit status $status}); the whole story is in $log" >&3
+        say "failed to $step (${reason:-exit status $status}); see the log in $log" >&3
     }
 }
 
@@ -45,7 +45,7 @@ own() {  # gives files to the user, where they belong to another
 clone() {
     local unfinished="$work/.kdcode.unfinished"
     step="clone $REPOSITORY"
-    [ ! -e "$work/kdcode" ] || stop "$work/kdcode is there, and is no whole checkout of $REPOSITORY; move it away and run this again"
+    [ ! -e "$work/kdcode" ] || stop "$work/kdcode exists and is not a complete checkout of $REPOSITORY; move it and run this script again"
     rm -rf "$unfinished"
     GIT_TERMINAL_PROMPT=0 git clone --quiet "${KDCODE_REPOSITORY:-$REPOSITORY}" "$unfinished" >>"$log" 2>&1
     mv "$unfinished" "$work/kdcode"
@@ -140,13 +140,13 @@ prepare() {  # as the user
     local checkout venv extras=dev variables=()
     step="use $work/.cache/kdcode"
     exec 3>&2  # where people look; the standard error of a step goes to the log
-    trap told EXIT
+    trap report_failure EXIT
     umask 022
     cd "$work"
     mkdir -p "$work/.cache/kdcode"
     date >"$log"
     exec 9>"$work/.cache/kdcode/lock"
-    flock --nonblock 9 || stop "this script is running already; wait for it"
+    flock --nonblock 9 || stop "this script is already running; wait until it has finished"
     find_checkout >>"$log" || clone
     checkout=$(find_checkout) || stop "the clone in $work/kdcode is not of this project: its settings.ini does not say lib_name = kdcode"
     venv=$checkout/.venv
@@ -177,7 +177,7 @@ main() {
     [ "$(id -u)" -ne 0 ] || run=("$(PATH=$PATH:/usr/sbin:/sbin command -v runuser)" -u "$user" -- "${run[@]}")
     "${run[@]}" </dev/null || status=$?
     [ "$status" -ne 124 ] || say "not finished after $SECONDS seconds, so Jupyter starts now" >&2
-    if [ "$status" -ne 0 ] && checkout=$(find_checkout); then say "to go on, open a terminal and run: bash $checkout/onyxia/init.sh" >&2; fi
+    if [ "$status" -ne 0 ] && checkout=$(find_checkout); then say "to continue, open a terminal and run: bash $checkout/onyxia/init.sh" >&2; fi
 }
 
 main "$@"

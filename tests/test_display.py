@@ -1,8 +1,9 @@
-"""What a person sees: names after `kdcode.`, objects in a notebook, in a terminal, in Markdown, and in a page that lost its styles."""
+"""How the library displays itself: names after `kdcode.`, and objects in a terminal, a notebook and Markdown."""
 import ast
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -18,12 +19,18 @@ import kdcode
 ROOT = Path(__file__).parent.parent
 
 
-def python(code, **options): return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, **options).stdout
+def python(code):
+    """Run code in a new Python process and return what it prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
-def test_a_dozen_names_each_with_a_docstring():
+# Names
+
+def test_package_has_about_a_dozen_documented_names():
     assert dir(kdcode) == sorted(kdcode.__all__) and 10 <= len(kdcode.__all__) <= 13
-    for name in kdcode.__all__: assert getattr(kdcode, name).__doc__ and getattr(kdcode, name).__module__.startswith("kdcode."), name
+    for name in kdcode.__all__:
+        assert getattr(kdcode, name).__doc__ and getattr(kdcode, name).__module__.startswith("kdcode."), name
     with pytest.raises(AttributeError, match="no attribute 'distil'"): kdcode.distil
     with pytest.raises(ImportError, match="cannot import name 'distil'"): exec("from kdcode import distil")
 
@@ -36,24 +43,36 @@ def test_type_checkers_see_the_same_names():
     assert sorted(kdcode._MODULES) == kdcode.__all__
 
 
-def test_import_loads_nothing_and_names_load_what_they_need():
-    loaded = "print(*sorted({'torch', 'pandas', 'transformers', 'matplotlib', 'IPython'} & set(sys.modules)))"
-    assert python(f"import sys, kdcode; dir(kdcode); hasattr(kdcode, 'nothing'); {loaded}") == "\n"
-    assert python(f"import sys; from kdcode import Config; Config(); {loaded}") == "pandas\n"
+def test_imports_are_lazy():
+    """Neither `import kdcode` nor the configuration imports a large library; reports need pandas."""
+    print_loaded = "print(*sorted({'torch', 'pandas', 'transformers', 'matplotlib', 'IPython'} & set(sys.modules)))"
+    assert python(f"import sys, kdcode; dir(kdcode); hasattr(kdcode, 'nothing'); {print_loaded}") == "\n"
+    assert python(f"import sys; from kdcode import Config; Config(); {print_loaded}") == "\n"
+    assert "pandas" in python(f"import sys, kdcode.report; {print_loaded}")
 
 
-def test_a_terminal_needs_no_ipython():
-    out = python("""
+# Terminal
+
+WITHOUT_IPYTHON = """
 import sys
-sys.modules["IPython"] = None
+sys.modules["IPython"] = None  # importing it fails
 from kdcode import Config
+from kdcode.callbacks import progress_callback
 from kdcode.report import Report
 from kdcode.result import SpeculativeResult, Statistics
-from kdcode.train import progress_shown
-print(Config(), Report("command", Config(), {}, [{"a": 1}], ["note"]), Statistics(), SpeculativeResult([1], [2], [True], Statistics()), type(progress_shown()).__name__, sep="\\n")
-""")
-    assert out.splitlines() == ["Config()", "quickstart: command", "", "a", "1", "", "note", "0 tokens in 0 calls of the teacher", "[2]", "LineProgress"]
+report = Report("command", Config(), {}, [{"a": 1}], ["note"])
+result = SpeculativeResult([1], [2], [True], Statistics())
+print(Config(), report, Statistics(), result, type(progress_callback()).__name__, sep="\\n")
+"""
 
+
+def test_terminal_display_needs_no_ipython():
+    lines = python(WITHOUT_IPYTHON).splitlines()
+    report = ["quickstart: command", "", "a", "1", "", "note"]
+    assert lines == ["Config()", *report, "0 tokens in 0 target calls", "[2]", "LineProgress"]
+
+
+# Kernel
 
 @pytest.fixture(scope="module")
 def kernel():
@@ -63,76 +82,108 @@ def kernel():
     manager.shutdown_kernel(now=True)
 
 
-def outputs(kernel, code):
-    """What a cell shows, each output as a Jupyter page has it in the end: what is rewritten, is rewritten."""
+def run_cell(kernel, code):
+    """Run a cell and return its outputs in their final state, after all updates."""
     shown = []
+
     def hook(message):
         kind, content = message["msg_type"], message["content"]
         assert kind != "error", content["traceback"]
-        name = content.get("transient", {}).get("display_id")
-        if kind == "update_display_data": next(one for one in shown if one["id"] == name)["data"] = content["data"]
-        elif kind in ("display_data", "execute_result"): shown.append({"id": name, "data": content["data"]})
-        elif kind == "stream": shown.append({"id": None, "data": {"stream": content["text"]}})
+        display_id = content.get("transient", {}).get("display_id")
+        if kind == "update_display_data":
+            next(output for output in shown if output["id"] == display_id)["data"] = content["data"]
+        elif kind in ("display_data", "execute_result"):
+            shown.append({"id": display_id, "data": content["data"]})
+        elif kind == "stream":
+            shown.append({"id": None, "data": {"stream": content["text"]}})
     kernel.execute_interactive(code, output_hook=hook, timeout=240)
-    return [one["data"] for one in shown]
+    return [output["data"] for output in shown]
 
 
-def test_tab_offers_the_dozen(kernel):
-    assert outputs(kernel, "import kdcode") == []
+def test_tab_completion_offers_the_public_names(kernel):
+    assert run_cell(kernel, "import kdcode") == []
     reply = kernel.complete("kdcode.", reply=True, timeout=60)["content"]
     assert sorted(match.removeprefix("kdcode.") for match in reply["matches"]) == kdcode.__all__
 
 
-def test_configuration_is_a_table(kernel):
-    shown, = outputs(kernel, "kdcode.Config(name='mine')")
+def test_configuration_is_displayed_as_a_table(kernel):
+    shown, = run_cell(kernel, "import kdcode\nkdcode.Config(name='mine')")
     assert shown["text/plain"] == "Config(name='mine')"
-    assert shown["text/html"].count("<table>") == 10 and "<b>mine</b>" in shown["text/html"] and "peak of the schedule" in shown["text/html"]
+    assert shown["text/html"].count("<table>") == 10 and "<b>mine</b>" in shown["text/html"]
+    assert "peak learning rate" in shown["text/html"]
+
+
+# Notebook
+
+SETUP = """import os
+os.environ |= {'HF_HUB_OFFLINE': '1', 'KDCODE_HOME': os.getcwd()}
+import functools, kdcode, tqdm.notebook, transformers
+from kdcode.config import *
+transformers.utils.logging.disable_progress_bar()
+tqdm.notebook.tqdm.__init__ = functools.partialmethod(tqdm.notebook.tqdm.__init__, disable=True)"""
+CONFIG = """config = Config(
+    data=DataSettings(tokens=2048, validation_tokens=512, block_size=64),
+    student=StudentSettings(layers=[0], draft_vocabulary=500), targets=TargetsSettings(kind='top_k'),
+    train=TrainSettings(batch_size=8, eval_steps=2, logging_steps=1),
+    decode=DecodeSettings(max_new_tokens=12, gamma=3, adaptive=False, problems=1))
+config"""
+PROMPT = "<script>alert(1)</script>\n\n\ndef f(n):\n"
 
 
 @pytest.fixture(scope="module")
 def page(tiny_teacher, tmp_path_factory):
-    """A notebook that shows everything once, as `jupyter execute` leaves it."""
+    """A notebook that displays every object once, run like `jupyter execute`."""
     folder = tmp_path_factory.mktemp("page")
-    cells = ["import os; os.environ |= {'HF_HUB_OFFLINE': '1', 'KDCODE_HOME': os.getcwd()}\nimport functools, kdcode, tqdm.notebook, transformers\nfrom kdcode.config import *\n"
-             "transformers.utils.logging.disable_progress_bar()\ntqdm.notebook.tqdm.__init__ = functools.partialmethod(tqdm.notebook.tqdm.__init__, disable=True)",
-             "config = Config(data=DataSettings(tokens=2048, validation_tokens=512, block_size=64), student=StudentSettings(layers=[0], draft_vocabulary=500), targets=TargetsSettings(kind='top_k'),\n"
-             "                train=TrainSettings(batch_size=8, eval_steps=2, logging_steps=1), decode=DecodeSettings(max_new_tokens=12, gamma=3, adaptive=False, problems=1))\nconfig",
+    cells = [SETUP, CONFIG,
              f"teacher = kdcode.load_teacher({str(tiny_teacher)!r})\nteacher.name = 'tiny'\nteacher",
              "corpus = kdcode.build_corpus(config.data, teacher.tokenizer, 'corpus', 0)\ncorpus",
              "student = kdcode.distill(config, teacher, corpus)",
-             "text = kdcode.complete(teacher, student, '<script>alert(1)</script>\\n\\n\\ndef f(n):\\n', config.decode)\ntext",
+             f"text = kdcode.complete(teacher, student, {PROMPT!r}, config.decode)\ntext",
              "text.statistics",
              "report = kdcode.bench_decode(teacher, student, config=config)\nreport"]
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     return notebook
 
 
-def kinds(cell): return [set(output.get("data", {})) for output in cell.outputs if output.output_type != "stream"]
+def displays(cell):
+    """Return the outputs of a cell, without streams (transformers writes to them)."""
+    return [output for output in cell.outputs if output.output_type != "stream"]
 
 
-def test_page_shows_everything(page):
-    config, teacher, corpus, training, text, statistics, report = page.cells[1:]
+def mime_types(cell): return [set(output.get("data", {})) for output in displays(cell)]
+
+
+def test_every_object_has_its_display(page):
+    config, teacher, corpus, _, text, statistics, report = page.cells[1:]
     table = {"text/html", "text/plain"}
-    assert list(map(kinds, (config, corpus, text, statistics))) == [[table]] * 4
-    assert kinds(teacher) == [{"text/plain"}] and "teacher tiny: LlamaForCausalLM" in teacher.outputs[0].data["text/plain"]
-    assert kinds(report) == [table, {"image/png", "text/plain"}]
-    for cell in (config, teacher, corpus, statistics, report): assert len(cell.outputs[0].data["text/plain"]) < 1000  # the terminal's
+    assert list(map(mime_types, (config, corpus, text, statistics))) == [[table]] * 4
+    assert mime_types(teacher) == [{"text/plain"}]
+    assert "teacher tiny: LlamaForCausalLM" in teacher.outputs[0].data["text/plain"]
+    assert mime_types(report) == [table, {"image/png", "text/plain"}]
+    for cell in (config, teacher, corpus, statistics): assert len(cell.outputs[0].data["text/plain"]) < 1000
+    lines = report.outputs[0].data["text/plain"].splitlines()
+    assert sum(len(textwrap.wrap(line, 80)) or 1 for line in lines) <= 24  # a terminal's screen
 
 
-def test_training_leaves_its_curves_and_no_widget(page):
-    labelling, curves = (output for output in page.cells[4].outputs if output.output_type != "stream")  # a stream has the lines of transformers
-    assert labelling.data == {"text/plain": ""}  # the bar of the targets
-    assert set(curves.data) == {"image/png", "text/plain"} and re.match(r"step 4 of 4, loss [\d.]+, acceptance rate [\d.]+, 0:\d\d:\d\d$", curves.data["text/plain"])
-    assert "widget" not in str(page.metadata) and not re.search(r"<progress|widget-view|it/s\]", nbformat.writes(page))
+def test_training_displays_curves_and_no_widget(page):
+    targets, curves = displays(page.cells[4])
+    assert targets.data == {"text/plain": ""}  # the finished progress bar
+    assert set(curves.data) == {"image/png", "text/plain"}
+    assert re.match(r"step 4 of 4, loss [\d.]+, acceptance rate [\d.]+, 0:\d\d:\d\d$", curves.data["text/plain"])
+    assert "widget" not in str(page.metadata)
+    assert not re.search(r"<progress|widget-view|it/s\]", nbformat.writes(page))
 
 
-def test_markdown_keeps_it_readable(page):
+def test_markdown_without_styles_is_readable(page):
     body, resources = MarkdownExporter().from_notebook_node(page)
     shown = BeautifulSoup(MarkdownIt("commonmark", {"html": True}).render(body), "html.parser")
     assert not shown.find("script") and "alert(1)</script>" in shown.find("pre", style=True).text
     for element in shown.find_all(style=True): del element["style"]  # as GitHub does
     text = next(element for element in shown.find_all("pre") if element.find("b"))
-    assert text.text == "<script>alert(1)</script>\n\n\ndef f(n):\n" + page.cells[5].outputs[0].data["text/plain"]  # whole, though it has empty lines
-    assert len(shown.find_all("table")) == 13 and len(resources["outputs"]) == 2  # ten of the configuration, the corpus, the statistics, the report; two pictures
+    new_text = page.cells[5].outputs[0].data["text/plain"]
+    assert text.text == PROMPT + new_text  # empty lines do not end the block
+    assert len(shown.find_all("table")) == 13  # ten of the configuration, corpus, statistics, report
+    assert len(resources["outputs"]) == 2  # plots of the training and of the report
     assert "█" in shown.text or "░" in shown.text

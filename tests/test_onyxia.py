@@ -297,8 +297,8 @@ def assert_conflict_is_reported(pod):
     failed = pod.init()
     log = pod.work/".cache"/"kdcode"/"init.log"
     assert failed.stderr.splitlines() == [
-        f"kdcode: failed to install the packages ({last_error(pod)}); the whole story is in {log}",
-        f"kdcode: to go on, open a terminal and run: bash {pod.checkout}/onyxia/init.sh"]
+        f"kdcode: failed to install the packages ({last_error(pod)}); see the log in {log}",
+        f"kdcode: to continue, open a terminal and run: bash {pod.checkout}/onyxia/init.sh"]
     assert not (pod.venv/"complete").exists()
 
 
@@ -325,13 +325,13 @@ def test_init_reports_each_problem_in_one_line(pod):
     assert "failed to clone https://github.com/kdcode/kdcode (fatal:" in only_message(failed)
     pod.run("mkdir", "-p", pod.checkout/"runs")
     failed = pod.init(KDCODE_REPOSITORY=str(pod.repository))
-    assert f"{pod.checkout} is there, and is no whole checkout" in only_message(failed)
+    assert f"{pod.checkout} exists and is not a complete checkout" in only_message(failed)
     shutil.rmtree(pod.checkout)
     pod.clone()
     assert "there is no python2.0 in " in only_message(pod.init(KDCODE_PYTHON="python2.0"), pod)
     with open(pod.work/".cache"/"kdcode"/"lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "this script is running already" in only_message(pod.init(), pod)
+        assert "this script is already running" in only_message(pod.init(), pod)
     assert pod.foreign() == []
 
 
@@ -340,7 +340,7 @@ def only_message(done, pod=None):
     lines = done.stderr.splitlines()
     assert len(lines) == 1 + (pod is not None), done.stderr
     assert all(line.startswith("kdcode: ") for line in lines) and "ready" not in done.stdout, done.stderr
-    assert pod is None or lines[1] == f"kdcode: to go on, open a terminal and run: bash {pod.checkout}/onyxia/init.sh"
+    assert pod is None or lines[1] == f"kdcode: to continue, open a terminal and run: bash {pod.checkout}/onyxia/init.sh"
     return lines[0]
 
 
