@@ -104,14 +104,14 @@ def _is_healthy(url: str) -> bool:
 
 # %% ../nbs/09b_engines.ipynb #1d801efa
 class DraftCounts(NamedTuple):
-    """Draft tokens of an engine."""
+    """Count an engine's drafted and accepted tokens and its drafting steps."""
     drafted: int
     accepted: int
     steps: int = 0
     """target calls with draft tokens; 0 if the engine does not report them"""
 
     def since(self, before: "DraftCounts") -> "DraftCounts":
-        """Return the difference to an earlier count."""
+        """Return the counts accumulated since an earlier reading."""
         return DraftCounts(*(now - then for now, then in zip(self, before)))
 
 @dataclass
@@ -125,7 +125,7 @@ class Engine:
         raise NotImplementedError
 
     def draft_counts(self) -> DraftCounts:
-        """Return the draft tokens since the server started. Not called while anything is timed."""
+        """Return the draft counts since the server started. Not called while anything is timed."""
         raise NotImplementedError
 
 def drop_end_token(tokens: list[int], teacher: Teacher) -> list[int]:

@@ -41,11 +41,14 @@ def load_unquantised(
         raise ConfigError("the student's weights are in 4 bits already; name the unquantised student")
     return student
 
+_NF4_BLOCK = 64  # weights in a row that share a scale
+_CPU_ROWS = 32   # bitsandbytes packs the rows of a matrix for its CPU kernel in blocks of this size
+
 def unquantised_layers(student: Student) -> list[str]:
     """Return the names of the linear layers that stay unquantised: the head, and shapes that CPU kernels reject."""
     layers = {name: layer for name, layer in student.named_modules() if isinstance(layer, nn.Linear)}
     return [name for name, layer in layers.items()
-            if layer is student.lm_head or layer.in_features % 64 or layer.out_features % 32]
+            if layer is student.lm_head or layer.in_features % _NF4_BLOCK or layer.out_features % _CPU_ROWS]
 
 def int4(
     student: Student,
