@@ -57,7 +57,7 @@ def test_killed_targets_resume_to_the_same_bytes(kdcode, start, tiny_teacher, tm
     words = ["targets", "--teacher.name", tiny_teacher, *SETTINGS, *SAMPLED]
     done = kdcode(*words, "--name", "whole")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"targets of 4,096 tokens .*: [\d.]+ bytes for each", done.stdout)
+    assert re.search(r"targets \(4,096 tokens, [\d.]+ bytes per token\)", done.stdout)
     process, cache = start(*words, "--name", "killed"), tmp_path/"runs"/"killed"/"targets"
     wait_for((cache/"shard-00002.sha256").exists, process)
     kill(process)
