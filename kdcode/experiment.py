@@ -192,7 +192,7 @@ Prepare = Callable[[Config], tuple[Corpus, Teacher, Teacher]]  # corpus, teacher
 
 @dataclass
 class ExperimentRun:
-    """One training run of an experiment, and what is measured on its student."""
+    """One training run of an experiment, and the measurements of its student."""
     experiment: Experiment
     config: Config
     """of this run: variant and seed applied"""
