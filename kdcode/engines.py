@@ -302,7 +302,7 @@ def _tokens_per_call(one: Decoded, counts: DraftCounts | None, calls: int | None
         return one.statistics.tokens_per_call
     if calls:
         return tokens / calls
-    if counts and counts.accepted:
+    if counts and counts.drafted:
         return tokens / target_calls(counts, tokens, len(one.texts))
     return None
 

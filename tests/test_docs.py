@@ -300,7 +300,7 @@ def test_notebook_outputs_are_shown():
 def test_no_markup_is_left_unrendered(file):
     """No role, directive, label or equation is shown as source text."""
     page = BeautifulSoup((SITE/file).read_text(), "html.parser").find("article")
-    for code in page.select("pre, code, .math, script, style"): code.decompose()
+    for code in page.select("pre, code, .math, script, style, .cell_output table"): code.decompose()
     assert not re.search(r"\{[a-z:]+\}|:::|\$\$|^\(\w+\.\w+\)=|<!--", page.text, re.M)
 
 
