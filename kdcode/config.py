@@ -453,6 +453,8 @@ class Config(Settings):
         super().__post_init__()
         _check_run(self)
 
+    def _repr_html_(self): return config_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested plain dictionaries, ready for YAML or JSON."""
         return dataclasses.asdict(self)
@@ -463,9 +465,6 @@ class Config(Settings):
         sections = {name: part for name, part in self.to_dict().items() if isinstance(part, dict)}
         rows = [(section, name, value) for section, part in sections.items() for name, value in part.items()]
         return pd.DataFrame(rows, columns=["section", "field", "value"]).set_index(["section", "field"])
-
-    def _repr_html_(self):
-        return config_html(self)
 
 # %% ../nbs/00a_config.ipynb #8b43b9e7
 def _html_row(cells: Iterable[str], sides: list[str], tag: str = "td") -> str:
