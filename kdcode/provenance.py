@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
 
 def machine() -> dict[str, Any]:
-    """Return processor, number of cores, memory in GiB, GPU, number of CPU threads and operating system."""
+    """Return the processor, number of cores, memory in GiB, GPU, number of PyTorch's CPU threads, and system."""
     import torch  # imported late: reading a configuration does not need it
     info = Path("/proc/cpuinfo")
     processors = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
@@ -69,7 +69,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 def commit() -> str | None:
-    """Return the short commit hash of this checkout, with `+changes` if tracked files differ from it.
+    """Return the short commit hash of this checkout, followed by `+changes` if tracked files differ from the commit.
 
     Returns None if the library does not run from a git checkout.
     """
