@@ -592,8 +592,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
-def _yaml_problem(error: Exception) -> str:
-    """Return what is wrong with a YAML file and where, on one line."""
+def _yaml_problem(error: Any) -> str:
+    """Return where and how a file is not valid YAML, on one line."""
     mark = getattr(error, "problem_mark", None)
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else one_line_error(error)
 
