@@ -90,7 +90,7 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 def machine() -> dict[str, Any]:
-    """Return processor, number of usable cores, memory in GiB, GPU, number of CPU threads and operating system."""
+    """Return the processor, number of usable cores, memory in GiB, GPU, number of CPU threads, and operating system."""
     import torch  # imported late: reading a configuration does not need it
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
     return {
@@ -109,7 +109,7 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 def commit() -> str | None:
-    """Return the short commit hash of this checkout, with `+changes` if tracked files differ from it.
+    """Return the short commit hash of this checkout, followed by `+changes` if tracked files differ from the commit.
 
     Returns None if the library does not run from a git checkout.
     """
