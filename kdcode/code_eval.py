@@ -208,8 +208,9 @@ def solution(
 
 def test_program(problem: dict, code: str) -> str:
     """Return a program that runs to its end if the code passes the problem's tests."""
-    run_tests = f"(lambda names, candidate: (exec({problem['test']!r}, names), names['check'](candidate)))"
-    return f"{code}\n\n{run_tests}(dict(globals()), {problem['entry_point']})\n"
+    python = "__import__('builtins')"  # the solution may have other functions `exec` and `globals`
+    run_tests = f"(lambda names, candidate: ({python}.exec({problem['test']!r}, names), names['check'](candidate)))"
+    return f"{code}\n\n{run_tests}({{**{python}.globals()}}, {problem['entry_point']})\n"
 
 # %% ../nbs/08b_code_eval.ipynb #edcc1551
 def _imported_modules(code: str) -> set[str]:
