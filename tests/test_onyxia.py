@@ -305,6 +305,24 @@ def test_interrupted_init_is_repaired(pod):
     assert_conflict_is_reported(pod)
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *"-m pip"*) test -e pip ;;
+    *"-m venv"*) touch pip ;;
+esac
+"""
+
+
+def test_interrupted_make_setup_is_repaired(tmp_path):
+    """venv makes Python first and installs pip later."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"): shutil.copy(ROOT/name, tmp_path)
+    (python := tmp_path/".venv"/"bin"/"python").parent.mkdir(parents=True)
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    done = subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path/".venv"/"complete").exists(), done.stderr
+
+
 def assert_conflict_is_reported(pod):
     """pip cannot satisfy the constraints: the message has pip's error and names the log."""
     (pod.venv/"complete").unlink()
