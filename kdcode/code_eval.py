@@ -129,7 +129,7 @@ def function_body(
 def _block_start(line: str) -> tuple[str, str] | None:
     """Return the indentation, with a list marker, and the fence that opens a code block; None for other lines."""
     found = re.fullmatch(r"(\s*(?:(?:[-*+]|\d+[.)])\s+)?)(```+|~~~+)[^`]*", line)
-    return found and found.groups()
+    return (found[1], found[2]) if found else None
 
 def code_blocks(
     answer: str,  # of a chat model
@@ -215,7 +215,8 @@ def test_program(problem: dict, code: str) -> str:
 # %% ../nbs/08b_code_eval.ipynb #edcc1551
 def _imported_modules(code: str) -> set[str]:
     """Return the top-level modules that code imports, except inside `try`."""
-    names, queue = set(), [ast.parse(code)]
+    names: set[str] = set()
+    queue: list[ast.AST] = [ast.parse(code)]
     for node in queue:
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}

@@ -6,8 +6,8 @@
 __all__ = ['NO_DRAFT_SETTINGS', 'STOP_STRINGS', 'DOCUMENT_CHARACTERS', 'BY_ITSELF', 'AS_DRAFT', 'PLOT_LABELS', 'COLUMNS',
            'generate_texts', 'uses_chat_template', 'program_figures', 'same_distribution', 'held_out_documents',
            'text_figures', 'Candidate', 'is_student', 'open_candidate', 'weights_fingerprint', 'agreement_figures',
-           'speed_rows', 'model_folder', 'quality_figures', 'draft_figures', 'method_note', 'missing_note',
-           'draft_note', 'short_name', 'plot_models', 'report_models', 'compare_models']
+           'speed_rows', 'model_folder', 'quality_figures', 'draft_figures', 'method_note', 'draft_note',
+           'missing_note', 'short_name', 'plot_models', 'report_models', 'compare_models']
 
 # %% ../nbs/09e_eval.ipynb #050ebdcd
 import functools
@@ -92,6 +92,16 @@ def _problem_ids(model: Teacher, prompt: str, chat: bool) -> list[int]:
         return prompt_ids(model, prompt)
     return model.tokenizer(chat_prompt(model.tokenizer, prompt), add_special_tokens=False).input_ids
 
+# %% ../nbs/09e_eval.ipynb #5d0bf93d
+def _passed_by_problem(outcomes: list[str], samples: int) -> list[int]:
+    """Return the number of passed programs for each group of `samples` outcomes."""
+    return [outcomes[start:start + samples].count("passed") for start in range(0, len(outcomes), samples)]
+
+def _failed_imports(outcomes: list[str]) -> dict[str, int]:
+    """Return the number of programs that failed because the sandbox lacks a module, by module."""
+    found = (re.match(r"ModuleNotFoundError: No module named '(\w+)", outcome) for outcome in outcomes)
+    return dict(Counter(match.group(1) for match in found if match))
+
 # %% ../nbs/09e_eval.ipynb #9c8baf6e
 def program_figures(
     model: Teacher,
@@ -125,15 +135,6 @@ def program_figures(
     scores = {f"pass_at_{k}": sum(pass_at_k(settings.samples, n, k) for n in passed) / len(passed) for k in settings.k}
     return scores | {"parse_rate": sum(map(parses, codes)) / len(codes), "passed": passed,
                      "missing_modules": _failed_imports(outcomes)}
-
-def _passed_by_problem(outcomes: list[str], samples: int) -> list[int]:
-    """Return the number of passed programs for each group of `samples` outcomes."""
-    return [outcomes[start:start + samples].count("passed") for start in range(0, len(outcomes), samples)]
-
-def _failed_imports(outcomes: list[str]) -> dict[str, int]:
-    """Return the number of programs that failed because the sandbox lacks a module, by module."""
-    found = (re.match(r"ModuleNotFoundError: No module named '(\w+)", outcome) for outcome in outcomes)
-    return dict(Counter(match.group(1) for match in found if match))
 
 # %% ../nbs/09e_eval.ipynb #06bd8755
 def same_distribution(
@@ -342,17 +343,6 @@ def method_note(config: Config, isolation: str, candidates: list[Candidate]) -> 
         f"Speeds: {decode.problems} HumanEval prompts, at most {decode.max_new_tokens} new tokens, greedy, all methods "
         "interleaved; each model by itself in kdcode without drafting, and as a draft for the teacher."])
 
-def missing_note(
-    figures: dict[str, dict[str, Any]],  # by model
-) -> str:
-    """Return which modules programs lacked in the sandbox; an empty string if none."""
-    missing = {name: found["missing_modules"] for name, found in figures.items() if found.get("missing_modules")}
-    counts = {name: ", ".join(f"{module} {n}" for module, n in modules.items()) for name, modules in missing.items()}
-    if not counts:
-        return ""
-    by_model = "; ".join(f"{name}: {text}" for name, text in counts.items())
-    return f"The sandbox has only the standard library. Programs that failed on another import: {by_model}."
-
 def draft_note(
     drafted: dict[str, Any],  # figures of the teacher's programs with a draft
     config: Config,
@@ -366,6 +356,18 @@ def draft_note(
     pairs = list(zip(*([json.loads(line)["program"] for line in file.read_text().splitlines()]
                        for file in (without, with_draft))))
     return f"With the draft, {sum(a == b for a, b in pairs)} of {len(pairs)} programs are the same as without it."
+
+# %% ../nbs/09e_eval.ipynb #8442a1d8
+def missing_note(
+    figures: dict[str, dict[str, Any]],  # by model
+) -> str:
+    """Return which modules programs lacked in the sandbox; an empty string if none."""
+    missing = {name: found["missing_modules"] for name, found in figures.items() if found.get("missing_modules")}
+    counts = {name: ", ".join(f"{module} {n}" for module, n in modules.items()) for name, modules in missing.items()}
+    if not counts:
+        return ""
+    by_model = "; ".join(f"{name}: {text}" for name, text in counts.items())
+    return f"The sandbox has only the standard library. Programs that failed on another import: {by_model}."
 
 # %% ../nbs/09e_eval.ipynb #b5f184c1
 PLOT_LABELS = {"bits_per_byte": "bits per byte", "tokens_per_second": "tokens/s", "agreement": "top-1 agreement",
