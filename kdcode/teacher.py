@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'HASHED_ROWS', 'HEAD_TOLERANCE', 'INFILLING_TOKENS', 'PROMPT_KINDS', 'PROMPT_KIND_NAMES',
-           'GENERATION_FIELDS', 'RESULT_FIELDS', 'SEED_STEP', 'embedded_teacher', 'model_source', 'fastest_dtype',
-           'pick_device', 'load_error', 'load_tokenizer', 'eos_token_ids', 'LanguageModel', 'Teacher',
-           'teacher_identity', 'check_head', 'quantization_options', 'tokens_without_row', 'add_qwen_eos',
-           'load_teacher', 'SamplingProcessor', 'sampling_processors', 'left_pad', 'truncate_at_eos',
-           'contiguous_inputs', 'generate_ids', 'continuations', 'generate', 'line_prompt', 'function_prompt',
-           'teacher_prompts', 'length_sorted_batches', 'is_greedy_batch', 'finished_batches', 'teacher_documents']
+           'GENERATION_FIELDS', 'RESULT_FIELDS', 'SEED_STEP', 'embedded_teacher', 'model_source', 'is_complete',
+           'write_plain_copy', 'plain_copy', 'load_source', 'fastest_dtype', 'pick_device', 'load_error',
+           'load_tokenizer', 'eos_token_ids', 'LanguageModel', 'Teacher', 'teacher_identity', 'check_head',
+           'quantization_options', 'tokens_without_row', 'add_qwen_eos', 'load_teacher', 'SamplingProcessor',
+           'sampling_processors', 'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'generate_ids', 'continuations',
+           'generate', 'line_prompt', 'function_prompt', 'teacher_prompts', 'length_sorted_batches', 'is_greedy_batch',
+           'finished_batches', 'teacher_documents']
 
 # %% ../nbs/04_teacher.ipynb #20a14fed
 import ast
@@ -19,6 +20,7 @@ import importlib.util
 import itertools
 import json
 import random
+import shutil
 import sys
 import textwrap
 import warnings
@@ -30,6 +32,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -45,7 +48,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .config import ConfigError, DataSettings, TeacherSettings
+from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
 from .data import Document, read_source, text_after, text_ids, usable_documents
 from .provenance import short_hash, write_atomic
 from .student import dense_weight
@@ -73,6 +76,57 @@ def model_source(
                               "give the path of a .gguf file, a folder or a hub id")
         return str(path.parent), {"gguf_file": path.name}
     return (str(path), {}) if path.is_dir() else (name, {})
+
+# %% ../nbs/04_teacher.ipynb #d14381bc
+def is_complete(
+    folder: Path,  # of a model in one safetensors file
+) -> bool:
+    """Return whether a folder has a model and its tokenizer, and the file of the weights has its full length."""
+    try:
+        with safe_open(folder/"model.safetensors", "pt"): pass
+    except (OSError, SafetensorError):
+        return False
+    return all((folder/name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
+
+def write_plain_copy(
+    file: Path,    # GGUF
+    folder: Path,  # replaced if it exists
+) -> None:
+    """Write the model and tokenizer of a GGUF file to a folder, dequantised, in float32."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    for path in (folder, unfinished):
+        shutil.rmtree(path, ignore_errors=True)
+    options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+def plain_copy(
+    file: Path,  # GGUF
+) -> Path | None:
+    """Return the folder of a plain copy in the user's cache, written if necessary; None if it can't be written."""
+    try:
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+        folder = cache_folder()/"teachers"/f"{file.stem}-{digest}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent/f"{folder.name}.lock"):
+            if not is_complete(folder):
+                write_plain_copy(file, folder)
+        return folder
+    except OSError as error:
+        warnings.warn(f"no plain copy of {file.name} in {cache_folder()} ({error.strerror}), so loading it takes "
+                      "longer each time; set XDG_CACHE_HOME to a folder with 600 MB of free space", stacklevel=2)
+        return None
+
+def load_source(
+    name: str,           # of a teacher
+    quantization: str = "none",
+) -> tuple[str, dict[str, str]]:
+    """Return what `model_source` returns, but the plain copy for the embedded teacher with plain weights."""
+    copied = plain_copy(embedded_teacher()) if name == "smollm2" and quantization == "none" else None
+    return (str(copied), {}) if copied else model_source(name)
 
 # %% ../nbs/04_teacher.ipynb #c8e917c8
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -121,7 +175,7 @@ def load_tokenizer(
     name: str,  # name of a teacher
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a teacher without its model. Raises `ConfigError` if it cannot be loaded."""
-    source, options = model_source(name)
+    source, options = load_source(name)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
@@ -271,7 +325,7 @@ def load_teacher(
 ) -> Teacher:
     """Return a frozen teacher in eval mode. Raises `ConfigError` if it cannot be loaded as the settings say."""
     if isinstance(settings, str): settings = TeacherSettings(name=settings)
-    source, gguf_options = model_source(settings.name)
+    source, gguf_options = load_source(settings.name, settings.quantization)
     device = pick_device(settings.device)
     if device.type == "cuda":
         # cuDNN attention plans anew for every sequence length: on an H200 a token took 40 to 75 ms instead of 18 to 23

@@ -226,7 +226,7 @@ def training_arguments(
 
 # %% ../nbs/06b_train.ipynb #090f0b5d
 RESULT_NEUTRAL = {  # fields and sections of a configuration that may change when a run is resumed
-    "name", "out", "decode", "eval", "serve", "train.threads", "train.upload", "train.keep_checkpoints",
+    "name", "out", "decode", "eval", "serve", "threads", "train.upload", "train.keep_checkpoints",
     "train.logging_steps", "teacher.device", "targets.folder"}
 
 def changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
@@ -446,7 +446,6 @@ def distill(
     if state.is_main_process: open_run(config, folder, resume)
     state.wait_for_everyone()
     if (folder/"student").exists(): return load_student(folder/"student", teacher.model)
-    if config.train.threads: torch.set_num_threads(config.train.threads)
     check_head(teacher)
     with state.main_process_first():
         trainer = make_trainer(config, teacher, corpus, folder, progress and state.is_main_process, callbacks)
