@@ -246,6 +246,7 @@ def bad_word_ids(words: list[str], tokenizer: PreTrainedTokenizerBase | None) ->
         text_ids(tokenizer, word, False), text_ids(tokenizer, f" {word}", False), _ids_in_text(word, tokenizer))]
     return [ids for i, ids in enumerate(forms) if ids and ids not in forms[:i]]
 
+# %% ../nbs/07c_decode.ipynb #e81d6b02
 def _logits_processors(
     settings: DecodeSettings,  # repetition_penalty, bad_words, min_new_tokens
     eos: set[int],             # end-of-text ids

@@ -158,8 +158,7 @@ class ResponseSequence:
             if self.buffer.append(token, i < step.accepted, step.logprobs[i] if step.logprobs else None):
                 self.finish_reason = "stop"
                 break
-        rejected = [text_after(self.tokenizer, step.tokens, [token], skip_special_tokens=False)
-                    for token in step.rejected]
+        rejected = [text_after(self.tokenizer, step.tokens, [token], False) for token in step.rejected]
         if self.finish_reason:
             return make_delta(self.buffer.release_all(), rejected)
         if step.tokens[-1] in self.sequence.stop.ids:

@@ -191,7 +191,6 @@ def test_bad_words_with_and_without_a_space(tokenizer_of, bpe):
 
 def test_text_with_the_infilling_token(teacher):
     from kdcode.code_eval import text_metrics
-    from kdcode.config import DataSettings
     from kdcode.data import Document, encode
     from kdcode.decode import prompt_ids
     from kdcode.teacher import function_prompt, generate_ids, line_prompt
@@ -225,10 +224,9 @@ def test_line_prompt_keeps_its_indentation(teacher):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_has_no_end_of_text(kind, tokenizer_of, teacher):
     from dataclasses import replace
-    from kdcode.code_eval import text_metrics
     from kdcode.data import Document, encode
     from kdcode.decode import prompt_ids
-    from kdcode.teacher import generate, left_pad
+    from kdcode.teacher import left_pad
     options = {"add_eos_token": True, "add_bos_token": True}
     ending, plain = tokenizer_of(kind, **options), tokenizer_of(kind)
     assert ending("x").input_ids[-1] == 2
@@ -326,8 +324,8 @@ def test_whole_configuration(folder, code, tmp_path, monkeypatch, capsys):
         "--data.validation_share", .3, "--data.block_size", 128, "--data.generation_batch_size", 16,
         "--student.layers", "[0]", "--student.draft_vocabulary", 700, "--targets.kind", "top_k", "--targets.k", 8,
         "--train.batch_size", 2, "--train.gradient_accumulation", 1, "--train.eval_steps", 4,
-        "--decode.max_new_tokens", 8, "--decode.problems", 1, "--decode.adaptive", "false", "--eval.limit", 1, "--eval.lines", 1,
-        "--eval.documents", 2, "--eval.max_new_tokens", 8]
+        "--decode.max_new_tokens", 8, "--decode.problems", 1, "--decode.adaptive", "false",
+        "--eval.limit", 1, "--eval.lines", 1, "--eval.documents", 2, "--eval.max_new_tokens", 8]
 
     def run(*words, more=()):
         status = main([str(word) for word in (*words, *settings, *more)])
