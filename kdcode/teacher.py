@@ -8,9 +8,9 @@ __all__ = ['EMBEDDED_FILE', 'HASHED_ROWS', 'HEAD_TOLERANCE', 'INFILLING_TOKENS',
            'write_plain_copy', 'plain_copy', 'load_source', 'fastest_dtype', 'pick_device', 'load_error',
            'load_tokenizer', 'eos_token_ids', 'LanguageModel', 'Teacher', 'teacher_identity', 'check_head',
            'quantization_options', 'tokens_without_row', 'add_qwen_eos', 'load_teacher', 'SamplingProcessor',
-           'sampling_processors', 'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'generate_ids', 'continuations',
-           'generate', 'line_prompt', 'function_prompt', 'teacher_prompts', 'length_sorted_batches', 'is_greedy_batch',
-           'finished_batches', 'teacher_documents']
+           'sampling_processors', 'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'TimedSteps', 'generate_ids',
+           'continuations', 'generate', 'line_prompt', 'function_prompt', 'teacher_prompts', 'length_sorted_batches',
+           'is_greedy_batch', 'finished_batches', 'teacher_documents']
 
 # %% ../nbs/04_teacher.ipynb #20a14fed
 import ast
@@ -23,6 +23,7 @@ import random
 import shutil
 import sys
 import textwrap
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -52,6 +55,7 @@ from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
 from .data import Document, read_source, text_after, text_ids, usable_documents
 from .provenance import short_hash, write_atomic
 from .student import dense_weight
+from .threads import THREADS
 
 # %% ../nbs/04_teacher.ipynb #12981d18
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -229,7 +233,8 @@ class Teacher(LanguageModel):
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Return the next-token logits (batch, time, rows) at each position of `input_ids` (batch, time)."""
-        return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+        with THREADS.timed(self.device, id(self.model), input_ids.shape):
+            return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
@@ -238,8 +243,9 @@ class Teacher(LanguageModel):
         −1 is the last one after the final norm, the input of `head`; i is the output of layer i; 0 is the embedding.
         """
         last_only = tuple(which) == (-1,)
-        output = self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False,
-                                       output_hidden_states=not last_only)
+        with THREADS.timed(self.device, id(self.model), input_ids.shape, last_only):
+            output = self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False,
+                                           output_hidden_states=not last_only)
         return output.last_hidden_state if last_only else torch.cat([output.hidden_states[i] for i in which], -1)
 
     def to_dtype(self, dtype: torch.dtype) -> "Teacher":
@@ -388,6 +394,23 @@ def contiguous_inputs(layer: nn.Module) -> Iterator[None]:
     finally: hook.remove()
 
 # %% ../nbs/04_teacher.ipynb #b2b5db93
+class TimedSteps(StoppingCriteria):
+    """Never stops `generate`, and lets the number of threads follow the load of the machine; for one call."""
+
+    def __init__(self, device: torch.device):
+        self.on_cpu, self.start = device.type == "cpu", None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        """Return False for each row of `input_ids` (batch, time)."""
+        if self.on_cpu:
+            key, now, tuner = ("generate", len(input_ids)), time.perf_counter(), THREADS.check()
+            if self.start is not None:
+                tuner.end(key, now - self.start)
+            tuner.begin(key)
+            self.start = now
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+# %% ../nbs/04_teacher.ipynb #6e857f21
 @torch.no_grad()
 def generate_ids(
     teacher: Teacher, prompts: list[str], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
@@ -409,7 +432,8 @@ def generate_ids(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = left_pad(teacher, prompts[start:start + batch_size], pad)
-            output = teacher.model.generate(**batch, **options)
+            criteria = StoppingCriteriaList([TimedSteps(teacher.device)])
+            output = teacher.model.generate(**batch, **options, stopping_criteria=criteria)
             new = output[:, batch["input_ids"].shape[1]:]
             rows += [truncate_at_eos(row, teacher.eos_token_ids) for row in new.tolist()]
     return rows
