@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError
-from .data import Document, humaneval_problems
+from .data import Document, humaneval_problems, text_ids
 from .loss import drop_padding_rows, log_probs
 from .sandbox import run_program
 from .teacher import load_teacher, Teacher
@@ -342,7 +342,7 @@ def text_metrics(
     Raises `ValueError` if all texts are empty.
     """
     limit = min(max_tokens, model.context_size)
-    ids = [model.tokenizer(text, add_special_tokens=False).input_ids[:limit] for text in texts]
+    ids = [text_ids(model.tokenizer, text, add_special_tokens=False)[:limit] for text in texts]
     ids = [row for row in ids if row]
     if not ids:
         raise ValueError("all texts are empty; give at least one with a token")

@@ -34,7 +34,8 @@ from kdcode.code_eval import (
     text_metrics)
 from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings
 from .data import (
-    Document, humaneval_problems, read_source, settings_by_source, split_of, tokenizer_fingerprint, usable_documents)
+    Document, humaneval_problems, read_source, settings_by_source, split_of, text_ids, tokenizer_fingerprint,
+    usable_documents)
 from .decode import complete, load_draft, prompt_ids, speculative_generate
 from .draft_eval import top1_agreement
 from .eagle import EagleStudent
@@ -69,7 +70,7 @@ def generate_texts(
             results = speculative_generate(
                 model.model, student or model.model, prompts[start:start + batch_size], seed=seed + start,
                 ends=model.eos_token_ids, tokenizer=model.tokenizer, **chosen)
-            done[str(start)] = [model.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in results]
+            done[str(start)] = [result.text for result in results]
             with file.open("a") as out:
                 out.write(json.dumps([str(start), done[str(start)]]) + "\n")
         if progress:
@@ -90,7 +91,7 @@ def _problem_ids(model: Teacher, prompt: str, chat: bool) -> list[int]:
     """Return the token ids of a problem's prompt, in the chat template or plain."""
     if not chat:
         return prompt_ids(model, prompt)
-    return model.tokenizer(chat_prompt(model.tokenizer, prompt), add_special_tokens=False).input_ids
+    return text_ids(model.tokenizer, chat_prompt(model.tokenizer, prompt), add_special_tokens=False)
 
 # %% ../nbs/09e_eval.ipynb #5d0bf93d
 def _passed_by_problem(outcomes: list[str], samples: int) -> list[int]:
