@@ -211,7 +211,8 @@ def compiled_forwards(model: PreTrainedModel) -> Forwards:
     """Return compiled forwards of a model's layers, for any sequence length. Raises `ConfigError` without layers."""
     torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else each layer's index would be compiled anew
     torch._dynamo.config.recompile_limit = 64  # one for each number of rows
-    layers = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", None)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
     if layers is None:
         raise ConfigError(f"{type(model).__name__} has no list of layers to compile; set decode.compile to false")
     return [(layer, type(layer), torch.compile(layer.forward, dynamic=True)) for layer in layers]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SPIN_COUNT = 10_000  # turns of a waiting thread before it sleeps
 
 def limit_spinning() -> None:
-    """Let waiting OpenMP threads sleep after a short time, unless the environment says how they wait or PyTorch is loaded."""
+    """Let waiting OpenMP threads sleep soon, unless the environment says otherwise or PyTorch is loaded."""
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
