@@ -233,7 +233,7 @@ class Teacher(LanguageModel):
         −1 is the last one after the final norm, the input of `head`; i is the output of layer i; 0 is the embedding.
         """
         last_only = tuple(which) == (-1,)
-        with THREADS.timed(self.device, id(self.model), input_ids.shape, last_only):
+        with THREADS.timed(self.device, id(self.model), (input_ids.shape, last_only)):
             output = self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False,
                                            output_hidden_states=not last_only)
         return output.last_hidden_state if last_only else torch.cat([output.hidden_states[i] for i in which], -1)
@@ -393,10 +393,10 @@ class TimedSteps(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         """Return False for each row of `input_ids` (batch, time)."""
         if self.on_cpu:
-            key, now, tuner = ("generate", len(input_ids)), time.perf_counter(), THREADS.check()
+            rows, now, tuner = len(input_ids), time.perf_counter(), THREADS.check()
             if self.start is not None:
-                tuner.end(key, now - self.start)
-            tuner.begin(key)
+                tuner.end("generate", rows, now - self.start)
+            tuner.begin("generate", rows)
             self.start = now
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
