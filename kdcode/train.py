@@ -6,10 +6,11 @@
 __all__ = ['STEP_DECAY', 'RESULT_NEUTRAL', 'make_student', 'weighted_mean', 'LossParts', 'TeacherTrainer', 'NonFiniteLoss',
            'check_finite', 'DistillationTrainer', 'precision_flags', 'training_arguments', 'changed_fields',
            'check_same_run', 'check_run', 'run_stages', 'describe_run', 'fetch_checkpoint', 'fetch_checkpoints',
-           'open_run', 'make_callbacks', 'find_callback', 'make_trainer', 'train', 'finish_run', 'distill',
-           'best_validation']
+           'update_best', 'open_run', 'make_callbacks', 'find_callback', 'make_trainer', 'train', 'finish_run',
+           'distill', 'best_validation']
 
 # %% ../nbs/06b_train.ipynb #8d4c974c
+import copy
 import json
 import math
 import shutil
@@ -24,23 +25,27 @@ import torch
 import yaml
 from accelerate import PartialState
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments)
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import ExportableState
 
-from .callbacks import (
-    checkpoint_step, find_checkpoint, mlflow_enabled, MLflowTracking, plot_history, progress_callback, remote_folder,
-    SampleText, StopOnSignal, StopRequested, Uploader)
+from kdcode.callbacks import (
+    checkpoint_step, damaged_file, find_checkpoint, FSDP_WEIGHTS, is_whole, mlflow_enabled, MLflowTracking,
+    plot_history, progress_callback, remote_folder, SampleText, StopIfEnded, StopOnSignal, StopRequested, Uploader,
+    warn_once)
 from .config import Config, ConfigError, LossSettings, run_path, save_config, TrainSettings
 from .data import collate, Corpus, tokenizer_fingerprint
 from .eagle import EagleStudent, load_student
 from .loss import Chunk, chunked_distillation_loss, LossSums
 from .provenance import provenance, write_atomic
 from .student import pack_weights, Student
-from .targets import draft_vocabulary, load_start_student, make_targets, TargetCache, TeacherLabels
-from .teacher import check_head, fastest_dtype, Teacher
+from .targets import (
+    check_block_size, draft_vocabulary, load_start_student, make_targets, TargetCache, TeacherLabels)
+from .teacher import fastest_dtype, Teacher
 from .validate import apply_head, validate, ValidationSet
 
 # %% ../nbs/06b_train.ipynb #ad3cfac4
@@ -81,22 +86,34 @@ def weighted_mean(steps: list[LossSums]) -> LossSums:
     return LossSums(*means)
 
 # %% ../nbs/06b_train.ipynb #0b7bc0e7
-class LossParts:
-    """Means of cross-entropy and divergence over the optimizer steps since the last log entry."""
+class LossParts(TrainerCallback, ExportableState):
+    """Means of the loss and its parts over the optimizer steps since the last log entry."""
 
-    def __init__(self): self.sums, self.logged_step = torch.zeros(2), None
+    def __init__(self): self.reset(0)
 
-    def add(self, sums: LossSums, step: int) -> None:
-        """Add a batch of the optimizer step that follows `step` finished ones."""
-        if self.logged_step is None or self.logged_step > step:  # a resumed run, or one restarted with smaller batches
-            self.sums, self.logged_step = torch.zeros(2), step
-        self.sums += torch.stack([sums.ce, sums.divergence]).cpu()
+    def reset(self, step: int) -> None:
+        """Begin a log entry after `step` finished optimizer steps."""
+        self.sums, self.logged_step = [0.] * len(LossSums._fields), step
 
-    def take(self, step: int, reduce) -> list[float]:  # `reduce` sums a tensor over all processes
-        """Return both means after `step` finished optimizer steps, and reset the sums."""
-        means = (reduce(self.sums) / max(step - self.logged_step, 1)).tolist()
-        self.sums, self.logged_step = torch.zeros(2), step
+    def add(self, sums: list[float]) -> None:
+        """Add the loss, cross-entropy and divergence of a batch, summed over all processes."""
+        self.sums = [total + part for total, part in zip(self.sums, sums)]
+
+    def take(self, step: int) -> list[float]:
+        """Return the means after `step` finished optimizer steps, and reset the sums."""
+        means = [total / max(step - self.logged_step, 1) for total in self.sums]
+        self.reset(step)
         return means
+
+    def state(self) -> dict:
+        """Return what a checkpoint saves."""
+        return {"args": {}, "attributes": {"sums": self.sums, "logged_step": self.logged_step}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        name = type(self).__name__
+        if not state.global_step or name not in state.stateful_callbacks:  # a start, or a checkpoint without the sums
+            self.reset(state.global_step)
+            state.stateful_callbacks[name] = self.state()
 
 # %% ../nbs/06b_train.ipynb #e4cd4dae
 class TeacherTrainer(Trainer):
@@ -109,8 +126,9 @@ class TeacherTrainer(Trainer):
         self.validation, self.targets = validation, targets
         self.labels = TeacherLabels(teacher, student.draft_ids, config.student.feature_layers)
         self.steps = config.train.ttt_steps if config.student.feature_layers else 1
+        self.labels.check()
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the labels of the whole optimizer step
-        self.parts = LossParts()
+        self.add_callback(LossParts())
 
     def collate(self, rows: list[dict]) -> dict:
         """Return a batch whose labels are rows of the student's head, with the block numbers."""
@@ -160,7 +178,8 @@ class DistillationTrainer(TeacherTrainer):
         sums = weighted_mean(apply_head(self.student, model, inputs["input_ids"], features, head, steps))
         step = self.state.global_step
         check_finite(sums.loss, step + 1, inputs["origin"], self.config, Path(self.args.output_dir))
-        if model.training: self.parts.add(sums, step)
+        if model.training:
+            find_callback(self, LossParts).add(self.sum_over_processes(torch.stack(sums).detach()).tolist())
         return sums.loss * self.accelerator.num_processes
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -173,12 +192,24 @@ class DistillationTrainer(TeacherTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `ce`, `perplexity` and `kl` (or `divergence`, if it is another one) to an entry with a loss."""
+        """Set `loss`, `ce`, `perplexity` and `kl` (or `divergence`, if it is another one) in an entry with a loss."""
         if "loss" in logs:
-            ce, divergence = self.parts.take(self.state.global_step, self.sum_over_processes)
+            loss, ce, divergence = find_callback(self, LossParts).take(self.state.global_step)
             name = "kl" if self.config.loss.divergence == "forward_kl" else "divergence"
-            logs |= {"ce": ce, name: divergence, "perplexity": math.exp(min(ce, 700))}  # e^710 overflows
+            logs |= {"loss": loss, "ce": ce, name: divergence, "perplexity": math.exp(min(ce, 700))}  # e^710 overflows
         super().log(logs, start_time)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
+        """Return the values of the `Trainer`; `max_steps`, the last one, does not exceed the steps of the epochs."""
+        by_epochs = copy.copy(args)
+        by_epochs.max_steps = -1
+        values = super().set_initial_training_values(by_epochs, dataloader)
+        if not 0 < args.max_steps < values[-1]: return values
+        return super().set_initial_training_values(args, dataloader)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Train one epoch, unless a callback has stopped the training before its first step."""
+        if not self.control.should_training_stop: super()._run_epoch(*args, **kwargs)
 
     def sum_over_processes(self, x: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
@@ -245,8 +276,13 @@ def check_same_run(
     config: Config,
     path: str | Path,  # of the saved configuration's folder, for the message
 ) -> None:
-    """Raise `ConfigError` if a saved configuration is that of a different run."""
-    if changed := changed_fields(yaml.safe_load(saved), config.to_dict()):
+    """Raise `ConfigError` if a saved configuration is damaged, or is that of a different run."""
+    try: before = yaml.safe_load(saved)
+    except yaml.YAMLError: before = None
+    if not isinstance(before, dict):
+        raise ConfigError(f"{path} holds a run whose config.yaml is damaged; write it anew with the run's settings, "
+                          "choose another --name, or delete that folder")
+    if changed := changed_fields(before, config.to_dict()):
         raise ConfigError(f"{path} holds a run with a different {', '.join(changed)}; choose another --name, "
                           "or delete that folder")
 
@@ -288,20 +324,21 @@ def describe_run(config: Config, folder: Path) -> None:
 # %% ../nbs/06b_train.ipynb #5fbcbc93
 def fetch_checkpoint(
     files: fsspec.AbstractFileSystem,
-    remote: str,       # path of the checkpoint
-    folder: Path,      # for checkpoints
-    best: int | None,  # the optimizer step of the best checkpoint
-) -> None:
+    remote: str,   # path of the checkpoint
+    folder: Path,  # for checkpoints
+) -> dict | None:  # its trainer_state.json; None: the checkpoint is damaged, and nothing was kept
     """Download one checkpoint; it appears under its name when it is complete."""
     unfinished, target = folder/"unfinished", folder/f"checkpoint-{checkpoint_step(remote)}"
     shutil.rmtree(unfinished, ignore_errors=True)
     files.get(f"{remote}/", f"{unfinished}/", recursive=True)
-    state = json.loads((unfinished/"trainer_state.json").read_text())
-    if state["best_model_checkpoint"]:
-        state["best_model_checkpoint"] = str(folder/f"checkpoint-{best}")
-    write_atomic(unfinished/"trainer_state.json", json.dumps(state, indent=2))
+    if damaged := damaged_file(unfinished):
+        warn_once(f"{remote} is damaged ({damaged} is missing, empty or cut off) and is not used; "
+                  "an earlier checkpoint is, if there is one")
+        shutil.rmtree(unfinished)
+        return None
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
+    return json.loads((target/"trainer_state.json").read_text())
 
 def _fetch_newer(config: Config, folder: Path, resume: bool, local_step: int) -> None:
     """Download the newest and the best checkpoint of `train.upload` if the newest one is newer than `local_step`."""
@@ -313,11 +350,12 @@ def _fetch_newer(config: Config, folder: Path, resume: bool, local_step: int) ->
     if steps and not resume:
         raise ConfigError(f"train.upload {url} holds the checkpoints of a run already; continue it with --resume, "
                           "or choose another URL")
-    newest = max(steps, default=0)
-    if newest <= local_step: return
-    best = json.loads(files.cat_file(f"{root}/checkpoint-{newest}/trainer_state.json"))["best_global_step"]
-    for step in sorted({best, newest} & set(steps)):
-        fetch_checkpoint(files, f"{root}/checkpoint-{step}", folder, best)
+    for step in sorted(steps, reverse=True):
+        if step <= local_step: return
+        if state := fetch_checkpoint(files, f"{root}/checkpoint-{step}", folder):
+            if (best := state["best_global_step"]) in set(steps) - {step}:
+                fetch_checkpoint(files, f"{root}/checkpoint-{best}", folder)
+            return
 
 # %% ../nbs/06b_train.ipynb #1be0f883
 def fetch_checkpoints(
@@ -341,6 +379,22 @@ def fetch_checkpoints(
                           f"({type(error).__name__}: {str(error)[:200]}); fix that, or start a new run without --resume"
                           ) from None
 
+def update_best(
+    checkpoint: Path,  # from which the run will be resumed
+) -> None:
+    """Correct the path of the best checkpoint in a checkpoint's state; remove it if its weights are lost."""
+    file = checkpoint/"trainer_state.json"
+    state = json.loads(file.read_text())
+    step = state.get("best_global_step")
+    if not step: return
+    best = checkpoint.parent/f"checkpoint-{step}"
+    if is_whole(best/"model.safetensors") or is_whole(best/FSDP_WEIGHTS/".metadata"):
+        changes = {"best_model_checkpoint": str(best)}
+    else:
+        warn_once(f"{best}, the best checkpoint so far, is missing or damaged; the best of the later ones is kept")
+        changes = {"best_model_checkpoint": None, "best_metric": None, "best_global_step": None}
+    write_atomic(file, json.dumps(state | changes, indent=2))
+
 def open_run(
     config: Config,
     folder: Path,
@@ -351,6 +405,7 @@ def open_run(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder/"student").exists(): return
     if config.train.upload: fetch_checkpoints(config, folder/"checkpoints", resume)
+    if newest := find_checkpoint(folder/"checkpoints"): update_best(newest)
     describe_run(config, folder)
 
 # %% ../nbs/06b_train.ipynb #21283a3b
@@ -360,9 +415,9 @@ def make_callbacks(
     validation: ValidationSet,
     folder: Path,  # of the run
 ) -> list[TrainerCallback]:
-    """Return the callbacks of a run: signals, sample text, TensorBoard, MLflow, early stopping, uploads."""
+    """Return the callbacks of a run: stopping, sample text, TensorBoard, MLflow, early stopping, uploads."""
     writer = SummaryWriter(str(folder/"tensorboard")) if PartialState().is_main_process else None
-    found: list[TrainerCallback] = [StopOnSignal()]
+    found: list[TrainerCallback] = [StopOnSignal(), StopIfEnded()]
     if not config.student.feature_layers:  # an EAGLE student can't generate without its teacher
         found.append(SampleText(writer, teacher, validation))
     if writer: found.append(TensorBoardCallback(writer))
@@ -447,7 +502,7 @@ def distill(
     state.wait_for_everyone()
     if (folder/"student").exists(): return load_student(folder/"student", teacher.model)
     if config.train.threads: torch.set_num_threads(config.train.threads)
-    check_head(teacher)
+    check_block_size(corpus, teacher)
     with state.main_process_first():
         trainer = make_trainer(config, teacher, corpus, folder, progress and state.is_main_process, callbacks)
     train(trainer)
