@@ -216,8 +216,9 @@ def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         scales = parameter.quant_state.as_dict() if hasattr(parameter, "quant_state") else {}
         yield from ((f"{name}.{key}", scale) for key, scale in scales.items() if isinstance(scale, Tensor))
     for name, buffer in model.named_buffers():
-        # rounded: devices compute the frequencies of rotary positions with different last bits
-        yield name, buffer.to(torch.bfloat16) if buffer.is_floating_point() else buffer
+        if not name.endswith("original_inv_freq"):  # a copy, which not every model keeps
+            # rounded: devices compute the frequencies of rotary positions with different last bits
+            yield name, buffer.to(torch.bfloat16) if buffer.is_floating_point() else buffer
 
 def weights_hash(model: PreTrainedModel) -> str:
     """Return 16 hexadecimal digits of a hash of a model's class, weights, buffers and configuration."""
