@@ -78,6 +78,7 @@ def damaged_file(checkpoint: Path) -> str | None:
     files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != "training_args.bin")
     return next((path.name for path in files if not is_whole(path)), None)
 
+# %% ../nbs/06a_callbacks.ipynb #1cec5484
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint in a folder, or None; print a line to stderr for each newer, damaged one."""
     finished = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]

@@ -33,7 +33,6 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -264,7 +263,8 @@ NEUTRAL_FIELDS = {"_name_or_path", "architectures", "bos_token_id", "dtype", "pa
 def tensor_digest(tensor: Tensor) -> list[int]:
     """Return the sum of a tensor's memory, as 64-bit words, and bytes at regular intervals."""
     memory = tensor.detach().contiguous().flatten().view(torch.uint8)
-    words = F.pad(memory, (0, -len(memory) % 8)) if len(memory) % 8 or memory.storage_offset() % 8 else memory
+    aligned = len(memory) % 8 == 0 == memory.storage_offset() % 8
+    words = memory if aligned else nn.functional.pad(memory, (0, -len(memory) % 8))
     step = len(memory) // SAMPLED_BYTES | 1  # odd: the samples come from every byte of a number
     return [words.view(torch.int64).sum().item(), *memory[::step].tolist()]
 
