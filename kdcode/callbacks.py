@@ -41,6 +41,7 @@ from transformers.integrations import is_mlflow_available, MLflowCallback
 from transformers.utils import flatten_dict, is_in_notebook
 
 from .config import Config, ConfigError
+from .data import text_after
 from .teacher import Teacher
 from .validate import ValidationSet
 
@@ -144,7 +145,8 @@ class SampleText(TrainerCallback):
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=half, do_sample=False,
                                 pad_token_id=0)[0]
         if self.writer:
-            before, after = (self.tokenizer.decode(part) for part in (output[:ids.shape[1]], output[ids.shape[1]:]))
+            prompt, new = output[:ids.shape[1]].tolist(), output[ids.shape[1]:].tolist()
+            before, after = self.tokenizer.decode(prompt), text_after(self.tokenizer, prompt, new, False)
             text = f"**input**\n```\n{before}\n```\n**output**\n```\n{after}\n```"
             self.writer.add_text("sample", text, state.global_step)
 

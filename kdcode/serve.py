@@ -53,6 +53,7 @@ from .api import (
     CompletionResponse, error_response, ErrorResponse, SamplingRequest, StreamOptions, TextDelta, to_api_error)
 from .batching import Batch, QueueFull, Scheduler, SchedulerClosed
 from .config import Config, ConfigError, ServeSettings
+from .data import text_after, text_ids
 from .decode import check_prompts, check_student, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode
 from .drafters import Drafter, Sequence
 from .result import incremental_text, Statistics
@@ -157,7 +158,7 @@ class ResponseSequence:
             if self.buffer.append(token, i < step.accepted, step.logprobs[i] if step.logprobs else None):
                 self.finish_reason = "stop"
                 break
-        rejected = [self.tokenizer.decode([token]) for token in step.rejected]
+        rejected = [text_after(self.tokenizer, step.tokens, [token], False) for token in step.rejected]
         if self.finish_reason:
             return make_delta(self.buffer.release_all(), rejected)
         if step.tokens[-1] in self.sequence.stop.ids:
@@ -317,7 +318,7 @@ def chat_prompt(teacher: Teacher, request: ChatCompletionRequest) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise APIError(400, f"the chat template of {name!r} rejects these messages: {error}", "messages") from None
-    return tokenizer(unicode(text), add_special_tokens=False).input_ids
+    return text_ids(tokenizer, unicode(text), add_special_tokens=False)
 
 def request_prompts(teacher: Teacher, request: SamplingRequest) -> list[list[int]]:
     """Return the token ids of each prompt of a request."""
