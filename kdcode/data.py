@@ -151,8 +151,9 @@ def humanized_documents(rows: Iterable[dict], language: str) -> Iterator[Documen
 def instruction_documents(rows: Iterable[dict]) -> Iterator[Document]:
     """Yield the rows of `ed001/ds-coder-instruct-v2`: the instruction is the prompt, the output is the text."""
     for index, row in enumerate(rows):
-        prompt = _column(row, "instruction") + "\n\n"
-        yield Document(_column(row, "output"), prompt, origin=f"row {index}", language="instructions")
+        instruction = _column(row, "instruction")
+        yield Document(_column(row, "output"), instruction + "\n\n", origin=f"row {index}", family=instruction,
+                       language="instructions")
 
 def content_documents(rows: Iterable[dict], language: str) -> Iterator[Document]:
     """Yield the rows of `bigcode/the-stack`, each of which is one file."""
@@ -265,8 +266,12 @@ def reject_reason(
 
 # %% ../nbs/01_data.ipynb #b1118143
 def text_hash(text: str) -> bytes:
-    """Return the SHA-256 of a text, 32 bytes: the same on every machine and in every run."""
-    return hashlib.sha256(text.encode()).digest()
+    """Return the SHA-256 of a text, 32 bytes: the same on every machine and in every run.
+
+    Line endings, whitespace at the end of a line, and blank lines before and after the text do not change it.
+    """
+    lines = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+    return hashlib.sha256(f"{lines}\n".encode()).digest()
 
 def _document_reason(document: Document, settings: DataSettings, seen: set[bytes]) -> str | None:
     """Return why a document is left out: the reason for its text, for its prompt, or `duplicate`."""
@@ -650,7 +655,7 @@ def build_corpus(
     tokenizer has no end-of-text token.
     """
     folder = Path(folder)
-    recipe = {"settings": asdict(settings), "columns": 4, "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    recipe = {"settings": asdict(settings), "columns": 5, "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
     if author:
         recipe |= {"author": author, "end_of_cut_text": "without label"}
     if corpus := load_corpus(folder, recipe):
