@@ -46,11 +46,12 @@ from .decode import bad_word_ids, complete, make_sequences, prompt_ids
 from .draft_eval import task_prompts, TASKS
 from .drafters import drafting_model, drafts_in_int8
 from .eagle import EagleStudent
+from .files import model_source
 from .loss import chunked_distillation_loss
 from .report import bootstrap_interval, markdown_table, Report
 from .result import SpeculativeResult, Statistics
 from .sampling import predicted_speedup
-from .teacher import eos_token_ids, load_teacher, model_source, Teacher, TimedSteps
+from .teacher import eos_token_ids, load_teacher, Teacher, TimedSteps
 from .train import distill, DistillationTrainer, make_trainer
 from .tune import Objective
 from .validate import validate
