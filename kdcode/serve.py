@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TIME_BUCKETS', 'MIN_TEMPERATURE', 'logger', 'BODY_TIMEOUT', 'PUBLIC_PATHS', 'KNOWN_PATHS', 'CLIENT_CLOSED_REQUEST',
            'ERROR_RESPONSES', 'SHUTDOWN_GRACE', 'PendingToken', 'partial_stop_length', 'truncate_tokens',
-           'IncrementalDecoder', 'TextBuffer', 'ResponseSequence', 'make_delta', 'RequestStream', 'usage_info',
-           'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'Metrics', 'TokenTimer', 'public_name',
-           'chat_prompt', 'request_prompts', 'check_sequence_count', 'max_sequence_length', 'model_not_found',
-           'Service', 'response_sequences', 'ResponseBuilder', 'StreamBuilder', 'known_path', 'check_api_key',
-           'body_too_large', 'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect', 'respond',
-           'error_responses', 'add_completion_routes', 'add_model_routes', 'content_security_policy',
-           'add_service_routes', 'create_app', 'is_loopback', 'api_key', 'bind_socket', 'server_url', 'make_server',
-           'serve']
+           'StopStringSearch', 'IncrementalDecoder', 'special_text', 'TextBuffer', 'ResponseSequence', 'make_delta',
+           'RequestStream', 'usage_info', 'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'Metrics',
+           'TokenTimer', 'public_name', 'chat_prompt', 'end_of_turn_ids', 'request_prompts', 'check_sequence_count',
+           'max_sequence_length', 'model_not_found', 'Service', 'sampling_settings', 'response_sequences',
+           'ResponseBuilder', 'StreamBuilder', 'known_path', 'check_api_key', 'body_too_large', 'GuardMiddleware',
+           'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses', 'add_completion_routes',
+           'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app', 'is_loopback', 'api_key',
+           'bind_socket', 'server_url', 'make_server', 'serve']
 
 # %% ../nbs/11a_serve.ipynb #a052de94
 import asyncio
@@ -46,13 +46,13 @@ from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry, CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .api import (
     APIError, ChatCompletionFormat, ChatCompletionRequest, ChatCompletionResponse, CompletionFormat, CompletionRequest,
     CompletionResponse, error_response, ErrorResponse, SamplingRequest, StreamOptions, TextDelta, to_api_error)
 from .batching import Batch, QueueFull, Scheduler, SchedulerClosed
-from .config import Config, ConfigError, ServeSettings
+from .config import Config, ConfigError, DecodeSettings, ServeSettings
 from .decode import check_prompts, check_student, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode
 from .drafters import Drafter, Sequence
 from .result import incremental_text, Statistics
@@ -64,6 +64,12 @@ class PendingToken(NamedTuple):
     text: str
     drafted: bool
     logprobs: tuple[int, TokenLogprobs] | None = None  # id and log-probabilities, if they were requested
+    special: str = ""  # a special token, which is not part of the text; a stop string may contain it
+
+    @property
+    def searched(self) -> str:
+        """Return the text in which stop strings are found."""
+        return self.text + self.special
 
 def partial_stop_length(text: str, stop_strings: list[str]) -> int:
     """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
@@ -71,14 +77,39 @@ def partial_stop_length(text: str, stop_strings: list[str]) -> int:
     return max(lengths, default=0)
 
 def truncate_tokens(tokens: list[PendingToken], length: int) -> list[PendingToken]:
-    """Return the tokens of the first `length` characters; the last one may be cut."""
+    """Return the tokens that begin in the first `length` characters; the text of the last one may be cut."""
     truncated = []
     for token in tokens:
         if length <= 0:
             break
         truncated.append(token._replace(text=token.text[:length]))
-        length -= len(token.text)
+        length -= len(token.searched)
     return truncated
+
+# %% ../nbs/11a_serve.ipynb #848d1587
+class StopStringSearch:
+    """Search for stop strings in text that arrives in pieces."""
+
+    def __init__(self, stop_strings: list[str]):
+        self.stop_strings = stop_strings
+        self.overlap = max(map(len, stop_strings), default=1) - 1
+        """characters of a stop string that may be in the earlier text"""
+        self.before = ""
+        """the last `overlap` characters of the earlier text"""
+
+    def skip(self, text: str) -> None:
+        """Add text to the earlier text. A stop string that ends in it is not found any more."""
+        self.before = (self.before + text)[-self.overlap:] if self.overlap else ""
+
+    def find(self, text: str) -> int | None:
+        """Return where the first stop string that ends in `text` begins, or None; negative: in the earlier text."""
+        whole, start = self.before + text, len(self.before)
+        found = (whole.find(stop, max(0, start - len(stop) + 1)) for stop in self.stop_strings)
+        return min((position - start for position in found if position >= 0), default=None)
+
+    def safe_length(self, text: str) -> int:
+        """Return how many characters of `text` cannot be part of a stop string; negative: none, or earlier ones."""
+        return len(text) - partial_stop_length(self.before + text, self.stop_strings)
 
 # %% ../nbs/11a_serve.ipynb #90889182
 class IncrementalDecoder:
@@ -102,35 +133,48 @@ class IncrementalDecoder:
         return next(self._texts, "")
 
 # %% ../nbs/11a_serve.ipynb #8ab24d57
+def special_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return a special token as text; empty for any other token."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    return added.content if added and added.special else ""
+
 class TextBuffer:
     """Text of the tokens that were decoded and not sent yet."""
 
     def __init__(self, teacher: Teacher, prompt: list[int], stop_strings: list[str]):
-        self.stop_strings = stop_strings
+        self.tokenizer = teacher.tokenizer
         self.decoder = IncrementalDecoder(teacher, prompt)
+        self.search = StopStringSearch(stop_strings)
+        if self.search.overlap:
+            self.search.skip(self.tokenizer.decode(prompt[-4 * self.search.overlap:]))  # a character has 1 to 4 tokens
         self.pending: list[PendingToken] = []
-
-    def text(self) -> str:
-        """Return the text that was not sent yet."""
-        return "".join(token.text for token in self.pending)
 
     def append(self, token: int, drafted: bool, logprobs: TokenLogprobs | None) -> bool:
         """Add a token. Return whether it completes a stop string; the text is then cut before the stop string."""
-        self.pending.append(PendingToken(self.decoder.add(token), drafted, (token, logprobs) if logprobs else None))
-        text = self.text()
-        positions = [text.find(stop) for stop in self.stop_strings if stop in text]
-        if positions:
-            self.pending = truncate_tokens(self.pending, min(positions))
-        return bool(positions)
+        text = self.decoder.add(token)
+        special = "" if text or not self.search.stop_strings else special_text(self.tokenizer, token)
+        return self._add(PendingToken(text, drafted, (token, logprobs) if logprobs else None, special))
+
+    def finish(self) -> bool:
+        """Add an incomplete character at the end, if there is one. Return the same as `append`."""
+        incomplete = self.decoder.finish()
+        return bool(incomplete) and self._add(PendingToken(incomplete, drafted=False))
+
+    def _add(self, token: PendingToken) -> bool:
+        self.pending.append(token)
+        position = self.search.find("".join(token.searched for token in self.pending))
+        if position is not None:
+            self.pending = truncate_tokens(self.pending, position)
+        return position is not None
 
     def release(self) -> list[PendingToken]:
         """Remove and return the tokens that cannot be part of a stop string."""
-        text = self.text()
-        safe = len(text) - partial_stop_length(text, self.stop_strings)
+        safe = self.search.safe_length("".join(token.searched for token in self.pending))
         released = []
-        while self.pending and len(self.pending[0].text) <= safe:
+        while self.pending and len(self.pending[0].searched) <= safe:
             released.append(self.pending.pop(0))
-            safe -= len(released[-1].text)
+            safe -= len(released[-1].searched)
+        self.search.skip("".join(token.searched for token in released))
         return released
 
     def release_all(self) -> list[PendingToken]:
@@ -166,12 +210,8 @@ class ResponseSequence:
 
     def finish(self, reason: str = "length", rejected: list[str] = ()) -> TextDelta:
         """Return the text that was held back, when no more tokens follow."""
-        self.finish_reason = reason
-        tokens = self.buffer.release_all()
-        incomplete = self.buffer.decoder.finish()
-        if incomplete:
-            tokens.append(PendingToken(incomplete, drafted=False))
-        return make_delta(tokens, rejected)
+        self.finish_reason = "stop" if self.buffer.finish() else reason
+        return make_delta(self.buffer.release_all(), rejected)
 
 def make_delta(tokens: list[PendingToken], rejected: list[str] = ()) -> TextDelta:
     """Return a text delta of these tokens."""
@@ -319,6 +359,17 @@ def chat_prompt(teacher: Teacher, request: ChatCompletionRequest) -> list[int]:
         raise APIError(400, f"the chat template of {name!r} rejects these messages: {error}", "messages") from None
     return tokenizer(unicode(text), add_special_tokens=False).input_ids
 
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the id of the added token that ends an assistant's message in the chat template; empty if there is none."""
+    reply = "kdcode"  # any text without special characters
+    messages = [{"role": "user", "content": reply}, {"role": "assistant", "content": reply}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, ValueError):  # ValueError: no template
+        return set()
+    rest = tokenizer(text.rpartition(reply)[2].strip(), add_special_tokens=False).input_ids
+    return {rest[0]} & tokenizer.added_tokens_decoder.keys() if rest else set()
+
 def request_prompts(teacher: Teacher, request: SamplingRequest) -> list[list[int]]:
     """Return the token ids of each prompt of a request."""
     if isinstance(request, ChatCompletionRequest):
@@ -365,6 +416,7 @@ class Service:
             check_student(teacher, student)
         self.teacher, self.decode, self.limits = teacher, config.decode, config.serve
         self.name = public_name(teacher)
+        self.end_of_turn_ids = end_of_turn_ids(teacher.tokenizer)
         self.scheduler = Scheduler(
             Batch(teacher.model, student, config.decode), config.serve.slots, config.serve.queue_size)
         self.metrics = Metrics(self.scheduler)
@@ -395,17 +447,24 @@ class Service:
 # %% ../nbs/11a_serve.ipynb #e79e2bb8
 MIN_TEMPERATURE = 1e-5  # below this, logits divided by the temperature overflow, so decoding is greedy
 
+def sampling_settings(decode: DecodeSettings, request: SamplingRequest) -> DecodeSettings:
+    """Return the server's decoding settings with temperature and top-p of a request. Stop strings are left out."""
+    if request.temperature <= MIN_TEMPERATURE or request.top_p == 0:  # only the most probable token is left
+        return replace(decode, temperature=0., stop=[])
+    return replace(decode, temperature=request.temperature, top_p=request.top_p, stop=[])
+
 def response_sequences(service: Service, request: SamplingRequest, prompts: list[list[int]]) -> list[ResponseSequence]:
     """Return `request.n` sequences for each prompt. Raise `APIError` if there are too many, or one is too long."""
     teacher = service.teacher
     prompts = [prompt for prompt in prompts for _ in range(request.n)]
     check_sequence_count(len(prompts), service.limits)
     lengths = [max_sequence_length(request, len(prompt), service.limits, teacher.context_size) for prompt in prompts]
-    temperature = request.temperature if request.temperature > MIN_TEMPERATURE else 0.
-    settings = replace(service.decode, temperature=temperature, top_p=request.top_p, stop=[])
-    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    sequences = make_sequences(
-        prompts, settings, seed, set(teacher.eos_token_ids), teacher.tokenizer, teacher.device)
+    settings = sampling_settings(service.decode, request)
+    seed = secrets.randbelow(2**31) if request.first_seed is None else request.first_seed
+    ends = set(teacher.eos_token_ids)
+    if isinstance(request, ChatCompletionRequest):
+        ends |= service.end_of_turn_ids
+    sequences = make_sequences(prompts, settings, seed, ends, teacher.tokenizer, teacher.device)
     for sequence, length in zip(sequences, lengths):
         sequence.max_length = length
         sequence.gamma = request.speculation.gamma
