@@ -412,6 +412,7 @@ class ErrorResponse(BaseModel):
 
 ERROR_TYPES = {  # by HTTP status; every other status is an invalid_request_error
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",
