@@ -207,7 +207,8 @@ def make_compiled_copy(model: PreTrainedModel) -> PreTrainedModel:
     torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else each layer's index would be compiled anew
     torch._dynamo.config.recompile_limit = 64  # one for each number of rows
     copied = shallow_copy(tuned_copy(model))
-    layers = getattr(copied.base_model, "layers", None) or getattr(copied.base_model, "h", None)
+    decoder = copied.get_decoder()
+    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
     if layers is None:
         raise ConfigError(f"{type(model).__name__} has no list of layers to compile; set decode.compile to false")
     for layer in layers:
