@@ -1,6 +1,6 @@
 """Distil a small student from a large code-writing teacher, and let it draft for lossless speculative decoding.
 
-These are the names that most work begins with. Each is loaded when it is first used, so that `import kdcode` itself loads nothing. All others are in the modules, such as `kdcode.decode` and `kdcode.train`.
+These are the names that most work begins with. Each is loaded when it is first used, so `import kdcode` itself loads no large library. All others are in the modules, such as `kdcode.decode` and `kdcode.train`.
 """
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from .student import Student
     from .teacher import load_teacher
     from .train import distill
+
+from .threads import limit_spinning
+
+limit_spinning()  # OpenMP reads its environment when PyTorch is loaded
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Student", "bench_decode", "build_corpus", "complete", "distill", "export_llama", "load_config", "load_draft", "load_teacher", "speculative_generate", "stream"]

@@ -36,7 +36,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn, Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from .cached_model import CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up
 from .config import (
@@ -50,7 +50,7 @@ from .loss import chunked_distillation_loss
 from .report import bootstrap_interval, markdown_table, Report
 from .result import SpeculativeResult, Statistics
 from .sampling import predicted_speedup
-from .teacher import eos_token_ids, load_teacher, model_source, Teacher
+from .teacher import eos_token_ids, load_teacher, model_source, Teacher, TimedSteps
 from .train import distill, DistillationTrainer, make_trainer
 from .tune import Objective
 from .validate import validate
@@ -77,9 +77,11 @@ def generate_baseline(
     """Return the new tokens of `generate` of `transformers` after a prompt."""
     ids = torch.tensor([prompt_ids(teacher, prompt)], device=teacher.device)
     torch.manual_seed(seed)
+    criteria = StoppingCriteriaList([TimedSteps(teacher.device)])
     output = teacher.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
-        pad_token_id=teacher.tokenizer.eos_token_id, **_sampling_options(teacher, settings), **options)
+        pad_token_id=teacher.tokenizer.eos_token_id, stopping_criteria=criteria,
+        **_sampling_options(teacher, settings), **options)
     return output[0, ids.shape[1]:].tolist()
 
 # %% ../nbs/09a_bench.ipynb #f9c595fb

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from .config import ConfigError
 from .student import KVCache, Student
+from .threads import THREADS
 
 # %% ../nbs/02b_cached_model.ipynb #06e59ab3
 def clock(device: torch.device) -> float:
@@ -465,9 +466,10 @@ class CachedModel(RaggedModel):
         lengths, device = self.lengths, self.model.device
         input_ids, wanted = pad_tokens(tokens, device), wanted_positions(tokens, keep)
         inputs = mask_inputs(self, tokens) | feature_inputs(self.model, tokens, features)
-        out = self.model(input_ids=input_ids, cache=self.cache, use_cache=True,
-                         logits_to_keep=logits_to_keep(wanted, input_ids.shape[1], device),
-                         output_hidden_states=bool(hidden_layers) or None, **inputs)
+        with THREADS.timed(device, id(self.model), input_ids.shape):
+            out = self.model(input_ids=input_ids, cache=self.cache, use_cache=True,
+                             logits_to_keep=logits_to_keep(wanted, input_ids.shape[1], device),
+                             output_hidden_states=bool(hidden_layers) or None, **inputs)
         self.cache.lengths = [length + len(row) for length, row in zip(lengths, tokens)]
         hidden = split_hidden(out.hidden_states, hidden_layers, tokens) if hidden_layers else None
         return split_logits(out.logits, wanted, tokens, keep), hidden

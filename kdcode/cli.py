@@ -28,6 +28,7 @@ from .config import (
     add_config, check_keys, check_search_space, Config, ConfigError, generated_text_folder, home, one_line_error,
     read_experiment, read_yaml, resolve, run_folder, run_path)
 from .provenance import short_hash
+from .threads import THREADS
 
 # %% ../nbs/12_cli.ipynb #676e3ca6
 class Steps:
@@ -588,6 +589,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run, config, options = parse(sys.argv[1:] if arguments is None else list(arguments))
         silence_libraries()
+        THREADS.use(config.threads)
         run(config, options)
     except ConfigError as error:
         print_error(error)

@@ -9,7 +9,7 @@ __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'SearchSpace', 'ConfigError'
            'ServeSettings', 'Config', 'html_table', 'field_docs', 'settings_html', 'config_html', 'add_config',
            'one_line_error', 'check_keys', 'UniqueKeyLoader', 'read_yaml', 'config_parser', 'resolve', 'make_config',
            'load_config', 'save_config', 'with_overrides', 'Experiment', 'read_experiment', 'check_search_space',
-           'home', 'run_path', 'generated_text_folder', 'run_folder']
+           'home', 'cache_folder', 'run_path', 'generated_text_folder', 'run_folder']
 
 # %% ../nbs/00a_config.ipynb #bbd05458
 import copy
@@ -305,8 +305,6 @@ class TrainSettings(OptimizerSettings):
     """training-time test of an EAGLE head: consecutive draft tokens, all but the first from its own hidden states"""
     single_step_share: float = bounded(default=0.0, ge=0, le=1)
     """training-time test of an EAGLE head: fraction of the training with one draft token, several times faster"""
-    threads: int = bounded(default=0, ge=0)
-    """CPU threads of PyTorch; 0: PyTorch's default"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the training step (weights stay float32); auto: the fastest on a CPU or CUDA GPU, float32 elsewhere"""
     gradient_checkpointing: bool = False
@@ -426,10 +424,12 @@ class ServeSettings(Settings):
 
 # %% ../nbs/00a_config.ipynb #990fabdd
 def _check_run(config: "Config") -> None:
-    """Raise `ConfigError` if targets and loss do not fit, or the name of the run is not a valid folder name."""
+    """Raise `ConfigError` if targets and loss do not fit, or if threads or the name of the run is not valid."""
     if config.targets.kind == "sampled" and config.loss.divergence != "forward_kl":
         raise ConfigError(f"loss.divergence is {config.loss.divergence!r}, but targets.kind sampled supports only "
                           "forward_kl; use targets.kind top_k or online")
+    if config.threads != "auto" and config.threads < 1:
+        raise ConfigError(f"threads is {config.threads}; give a number of at least 1, or auto")
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         raise ConfigError(f"name is {config.name!r}; use letters, digits, '.', '_' and '-', not '.' or '-' first")
 
@@ -443,6 +443,8 @@ class Config(Settings):
     """folder for the files of the run, instead of runs/NAME"""
     seed: int = bounded(default=0, ge=0, le=2**32 - 1)
     """random seed"""
+    threads: Literal["auto"] | int = "auto"
+    """CPU threads; auto: as many as this process may use, fewer while other programs keep the machine busy"""
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     data: DataSettings = field(default_factory=DataSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
@@ -722,7 +724,7 @@ def read_experiment(path: str | Path) -> Experiment:
 # %% ../nbs/00a_config.ipynb #ebef0b9d
 SearchSpace = dict[str, list | dict]  # by field: choices, or {low, high}, with log: true for a logarithmic scale
 
-_NOT_SEARCHABLE = ("train.eval_steps", "train.logging_steps", "train.keep_checkpoints", "train.threads", "train.upload")
+_NOT_SEARCHABLE = ("train.eval_steps", "train.logging_steps", "train.keep_checkpoints", "train.upload")
 
 def _range_bounds(name: str, allowed: Any) -> list:
     """Return lowest and highest value of a range. Raise `ConfigError` if it is not one."""
@@ -763,6 +765,10 @@ def home() -> Path:
         return Path(named).expanduser()
     work = Path.home()/"work"
     return work/"kdcode" if work.is_dir() else Path.cwd()
+
+def cache_folder() -> Path:
+    """Return the folder of this user's caches: kdcode in `XDG_CACHE_HOME`, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()/"kdcode"
 
 def run_path(config: Config) -> Path:
     """Return the folder of a run, whether it exists or not: `config.out`, or runs/NAME in the working folder."""

@@ -117,7 +117,7 @@ def _edit_json(file: Path, edit: Callable[[dict], dict]) -> None:
     file.write_text(json.dumps(edit(json.loads(file.read_text())), indent=2, ensure_ascii=False) + "\n")
 
 def compatible_tokenizer_config(settings: dict) -> dict:
-    """Return the content of tokenizer_config.json with names that all versions of `transformers` know, without paths."""
+    """Return tokenizer_config.json in a form that all versions of `transformers` can read, without local paths."""
     settings = {name: value for name, value in settings.items() if name not in _LOCAL_SETTINGS}
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -146,7 +146,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     _edit_json(folder/"tokenizer_config.json", compatible_tokenizer_config)
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model so that all versions of `transformers` can load it, without the sampling parameters of `generate`."""
+    """Save a model so that all versions of `transformers` can load it, without parameters for sampling."""
     model.save_pretrained(folder)
     _edit_json(folder/"config.json", compatible_config)
     if (file := folder/"generation_config.json").exists():

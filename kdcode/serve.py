@@ -363,7 +363,7 @@ def chat_prompt(teacher: Teacher, request: ChatCompletionRequest) -> list[int]:
     return tokenizer(unicode(text), add_special_tokens=False).input_ids
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the id of the added token that ends an assistant's message in the chat template; empty if there is none."""
+    """Return the id of the added token that ends an assistant's message in the chat template; empty: there is none."""
     reply = "kdcode"  # any text without special characters
     messages = [{"role": "user", "content": reply}, {"role": "assistant", "content": reply}]
     try:
@@ -716,7 +716,7 @@ async def cancel_on_disconnect(work: Coroutine, request: Request) -> Any | None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: nginx must not buffer the stream
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second one is for nginx
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; it appears in the metrics only
 
 async def respond(service: Service, request: SamplingRequest, format_type: type, http_request: Request) -> Response:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'HASHED_ROWS', 'HEAD_TOLERANCE', 'PROMPT_KINDS', 'PROMPT_KIND_NAMES', 'GENERATION_FIELDS',
-           'SEED_STEP', 'embedded_teacher', 'model_source', 'fastest_dtype', 'pick_device', 'load_error',
-           'load_tokenizer', 'eos_token_ids', 'LanguageModel', 'Teacher', 'teacher_identity', 'check_head',
-           'quantization_options', 'add_qwen_eos', 'load_teacher', 'SamplingProcessor', 'sampling_processors',
-           'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'generate_ids', 'generate', 'line_prompt',
-           'function_prompt', 'teacher_prompts', 'length_sorted_batches', 'is_greedy_batch', 'finished_batches',
-           'teacher_documents']
+           'SEED_STEP', 'embedded_teacher', 'model_source', 'is_complete', 'write_plain_copy', 'plain_copy',
+           'load_source', 'fastest_dtype', 'pick_device', 'load_error', 'load_tokenizer', 'eos_token_ids',
+           'LanguageModel', 'Teacher', 'teacher_identity', 'check_head', 'quantization_options', 'add_qwen_eos',
+           'load_teacher', 'SamplingProcessor', 'sampling_processors', 'left_pad', 'truncate_at_eos',
+           'contiguous_inputs', 'TimedSteps', 'generate_ids', 'generate', 'line_prompt', 'function_prompt',
+           'teacher_prompts', 'length_sorted_batches', 'is_greedy_batch', 'finished_batches', 'teacher_documents']
 
 # %% ../nbs/04_teacher.ipynb #20a14fed
 import ast
@@ -19,7 +19,9 @@ import importlib.util
 import itertools
 import json
 import random
+import shutil
 import textwrap
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -39,15 +42,18 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from .config import ConfigError, DataSettings, TeacherSettings
+from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
 from .data import Document, read_source, usable_documents
 from .provenance import short_hash, write_atomic
 from .student import dense_weight
+from .threads import THREADS
 
 # %% ../nbs/04_teacher.ipynb #12981d18
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,6 +78,57 @@ def model_source(
                               "give the path of a .gguf file, a folder or a hub id")
         return str(path.parent), {"gguf_file": path.name}
     return (str(path), {}) if path.is_dir() else (name, {})
+
+# %% ../nbs/04_teacher.ipynb #d14381bc
+def is_complete(
+    folder: Path,  # of a model in one safetensors file
+) -> bool:
+    """Return whether a folder has a model and its tokenizer, and the file of the weights has its full length."""
+    try:
+        with safe_open(folder/"model.safetensors", "pt"): pass
+    except (OSError, SafetensorError):
+        return False
+    return all((folder/name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
+
+def write_plain_copy(
+    file: Path,    # GGUF
+    folder: Path,  # replaced if it exists
+) -> None:
+    """Write the model and tokenizer of a GGUF file to a folder, dequantised, in float32."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    for path in (folder, unfinished):
+        shutil.rmtree(path, ignore_errors=True)
+    options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+def plain_copy(
+    file: Path,  # GGUF
+) -> Path | None:
+    """Return the folder of a plain copy in the user's cache, written if necessary; None if it can't be written."""
+    try:
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+        folder = cache_folder()/"teachers"/f"{file.stem}-{digest}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent/f"{folder.name}.lock"):
+            if not is_complete(folder):
+                write_plain_copy(file, folder)
+        return folder
+    except OSError as error:
+        warnings.warn(f"no plain copy of {file.name} in {cache_folder()} ({error.strerror}), so loading it takes "
+                      "longer each time; set XDG_CACHE_HOME to a folder with 600 MB of free space", stacklevel=2)
+        return None
+
+def load_source(
+    name: str,           # of a teacher
+    quantization: str = "none",
+) -> tuple[str, dict[str, str]]:
+    """Return what `model_source` returns, but the plain copy for the embedded teacher with plain weights."""
+    copied = plain_copy(embedded_teacher()) if name == "smollm2" and quantization == "none" else None
+    return (str(copied), {}) if copied else model_source(name)
 
 # %% ../nbs/04_teacher.ipynb #c8e917c8
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -120,7 +177,7 @@ def load_tokenizer(
     name: str,  # name of a teacher
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a teacher without its model. Raises `ConfigError` if it cannot be loaded."""
-    source, options = model_source(name)
+    source, options = load_source(name)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
@@ -174,7 +231,8 @@ class Teacher(LanguageModel):
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Return the next-token logits (batch, time, rows) at each position of `input_ids` (batch, time)."""
-        return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+        with THREADS.timed(self.device, id(self.model), input_ids.shape):
+            return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
@@ -183,8 +241,9 @@ class Teacher(LanguageModel):
         −1 is the last one after the final norm, the input of `head`; i is the output of layer i; 0 is the embedding.
         """
         last_only = tuple(which) == (-1,)
-        output = self.model.get_decoder()(input_ids=input_ids.to(self.device), use_cache=False,
-                                          output_hidden_states=not last_only)
+        with THREADS.timed(self.device, id(self.model), input_ids.shape, last_only):
+            output = self.model.get_decoder()(input_ids=input_ids.to(self.device), use_cache=False,
+                                              output_hidden_states=not last_only)
         return output.last_hidden_state if last_only else torch.cat([output.hidden_states[i] for i in which], -1)
 
     def to_dtype(self, dtype: torch.dtype) -> "Teacher":
@@ -259,7 +318,7 @@ def load_teacher(
 ) -> Teacher:
     """Return a frozen teacher in eval mode. Raises `ConfigError` if it cannot be loaded as the settings say."""
     if isinstance(settings, str): settings = TeacherSettings(name=settings)
-    source, gguf_options = model_source(settings.name)
+    source, gguf_options = load_source(settings.name, settings.quantization)
     device = pick_device(settings.device)
     if device.type == "cuda":
         # cuDNN attention plans anew for every sequence length: on an H200 a token took 40 to 75 ms instead of 18 to 23
@@ -322,6 +381,23 @@ def contiguous_inputs(layer: nn.Module) -> Iterator[None]:
     finally: hook.remove()
 
 # %% ../nbs/04_teacher.ipynb #b2b5db93
+class TimedSteps(StoppingCriteria):
+    """Never stops `generate`, and lets the number of threads follow the load of the machine; for one call."""
+
+    def __init__(self, device: torch.device):
+        self.on_cpu, self.start = device.type == "cpu", None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        """Return False for each row of `input_ids` (batch, time)."""
+        if self.on_cpu:
+            key, now, tuner = ("generate", len(input_ids)), time.perf_counter(), THREADS.check()
+            if self.start is not None:
+                tuner.end(key, now - self.start)
+            tuner.begin(key)
+            self.start = now
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+# %% ../nbs/04_teacher.ipynb #6e857f21
 @torch.no_grad()
 def generate_ids(
     teacher: Teacher, prompts: list[str], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
@@ -343,7 +419,8 @@ def generate_ids(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = left_pad(teacher, prompts[start:start + batch_size], pad)
-            output = teacher.model.generate(**batch, **options)
+            criteria = StoppingCriteriaList([TimedSteps(teacher.device)])
+            output = teacher.model.generate(**batch, **options, stopping_criteria=criteria)
             new = output[:, batch["input_ids"].shape[1]:]
             rows += [truncate_at_eos(row, teacher.eos_token_ids) for row in new.tolist()]
     return rows

@@ -41,6 +41,7 @@ from .provenance import provenance, write_atomic
 from .student import pack_weights, Student
 from .targets import draft_vocabulary, load_start_student, make_targets, TargetCache, TeacherLabels
 from .teacher import check_head, fastest_dtype, Teacher
+from .threads import THREADS
 from .validate import apply_head, validate, ValidationSet
 
 # %% ../nbs/06b_train.ipynb #ad3cfac4
@@ -111,6 +112,11 @@ class TeacherTrainer(Trainer):
         self.steps = config.train.ttt_steps if config.student.feature_layers else 1
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the labels of the whole optimizer step
         self.parts = LossParts()
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Return the loss of a batch after its backward pass, with a number of threads that follows the load."""
+        with THREADS.timed(self.args.device, "training", inputs["input_ids"].shape):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def collate(self, rows: list[dict]) -> dict:
         """Return a batch whose labels are rows of the student's head, with the block numbers."""
@@ -226,7 +232,7 @@ def training_arguments(
 
 # %% ../nbs/06b_train.ipynb #090f0b5d
 RESULT_NEUTRAL = {  # fields and sections of a configuration that may change when a run is resumed
-    "name", "out", "decode", "eval", "serve", "train.threads", "train.upload", "train.keep_checkpoints",
+    "name", "out", "decode", "eval", "serve", "threads", "train.upload", "train.keep_checkpoints",
     "train.logging_steps", "teacher.device", "targets.folder"}
 
 def changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
@@ -446,7 +452,6 @@ def distill(
     if state.is_main_process: open_run(config, folder, resume)
     state.wait_for_everyone()
     if (folder/"student").exists(): return load_student(folder/"student", teacher.model)
-    if config.train.threads: torch.set_num_threads(config.train.threads)
     check_head(teacher)
     with state.main_process_first():
         trainer = make_trainer(config, teacher, corpus, folder, progress and state.is_main_process, callbacks)

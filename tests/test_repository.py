@@ -255,8 +255,9 @@ def test_merge_of_two_exports_has_no_conflict(tmp_path):
     """Both branches add a function to one notebook: the notebook merges, and the library is exported again."""
     (tmp_path/"nbs").mkdir()
     notebook = tmp_path/"nbs"/"00_provenance.ipynb"
-    for file in (".gitattributes", ".gitconfig", "settings.ini", "pyproject.toml", "README.md", "nbs/00_provenance.ipynb"):
+    for file in (".gitattributes", ".gitconfig", "settings.ini", "pyproject.toml", "README.md"):
         shutil.copy(ROOT/file, tmp_path/file)
+    shutil.copy(ROOT/"nbs"/notebook.name, notebook)
     git("init", folder=tmp_path)
     git("config", "include.path", "../.gitconfig", folder=tmp_path)
     hooks = subprocess.run(["make", "-n", "hooks"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
