@@ -61,12 +61,12 @@ class ProgressBar:
             self.bar.close()
 
 def display_path(path: str | Path) -> str:
-    """Return the path relative to the working folder if it is inside of it."""
+    """Return the path relative to the current folder if it is inside it."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
 # %% ../nbs/12_cli.ipynb #f21293b3
 def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tuple:
-    """Return the teacher in its decoding dtype and in its labelling dtype; keep them in `loaded`."""
+    """Return the teacher in its decoding dtype and in its labelling dtype; store both in `loaded`."""
     import torch
     from kdcode.teacher import fastest_dtype, load_teacher
     steps(f"teacher: {config.teacher.name}")
@@ -158,7 +158,7 @@ def run_tune(config: Config, options) -> None:
     from kdcode.tune import acceptance_objective, check_search, DEFAULT_SPACE, tune
     space = check_search_space(read_yaml(options.space), config) if options.space else DEFAULT_SPACE
     if options.trials < 1:
-        raise ConfigError(f"--trials is {options.trials}, but must be at least 1")
+        raise ConfigError(f"--trials is {options.trials}; it should be at least 1")
     folder, steps = run_folder(config), Steps(3)
     check_search(config, folder)
     corpus, teacher, labelling_teacher = load_corpus_and_teachers(config, folder, steps)
@@ -175,7 +175,7 @@ def load_pair(
     config: Config,
     draft: str | None,  # folder or hub id of a student, or a teacher with a shipped student; None: the run's student
 ) -> tuple[Any, Any]:
-    """Return the teacher and the student. Raise `ConfigError` if there is no student, or it is for another teacher."""
+    """Return teacher and student. Raise `ConfigError` if there is no student, or it was made for another teacher."""
     from kdcode.decode import check_student, load_draft
     from kdcode.teacher import load_teacher
     student = load_draft(draft or str(run_path(config)/"student"))
@@ -189,7 +189,7 @@ def run_generate(config: Config, options) -> None:
     teacher, student = load_pair(config, options.draft)
     prompt = options.prompt
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")  # `stream` rejects what is not UTF-8
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")  # `stream` rejects bytes that are not UTF-8
     pieces = stream(teacher, student, prompt, config.decode, config.seed)
     print(prompt, end="", flush=True)
     for piece in pieces:
@@ -198,7 +198,7 @@ def run_generate(config: Config, options) -> None:
 
 # %% ../nbs/12_cli.ipynb #886be595
 def shipped_student(teacher, config: Config) -> dict:
-    """Return the student that is shipped for a teacher and its decoding settings, by label; empty if there is none."""
+    """Return the shipped student of a teacher with its decoding settings, by label; empty if there is none."""
     from kdcode.decode import load_draft, shipped_drafts
     if teacher.name not in shipped_drafts():
         return {}
@@ -257,10 +257,10 @@ def bench_loss(config: Config, folder: Path, options):
     return bench.bench_loss(config, folder, options.command_line)
 
 def bench_targets(config: Config, folder: Path, options):
-    """Measure training with cached targets against training with the teacher in the loop."""
+    """Compare training with cached targets and training with online targets."""
     from kdcode import bench
     if config.targets.kind == "online":
-        raise ConfigError("targets.kind is online, which needs no cache; choose --targets.kind top_k or sampled")
+        raise ConfigError("targets.kind is online, which caches nothing; choose --targets.kind top_k or sampled")
     steps = Steps(3)
     corpus, _, labelling_teacher = load_corpus_and_teachers(config, folder, steps)
     steps("training: once with online targets, once with cached targets (finished runs are kept)")
@@ -318,7 +318,7 @@ def run_experiment(config: Config, options) -> None:
         return prepared[key]
 
     report = experiment.run_experiment(
-        options.experiment, prepare, folder, options.command_line, ProgressBar("training"))
+        options.experiment, prepare, folder, options.command_line, ProgressBar("run"))
     print("\n\n".join([*report.notes, markdown_table(report.rows), f"report: {display_path(folder/'report.md')}"]))
 
 def run_record(config: Config, options) -> None:
@@ -395,7 +395,7 @@ def default_draft(config: Config, engine: str) -> str | None:
     return str(independent if engine == "vllm" and independent.exists() else path)
 
 def serve_with_vllm(config: Config, draft: str | None, key: str | None, arguments: list[str]) -> None:
-    """Export teacher and student, and replace this process by vLLM."""
+    """Export teacher and student, and replace this process with vLLM."""
     from kdcode.engines import engine_files, find_program, vllm_command, VLLM_ENVIRONMENT
     program = find_program("vLLM")
     if program is None:
@@ -415,7 +415,7 @@ def run_serve(config: Config, options) -> None:
     draft = options.draft or default_draft(config, options.engine)
     if options.engine == "vllm":
         return serve_with_vllm(config, draft, key, shlex.split(options.engine_options))
-    with serve.bind_socket(config.serve) as listening:  # before the models are loaded: the port may be in use
+    with serve.bind_socket(config.serve) as listening:  # first, because the port may be in use
         teacher, student = load_pair(config, draft)
         access = "API key in KDCODE_API_KEY" if key else "no API key, this machine only"
         url = serve.server_url(config.serve)
@@ -448,7 +448,7 @@ TRAINING_OPTIONS: dict[str, dict[str, dict]] = {  # command -> option -> argumen
     "tune": {
         "--trials": {"type": int, "default": 20, "help": "number of trials, including those of earlier calls"},
         "--space": {"type": str, "default": None, "help": (
-            "YAML file with the search space; if omitted, learning rate, schedule, batch size and alpha")},
+            "YAML file with the search space; if omitted, learning rate, schedule, batch size and loss.alpha")},
         "--objective": {"choices": ["acceptance_rate", "speedup"], "default": "acceptance_rate", "help": (
             "acceptance rate, or the speedup predicted from it and the measured costs of a step")},
     },
@@ -501,13 +501,13 @@ EXPORT_OPTIONS: dict[str, dict[str, dict]] = {
         "--repo": {"type": str, "default": "", "help": "hub: repository, USER/NAME"},
         "--dry-run": {"action": "store_true", "help": "hub: write the files, but push nothing"},
         "--report": {"type": str, "default": None, "help": (
-            "hub: report.json of the training, or its folder; if omitted, that of the student's run")},
+            "hub: report.json of the training run, or its folder; if omitted, that of the student's run")},
         "--license": {"type": str, "default": None, "help": (
-            "hub: license identifier; if omitted, the teacher's, if known")},
+            "hub: licence identifier, such as apache-2.0; if omitted, the teacher's, if known")},
         "--private": {"action": "store_true", "help": "hub: create a private repository"},
     },
     "record": {
-        "folder": {"type": str, "help": "folder of the report"},
+        "folder": {"type": str, "help": "folder of a finished run, with its report"},
         "result": {"type": str, "help": "name in the results folder, such as decode-smollm2"},
     },
 }

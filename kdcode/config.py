@@ -102,11 +102,11 @@ class Settings:
 class TeacherSettings(Settings):
     """Teacher (target model)."""
     name: str = "smollm2"
-    """smollm2 (bundled), a Hugging Face Hub id, a folder with safetensors, or a .gguf file"""
+    """smollm2 (embedded), a Hugging Face Hub id, a folder with safetensors, or a .gguf file"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype for decoding; float32 makes greedy output exactly reproducible"""
+    """dtype for decoding; in float32, greedy output is identical with and without a draft"""
     label_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """dtype for labelling the training text; auto: bfloat16 if the hardware computes in it, else float32"""
+    """dtype for labelling the training text; auto: the 16-bit dtype that the hardware supports, else float32"""
     quantization: Literal["none", "nf4", "packed"] = "none"
     """weight quantization; nf4: 4-bit (bitsandbytes), packed: keep the quantized blocks of a .gguf file"""
     device: str = "auto"
@@ -159,7 +159,7 @@ class DataSettings(_MixableSource):
     prompt_source: Literal["stdlib", "packages", "folder", "humanized", "the-stack"] = "stdlib"
     """source of the prompts for teacher-generated text"""
     prompt_kind: Literal["line", "function"] = "line"
-    """prompts for teacher-generated text: line (text from a random line on) or function (signature and docstring)"""
+    """prompts for teacher-generated text: line (starting at a random line) or function (signature and docstring)"""
     prompt_tokens: int = bounded(default=32, ge=1)
     """maximum prompt length in tokens, for teacher-generated text"""
     max_new_tokens: int = bounded(default=256, ge=1)
@@ -169,7 +169,7 @@ class DataSettings(_MixableSource):
     greedy_share: float = bounded(default=0.0, ge=0, le=1)
     """fraction of teacher-generated texts decoded greedily, whatever the temperature"""
     generation_batch_size: int = bounded(default=64, ge=1)
-    """sequences that the teacher generates in one batch; several hundred suit a GPU"""
+    """sequences that the teacher generates in one batch; on a GPU, use several hundred"""
     path: str | None = None
     """folder to read, for source folder"""
     suffixes: list[str] = list_field(".py")
@@ -204,7 +204,7 @@ class StudentSettings(Settings):
     draft_vocabulary: int = bounded(default=16_384, ge=0)
     """number of token ids the student can predict, the most frequent of the corpus; 0: all"""
     start: str | None = None
-    """folder of a trained student to continue from (its layers and draft vocabulary); null: start from the teacher"""
+    """folder of a trained student to continue from, with its layers and draft vocabulary; null: use the teacher"""
     feature_layers: list[int] = list_field()
     """teacher hidden states for an EAGLE head (0: embedding, i: after layer i, -1: last); empty: independent student"""
 
@@ -233,7 +233,7 @@ class TargetsSettings(Settings):
     shard_blocks: int = bounded(default=64, ge=1)
     """training blocks per cache file"""
     folder: str | None = None
-    """cache folder, which several runs can share; null: the folder targets of the run"""
+    """cache folder, which several runs can share; null: targets/ in the run folder"""
 
 # %% ../nbs/00a_config.ipynb #e4fd8208
 Divergences = Literal["forward_kl", "reverse_kl", "jsd", "total_variation", "negative_log_acceptance", "lk_hybrid"]
@@ -304,7 +304,7 @@ class TrainSettings(OptimizerSettings):
     ttt_steps: int = bounded(default=3, ge=1, le=8)
     """training-time test of an EAGLE head: consecutive draft tokens, all but the first from its own hidden states"""
     single_step_share: float = bounded(default=0.0, ge=0, le=1)
-    """training-time test of an EAGLE head: fraction of the training with one draft token, several times faster"""
+    """training-time test of an EAGLE head: first fraction of the steps, with one draft token only (much faster)"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the training step (weights stay float32); auto: the fastest on a CPU or CUDA GPU, float32 elsewhere"""
     gradient_checkpointing: bool = False
@@ -314,7 +314,7 @@ class TrainSettings(OptimizerSettings):
     save_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     """dtype of the saved student; it is always loaded in float32"""
     upload: str | None = None
-    """remote folder for copies of checkpoints and student, such as s3://bucket/folder; resuming elsewhere reads it"""
+    """remote folder for copies of checkpoints and student, such as s3://bucket/folder; a run can resume from it"""
 
 # %% ../nbs/00a_config.ipynb #eea0a4b3
 @dataclass(repr=False)
@@ -335,7 +335,7 @@ class GenerationSettings(Settings):
     bad_words: list[str] = list_field()
     """strings that are never generated"""
     min_new_tokens: int = bounded(default=0, ge=0)
-    """number of new tokens before end of text is allowed"""
+    """minimum number of new tokens before the end of text"""
     stop: list[str] = list_field()
     """strings that end the generation"""
 
@@ -352,15 +352,15 @@ class DecodeSettings(GenerationSettings):
     gamma: int = bounded(default=4, ge=0, le=64)
     """draft tokens per target call; the maximum if adaptive; 0: no drafting"""
     adaptive: bool | None = None
-    """adapt gamma to measured times, 0 if drafting does not pay; null: adapt for greedy text, not for sampled text"""
+    """adapt gamma to measured times, down to 0 where drafting does not pay; null: for greedy decoding only"""
     drafter: Literal["student", "ngram", "hybrid"] = "student"
     """student, ngram (prompt lookup in the text so far), or hybrid (prompt lookup for long matches, else student)"""
     draft_sampling: Literal["sampled", "greedy"] = "sampled"
-    """sampled or greedy draft tokens, when the target samples; the output distribution is the same"""
+    """how draft tokens are chosen when the target samples; the output distribution is the same"""
     student_weights: Literal["plain", "int8", "auto"] = "plain"
     """student weights while drafting; int8: 8-bit (CPU only), auto: int8 on a CPU; verification is unaffected"""
     compile: bool = False
-    """compile the layers of both models; the first texts wait for the compilation"""
+    """compile the layers of both models, which delays the first texts"""
     problems: int = bounded(default=10, ge=1, le=164)
     """number of HumanEval prompts in a demo or benchmark"""
 
@@ -400,7 +400,7 @@ class EvalSettings(Settings):
 class ServeSettings(Settings):
     """REST API server."""
     host: str = "127.0.0.1"
-    """address to listen on; unless it is this machine's own, clients need the token in KDCODE_API_KEY"""
+    """address to listen on; unless it is this machine's own, clients need the API key in KDCODE_API_KEY"""
     port: int = bounded(default=8000, ge=1, le=65535)
     """port to listen on"""
     slots: int = bounded(default=8, ge=1)
@@ -424,14 +424,15 @@ class ServeSettings(Settings):
 
 # %% ../nbs/00a_config.ipynb #990fabdd
 def _check_run(config: "Config") -> None:
-    """Raise `ConfigError` if targets and loss do not fit, or if threads or the name of the run is not valid."""
+    """Raise `ConfigError` if targets and loss do not fit together, or threads or the run's name is not valid."""
     if config.targets.kind == "sampled" and config.loss.divergence != "forward_kl":
         raise ConfigError(f"loss.divergence is {config.loss.divergence!r}, but targets.kind sampled supports only "
                           "forward_kl; use targets.kind top_k or online")
     if config.threads != "auto" and config.threads < 1:
         raise ConfigError(f"threads is {config.threads}; give a number of at least 1, or auto")
     if not re.fullmatch(r"\w[\w.-]*", config.name):
-        raise ConfigError(f"name is {config.name!r}; use letters, digits, '.', '_' and '-', not '.' or '-' first")
+        raise ConfigError(f"name is {config.name!r}; use letters, digits, '.', '_' and '-', and do not start with '.' "
+                          "or '-'")
 
 # %% ../nbs/00a_config.ipynb #527cbb33
 @dataclass(repr=False)
@@ -461,6 +462,8 @@ class Config(Settings):
         super().__post_init__()
         _check_run(self)
 
+    def _repr_html_(self): return config_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested plain dictionaries, ready for YAML or JSON."""
         return dataclasses.asdict(self)
@@ -471,9 +474,6 @@ class Config(Settings):
         sections = {name: part for name, part in self.to_dict().items() if isinstance(part, dict)}
         rows = [(section, name, value) for section, part in sections.items() for name, value in part.items()]
         return pd.DataFrame(rows, columns=["section", "field", "value"]).set_index(["section", "field"])
-
-    def _repr_html_(self):
-        return config_html(self)
 
 # %% ../nbs/00a_config.ipynb #8b43b9e7
 def _html_row(cells: Iterable[str], sides: list[str], tag: str = "td") -> str:
@@ -545,6 +545,8 @@ def add_config(
     parser.add_class_arguments(Config)
 
 _WRONG_TYPE = re.compile(r'Parser key "(?P<key>.+?)": Expected an? (?P<expected>.+?)\. Got value: (?P<value>.*)')
+_WRONG_ITEM = re.compile(r'Parser key "(?P<list>[^"]+)": Does not validate .*Parser key "(?P<key>[^"]+)": '
+                         r'Expected an? (?P<expected>.+?)\. Got value: (?P<value>.*?) Given value type: list')
 _NO_UNION_MEMBER = re.compile(r'Parser key "(?P<key>.+?)": Does not validate .*?Subtypes: \[(?P<expected>.+?)\] '
                               r'Errors: .*Given value: (?P<value>.*)')
 
@@ -552,12 +554,13 @@ def one_line_error(error: Exception) -> str:
     """Return the message of a parser on one line, in the form `key is value; expected type`."""
     text = re.sub(r"<class '(.+?)'>", r"\1", " ".join(str(error).split()))
     text = text.replace("typing.", "").replace(", NoneType", "")
-    match = _WRONG_TYPE.search(text) or _NO_UNION_MEMBER.search(text)
+    match = _WRONG_ITEM.search(text) or _WRONG_TYPE.search(text) or _NO_UNION_MEMBER.search(text)
     if not match:
         return text
+    key = ".".join(part for part in (match.groupdict().get("list"), match["key"]) if part)
     expected = re.sub(r"Literal\[(.+?)\]", r"\1", match["expected"])
     expected = re.sub(r"[\w.]+\.(\w+Settings)", r"\1", expected)
-    return f"{match['key']} is {match['value']}; expected {'one of ' if ', ' in expected else ''}{expected}"
+    return f"{key} is {match['value']}; expected {'one of ' if ', ' in expected else ''}{expected}"
 
 # %% ../nbs/00a_config.ipynb #0cddb55f
 def _suggestion(key: Any, known: Iterable[str], prefix: str) -> str:
@@ -567,7 +570,7 @@ def _suggestion(key: Any, known: Iterable[str], prefix: str) -> str:
 
 def check_keys(
     data: Any,             # content of a YAML file
-    settings: type = Config,  # the settings class it is meant for
+    settings: type = Config,  # the settings class that the keys belong to
     prefix: str = "",      # prefix of the keys in error messages
 ) -> None:
     """Raise `ConfigError` for the first key that `settings` does not have, and suggest a similar one."""
@@ -596,14 +599,19 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
+def _yaml_problem(error: Any) -> str:
+    """Return where and how a file is not valid YAML, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else one_line_error(error)
+
 def read_yaml(path: str | Path) -> Any:
     """Return the content of a YAML file; an empty file is an empty mapping. Raise `ConfigError` if it is not valid."""
     try:
         return yaml.load(Path(path).read_text(), UniqueKeyLoader) or {}
     except OSError as error:
-        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration {path} is not valid YAML: {one_line_error(error)}") from None
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
 
 # %% ../nbs/00a_config.ipynb #9c7f3dd8
 @functools.cache
@@ -696,12 +704,12 @@ def _check_variants(path: str | Path, variants: Any) -> None:
                           "changes, for example reverse KL: {loss.divergence: reverse_kl}")
     folders = [Experiment.folder(name) for name in variants]
     if len(set(folders)) < len(folders) or not all(folders):
-        raise ConfigError(f"experiment {path} has variants with the folders {', '.join(folders)}; use names that differ"
-                          " in letters or digits")
+        raise ConfigError(f"experiment {path} has variants whose folders would be {', '.join(folders)}; use names that "
+                          "differ in letters or digits")
     for name in ("seed", "name", "out"):
         if any(name in values for values in variants.values()):
-            raise ConfigError(f"experiment {path} has {name} in a variant; seeds are listed under seeds, and each "
-                              "variant has its own folder")
+            raise ConfigError(f"experiment {path} sets {name} in a variant; remove it (seeds are listed under seeds, "
+                              "and each run has its own folder)")
 
 def _check_seeds(path: str | Path, seeds: Any) -> None:
     """Raise `ConfigError` if `seeds` is not a list of distinct integers."""

@@ -104,7 +104,7 @@ DRAFTING = {
     "seconds": "training, s"}  # column names of the figures
 
 def columns_of(runs: pd.DataFrame) -> dict[str, str]:
-    """Return the compared figures and their column names: drafting, or held-out metrics if only those are there."""
+    """Return the figures to compare and their column names: only held-out metrics if no speedup was predicted."""
     if "predicted_speedup" not in runs:
         return METRICS
     return {name: label for name, label in DRAFTING.items() if name in runs}
@@ -132,7 +132,7 @@ def _plot_figure(ax: Axes, runs: pd.DataFrame, variants: list[str], name: str) -
 
 def plot_runs(
     runs: pd.DataFrame,
-    names: Iterable[str] | None = None,  # of figures; None: the main ones of those compared
+    names: Iterable[str] | None = None,  # of figures; None: the main figures of the comparison
 ) -> Figure:
     """Plot every run as a dot and the mean of each variant as a line, one panel per figure."""
     variants = list(reversed(compare_runs(runs).index))
@@ -169,7 +169,7 @@ def _experiment_note(experiment: Experiment, folder: Path) -> str:
             "at temperature 1 after the same prompts, and on their human-written solutions. Speedups are for greedy "
             "decoding with γ drafts per round, over kdcode without drafting: predicted from all prompts, measured on "
             f"the first {MEASURED_PROMPTS}{timed}. All acceptance rates are those of the student in float32. "
-            f"The trainings ran on {training_machines(folder)}.")
+            f"The students were trained on {training_machines(folder)}.")
 
 # %% ../nbs/09c_experiment.ipynb #d689b91d
 def report_experiment(experiment: Experiment, runs: pd.DataFrame, folder: Path, command: str) -> Report:
@@ -225,7 +225,7 @@ class ExperimentRun:
 
 # %% ../nbs/09c_experiment.ipynb #bc1923a5
 def run_figures(run: ExperimentRun) -> dict[str, float]:
-    """Return the figures of a run, from its folder if they are there; times for the first seed only."""
+    """Return the figures of a run, measured or stored in its folder; times for the first seed only."""
     inputs: dict[str, Any] = {"decode": asdict(run.config.decode)}
     figures = cached_figures(run.path/"acceptance.json", inputs, run.acceptance)
     if run.config.seed == run.experiment.seeds[0]:
@@ -249,7 +249,7 @@ def run_experiment(
         local = replace(config, train=replace(config.train, upload=None))
         runs.append((variant, seed, ExperimentRun(experiment, local, prepare, folder, path)))
     check_run(experiment.config, folder, resume=True)
-    for _, _, run in runs:  # before anything is written
+    for _, _, run in runs:  # checked before anything is written
         check_run(run.config, run.path, resume=True)
     describe_run(experiment.config, folder)
     for done, (variant, seed, run) in enumerate(runs, 1):

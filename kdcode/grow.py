@@ -52,7 +52,7 @@ def held_out_r2(
 
 # %% ../nbs/10c_grow.ipynb #956a4f69
 def _check_growable(student: Student, head: Tensor) -> None:
-    """Raise `ConfigError` if the student has the full vocabulary already or the head has another number of rows."""
+    """Raise `ConfigError` if the student already has the full vocabulary, or the head has another number of rows."""
     config = load_unquantised(student).config
     if student.draft_ids is None:
         raise ConfigError(f"the student predicts all {config.vocab_size} ids of its teacher, so there is nothing to "

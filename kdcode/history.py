@@ -81,7 +81,7 @@ def join_rows(
     history: pd.DataFrame,       # the table
     rows: list[dict[str, Any]],  # of more reports
 ) -> pd.DataFrame:
-    """Return the table with more rows, sorted. New values of a figure of the same report replace the old ones."""
+    """Return the sorted table with more rows. A new value of a figure of the same report replaces the old one."""
     joined = pd.DataFrame(history.to_dict("records") + rows, columns=list(TYPES)).astype(TYPES)
     return joined.drop_duplicates(_KEY, keep="last").sort_values(_KEY, ignore_index=True)
 
@@ -123,7 +123,7 @@ def result_folder(
 ) -> Path:
     """Return the folder of a result. Raises `ConfigError` if the name is not that of a folder inside `results`."""
     if not re.fullmatch(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", name):
-        raise ConfigError(f"name is {name!r}; allowed is a folder's name under {results.name}/, such as "
+        raise ConfigError(f"name is {name!r}; it should be a folder name under {results.name}/, such as "
                           "decode-shipped or experiments/size")
     return results/name
 
@@ -201,7 +201,7 @@ def _figure_rows(history: pd.DataFrame, figure: str, results: list[str] | None) 
     rows = history[(history["figure"] == figure) & wanted].sort_values("date")
     if rows.empty:
         some = ", ".join(history["figure"].unique()[:5])
-        raise ConfigError(f"figure is {figure!r}; allowed are the figures of the results, such as {some}")
+        raise ConfigError(f"figure is {figure!r}; it should be a figure of the results, such as {some}")
     return rows.assign(machine=rows.apply(machine_name, axis=1), position=pd.factorize(rows["commit"])[0])
 
 # %% ../nbs/09d_history.ipynb #e419e2a6
@@ -267,7 +267,7 @@ def report_markdown(report: dict[str, Any], *notes: str) -> str:
     return "\n\n".join([markdown_table(report["rows"]), *notes, source])
 
 def round_costs(figures: dict[str, float]) -> str:
-    """Return a sentence with the cost of a decoding step and the predicted and measured speedup."""
+    """Return a sentence with the cost of a decoding step, the predicted speedup and the measured one."""
     return (f"A step costs γc + v target calls with c = {figures['c']:.2f} and v = {figures['v']:.2f}; "
             f"the predicted speedup is {figures['predicted_speedup']:.2f}, the measured one {figures['speedup']:.2f}.")
 
@@ -295,9 +295,9 @@ def _headline_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def headline(
     results: str | Path,    # folder of all results
-    names: dict[str, str],  # label of a line -> name of a result, a report of `kdcode bench decode`
+    names: dict[str, str],  # label of a row -> name of a result, a report of `kdcode bench decode`
 ) -> str:
-    """Return one table line per report in Markdown, then a list of machines and commands.
+    """Return a Markdown table with one row per report, then a list of machines and commands.
 
     Raises `ConfigError` if a report is missing or damaged.
     """

@@ -45,7 +45,7 @@ def teacher_and_licence(
     hub_id, known = next((entry for start, entry in TEACHERS.items() if name.startswith(start)), unlisted)
     if not (licence or known):
         raise ConfigError(f"the licence of teacher {hub_id or 'without a name'} is unknown, and the student's card "
-                          "must state it; name it with --license, for example --license apache-2.0")
+                          "must state it; give it with --license, for example --license apache-2.0")
     return hub_id, licence or known
 
 # %% ../nbs/10b_hub.ipynb #ae39f6ab
@@ -94,7 +94,7 @@ def _without(settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]
     return {name: value for name, value in settings.items() if name not in names}
 
 def settings_yaml(config: dict[str, Any]) -> str:
-    """Return the settings that determine a training, as YAML without local paths."""
+    """Return the settings that determine the trained student, as YAML without local paths."""
     sections = [section for section in _SECTIONS if section in config]
     shown = {section: _without(config[section], _OMITTED.get(section, ())) for section in sections}
     if isinstance(shown["data"]["source"], list):
@@ -109,7 +109,7 @@ def _parse_report(file: Path) -> dict[str, Any]:
     try: report = json.loads(file.read_text())
     except ValueError: report = None
     if not isinstance(report, dict) or not _REPORT_FIELDS <= report.keys():
-        raise ConfigError(f"{file} is not a report of kdcode; name another one with --report")
+        raise ConfigError(f"{file} is not a report of kdcode; give another one with --report")
     return report
 
 def read_training_report(
@@ -124,7 +124,7 @@ def read_training_report(
     candidates = [file for path in folders for file in (path, path/"report.json")]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None and report:
-        raise ConfigError(f"there is no report in {report}; name a report.json, or a folder that has one")
+        raise ConfigError(f"there is no report in {report}; give a report.json, or a folder that has one")
     return _parse_report(found) if found else {}
 
 # %% ../nbs/10b_hub.ipynb #b1387374
@@ -146,7 +146,7 @@ def speedup_section(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 # %% ../nbs/10b_hub.ipynb #hub21b
-_TRAINING_COMMANDS = ("kdcode distill", "kdcode demo")  # their reports describe a training
+_TRAINING_COMMANDS = ("kdcode distill", "kdcode demo")  # their reports describe a training run
 
 def _loss_terms(loss: dict[str, Any]) -> str:
     """Return the weighted terms of the loss, such as "0.5 forward_kl + 0.5 total_variation"."""
@@ -157,9 +157,9 @@ def _loss_terms(loss: dict[str, Any]) -> str:
     return " + ".join(terms)
 
 def training_section(report: dict[str, Any], hub_id: str) -> str:
-    """Return the section "Training": command, data, loss and settings, if the report is that of a training."""
+    """Return the section "Training": command, data, loss and settings, if it is a training report."""
     if not report.get("command", "").startswith(_TRAINING_COMMANDS):
-        return f"## Training\n\nDistilled from {hub_id} with kdcode. There is no report of that training."
+        return f"## Training\n\nDistilled from {hub_id} with kdcode. The report of the training run is not available."
     config = report["config"]
     return "\n\n".join([
         f"## Training\n\n{_report_source(report)}. Data, up to {config['data']['tokens']:,} tokens:",
@@ -261,7 +261,7 @@ def _introduction(student: PreTrainedModel, hub_id: str) -> str:
     features = f" Its input includes the teacher's hidden states {layers}." if layers else ""
     return (f"# Draft model for {hub_id.split('/')[-1]}\n\n"
             "A small student for lossless speculative decoding: it drafts several tokens, its teacher (the target "
-            "model) verifies them, and the output distribution stays the teacher's. "
+            "model) verifies them, and the output distribution is exactly the teacher's. "
             f"It has {config.num_hidden_layers} layers of width {config.hidden_size}, "
             f"{student.num_parameters() / 1e6:.1f} million parameters and a vocabulary of {vocabulary} ids.{features}")
 
@@ -301,15 +301,15 @@ def check_repo(repo: str) -> None:
         valid = repo.count("/") == 1
     except HFValidationError: valid = False
     if not valid:
-        raise ConfigError(f"--repo is {repo!r}; allowed is USER/NAME, of letters, digits, '-', '_' and '.'")
+        raise ConfigError(f"--repo is {repo!r}; it should be USER/NAME, with letters, digits, '-', '_' and '.'")
 
 def student_folder(student: str | Path) -> Path:
     """Return the student's folder. Raises `ConfigError` if it is not a folder with safetensors."""
     folder = Path(shipped_drafts().get(str(student), student)).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"{student} is not the folder of a student; name one, for example runs/NAME/student")
+        raise ConfigError(f"{student} is not the folder of a student; give one, for example runs/NAME/student")
     if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"{student} has no safetensors, and other weights are not pushed; name a student's folder")
+        raise ConfigError(f"{student} has no safetensors, the only format that is pushed; give a student's folder")
     return folder
 
 def _copy_student(source: Path, target: Path) -> None:
@@ -370,13 +370,13 @@ def push(
     hub = hub or HfApi(token=token)
     try:
         hub.create_repo(repo, private=private or None, exist_ok=True)
-        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="A draft model, made with kdcode",
+        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Draft model made with kdcode",
                           ignore_patterns=[EXPORT_MARKER])
     except Exception as error:  # huggingface_hub raises many types, which differ between its versions
         lines = str(error).replace(token, "HF_TOKEN").strip().splitlines()
         reason = lines[0][:200] if lines else ""
-        raise ConfigError(f"{repo} can't be pushed ({type(error).__name__}: {reason}); check the network, and that "
-                          f"HF_TOKEN may write to {repo}; the files are in {os.path.relpath(folder)}") from None
+        raise ConfigError(f"cannot push to {repo} ({type(error).__name__}: {reason}); check the network, and that "
+                          f"HF_TOKEN has write access; the files are in {os.path.relpath(folder)}") from None
     return f"{hub.endpoint}/{repo}"
 
 # %% ../nbs/10b_hub.ipynb #hub37b

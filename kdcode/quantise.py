@@ -30,15 +30,15 @@ from .teacher import quantization_options, Teacher
 
 # %% ../nbs/10a_quantise.ipynb #eca6407d
 def load_unquantised(
-    student: Student | str | Path,  # or a folder, a hub id, the name of a teacher with a shipped student
+    student: Student | str | Path,  # or a folder, a hub id, or the name of a teacher with a shipped student
 ) -> Student:
     """Return a student whose weights can be quantised. Raises `ConfigError` for another model or 4-bit weights."""
     student = load_draft(str(student)) if isinstance(student, (str, Path)) else student
     if not isinstance(student, Student):
-        raise ConfigError(f"a {type(student).__name__} is not a kdcode student, and only those can be quantised here; "
-                          "name a folder of kdcode distill")
+        raise ConfigError(f"a {type(student).__name__} is not a kdcode student and cannot be quantised here; "
+                          "give the student folder of a run")
     if getattr(student, "hf_quantizer", None):
-        raise ConfigError("the student's weights are in 4 bits already; name the unquantised student")
+        raise ConfigError("the student's weights are already in 4 bits; give the unquantised student")
     return student
 
 _NF4_BLOCK = 64  # weights in a row that share a scale
@@ -53,9 +53,9 @@ def unquantised_layers(student: Student) -> list[str]:
 def int4(
     student: Student,
 ) -> Student:  # on the same device
-    """Return a copy with the weights of its linear layers in NF4. An EAGLE student must be attached again.
+    """Return a copy whose linear layers have NF4 weights. An EAGLE student must be attached to its teacher again.
 
-    Raises `ConfigError` without `bitsandbytes`, or if the weights are in 4 bits already. Source: Dettmers et al. 2023
+    Raises `ConfigError` without `bitsandbytes`, or if the weights are already in 4 bits. Source: Dettmers et al. 2023
     (QLoRA), section 3.
     """
     weights = load_unquantised(student).state_dict()
@@ -71,7 +71,7 @@ def int4(
 def merge_int4_weights(
     weights: dict[str, Tensor],  # state dict of a student with NF4 layers
 ) -> dict[str, Tensor]:
-    """Return the state dict with all other matrices in 8 bits. Norms, biases and the data of NF4 stay as they are."""
+    """Return the state dict with all other matrices in 8 bits. Norms, biases and NF4 data do not change."""
     quantised = tuple(name.rpartition(".quant_state")[0] for name in weights if ".quant_state" in name)
     matrices = {name: weight for name, weight in weights.items()
                 if weight.is_floating_point() and weight.dim() == 2 and not name.startswith(quantised)}
@@ -87,7 +87,7 @@ def export_quantised(
     Raises `ConfigError` as `load_unquantised` and `int4` do, or if the folder has other files in it.
     """
     if weights not in ("int8", "int4"):
-        raise ConfigError(f"the student's weights are to be {weights!r}; allowed are int8 and int4")
+        raise ConfigError(f"weights is {weights!r}; it should be int8 or int4")
     folder = Path(folder).expanduser().absolute()
     with atomic_folder(folder) as new:
         student = load_unquantised(student)
@@ -161,7 +161,7 @@ def compare_weights(
     texts: PromptTexts,  # held-out
     context: int = 100,  # tokens in the KV cache before the timed step
 ) -> list[dict[str, Any]]:
-    """Return a row per form with the file's size, cross-entropy, acceptance rate α and the time of a draft step."""
+    """Return a row per form with file size, cross-entropy, acceptance rate α and the time of a draft step."""
     models, sizes = _save_forms(teacher, student)
     forms = {(weights, "int4" if weights == "int4" else "float32"): model for weights, model in models.items()}
     if teacher.device.type == "cpu":

@@ -34,20 +34,9 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GgufConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+    AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, LogitsProcessor, LogitsProcessorList,
+    PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper,
+    TopKLogitsWarper, TopPLogitsWarper)
 
 from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
 from .data import Document, read_source, usable_documents
@@ -104,6 +93,7 @@ def write_plain_copy(
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
     unfinished.rename(folder)
 
+# %% ../nbs/04_teacher.ipynb #9282746e
 def plain_copy(
     file: Path,  # GGUF
 ) -> Path | None:

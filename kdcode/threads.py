@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPIN_COUNT', 'FASTER', 'SLOWER', 'FIRST_WAIT', 'LONGEST_WAIT', 'REMEMBERED', 'KINDS', 'THREADS', 'limit_spinning',
-           'CallTimes', 'ThreadTuner', 'TorchThreads']
+           'CallTimes', 'next_trial', 'ThreadTuner', 'ThreadSetting', 'TorchThreads']
 
 # %% ../nbs/00b_threads.ipynb #77d2fde4
 import os
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SPIN_COUNT = 10_000  # turns of a waiting thread before it sleeps
 
 def limit_spinning() -> None:
-    """Let waiting OpenMP threads sleep sooner, unless the environment says how they wait or PyTorch is loaded."""
+    """Let waiting OpenMP threads sleep after a short time, unless the environment says how they wait or PyTorch is loaded."""
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
@@ -57,58 +57,47 @@ class CallTimes:
         return seconds / statistics.median(known) if len(known) >= 3 else None
 
 # %% ../nbs/00b_threads.ipynb #c3ba7b1f
+def next_trial(threads: int, largest: int, upwards: bool) -> int:
+    """Return twice or half a number of threads, between 1 and `largest`."""
+    return min(2 * threads, largest) if upwards else max(threads // 2, 1)
+
 class ThreadTuner:
     """Adapts the number of threads to the load of the machine, from the times of calls."""
 
-    def __init__(
-        self,
-        largest: int,                  # number of threads on an idle machine; 1 turns the tuner off
-        apply: Callable[[int], None],  # sets the number of threads
-    ):
-        self.largest, self.apply = largest, apply
-        self.upwards = False
-        self.trial: int | None = None
-        self.used: set[int] = set()
+    def __init__(self, largest: int, apply: Callable[[int], None]):
+        self.largest, self.apply, self.upwards = largest, apply, False  # with one thread there is nothing to adapt
         self.move(largest)
 
     def move(self, threads: int) -> None:
         """Use this number of threads from now on."""
-        self.threads, self.times = threads, CallTimes()
+        self.threads, self.trial, self.times = threads, 0, CallTimes()
         self.interval = self.wait = FIRST_WAIT
-        self.used.add(threads)
         self.apply(threads)
-
-    def neighbour(self) -> int:
-        """Return the next number of threads to try: half or twice the present one, in turn."""
-        self.upwards = self.threads == 1 or (not self.upwards and self.threads < self.largest)
-        return min(2 * self.threads, self.largest) if self.upwards else self.threads // 2
 
     def begin(self, key: Hashable) -> None:
         """Set the number of threads for the next call, which is of this kind."""
-        self.trial = None
-        if self.largest > 1 and self.wait <= 0 and len(self.times.seconds.get(key, ())) >= 3:
-            self.trial = self.neighbour()
+        self.trial = 0
+        if self.largest > 1 and self.wait <= 0 and self.times.ratio(key, 1.) is not None:
+            self.upwards = self.threads == 1 or (not self.upwards and self.threads < self.largest)
+            self.trial = next_trial(self.threads, self.largest, self.upwards)
         self.apply(self.trial or self.threads)
 
     def end(self, key: Hashable, seconds: float) -> None:
         """Take the time of the call."""
-        ratio = self.times.ratio(key, seconds)
-        if self.trial:
-            return self.finish_trial(ratio < FASTER)
-        self.wait -= 1
-        if ratio and ratio > SLOWER and self.threads > 1:
-            return self.move(self.threads // 2)
-        self.times.add(key, seconds)
-
-    def finish_trial(self, faster: bool) -> None:
-        """Move to the number of threads that was tried, or return to the present one."""
-        if faster:
-            return self.move(self.trial)
-        self.interval = self.wait = min(4 * self.interval, LONGEST_WAIT)
-        self.apply(self.threads)
+        ratio = self.times.ratio(key, seconds) or 1.
+        if self.trial and ratio < FASTER:
+            self.move(self.trial)
+        elif self.trial:
+            self.interval = self.wait = min(4 * self.interval, LONGEST_WAIT)
+            self.apply(self.threads)
+        elif ratio > SLOWER and self.threads > 1:
+            self.move(self.threads // 2)
+        else:
+            self.wait -= 1
+            self.times.add(key, seconds)
 
 # %% ../nbs/00b_threads.ipynb #98221aa1
-class TorchThreads:
+class ThreadSetting:
     """The number of PyTorch's CPU threads in this process: fixed, or adapted by a `ThreadTuner`."""
 
     def __init__(self):
@@ -116,7 +105,6 @@ class TorchThreads:
         self.applied: tuple[int, int] | None = None
         """thread of Python and the number that was set there"""
         self.used: set[int] = set()
-        self.timing = False
 
     def set(self, threads: int) -> None:
         """Set PyTorch's number of threads for the calling thread of Python."""
@@ -142,6 +130,14 @@ class TorchThreads:
         if self.tuner is None or (self.tuner.largest > 1 and mine and self.applied[1] != torch.get_num_threads()):
             self.use("auto")
         return self.tuner
+
+# %% ../nbs/00b_threads.ipynb #df6ce214
+class TorchThreads(ThreadSetting):
+    """The same, for calls in `with` blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.timing = False
 
     @contextmanager
     def timed(

@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Prepares a JupyterLab service on Onyxia for kdcode. Onyxia runs it before Jupyter starts, as root or as its user:
+# Prepares a JupyterLab service on Onyxia for kdcode. Onyxia runs it before Jupyter starts, as root or as the user:
 #     curl URL | bash -s -- [NOTEBOOK]
-# NOTEBOOK, a path in the repository, is what Jupyter opens first; by default the first lesson.
-# It may run any number of times, in a terminal too. After a restart, when only ~/work is left, it takes up what it finds there.
-# Jupyter must start whatever happens: what fails is said in one line, and the exit status is 0.
+# Jupyter opens NOTEBOOK, a path in the repository, first; the default is the first lesson.
+# It may run any number of times, in a terminal too. After a restart, when only ~/work is left, it reuses what it finds there.
+# Jupyter must start in any case, so a failure is reported in one line and the exit status is 0.
 set -euo pipefail
 
-readonly REPOSITORY=https://github.com/kdcode/kdcode  # where there is no checkout yet
-readonly SECONDS_ALLOWED=540                          # Onyxia waits about ten minutes for Jupyter; a run in a terminal has all the time it needs
+readonly REPOSITORY=https://github.com/kdcode/kdcode  # cloned if there is no checkout yet
+readonly SECONDS_ALLOWED=540                          # Onyxia waits about ten minutes for Jupyter; in a terminal there is no limit
 
 say() { echo "kdcode: $*"; }
 
 stop() {
     say "$*" >&2
-    step=""  # there is nothing to add
+    step=""  # already reported
     exit 1
 }
 
 report_failure() {  # at the end of a step that failed
     local status=$? reason=""
-    [ "$status" -eq 0 ] || [ "$status" -eq 143 ] || [ -z "$step" ] || {  # 143: the time was over
+    [ "$status" -eq 0 ] || [ "$status" -eq 143 ] || [ -z "$step" ] || {  # 143: stopped at the time limit
         [ ! -f "$log" ] || reason=$(grep -Ei '^(error|fatal)' "$log" | tail -n 1) || true
         say "failed to $step (${reason:-exit status $status}); see the log in $log" >&3
     }
 }
 
-find_checkout() {  # prints the folder of this project in ~/work, first the one that Onyxia has cloned
+find_checkout() {  # prints the folder of this project in ~/work; the one that Onyxia cloned comes first
     local name folder
     name=$(basename "${GIT_REPOSITORY:-kdcode}" .git)
     for folder in "$work/$name" "$work/kdcode" "$work"/*; do
@@ -34,7 +34,7 @@ find_checkout() {  # prints the folder of this project in ~/work, first the one 
     return 1
 }
 
-own() {  # gives files to the user, where they belong to another
+own() {  # gives files that belong to another user to the user
     local place
     for place; do
         [ -n "$(find "$place" ! -user "$user" -print -quit 2>/dev/null)" ] || continue
@@ -51,7 +51,7 @@ clone() {
     mv "$unfinished" "$work/kdcode"
 }
 
-one_line() {  # FILE LINE: the file keeps what others wrote, and has this line once, at its end
+one_line() {  # FILE LINE: writes the line once, at the end of the file, and keeps all other lines
     mkdir -p "$(dirname "$1")"
     touch "$1"
     { grep -v '  # kdcode$' "$1" || true; } >"$1.kdcode"
@@ -70,7 +70,7 @@ set_environment() {  # caches in ~/work, for terminals and kernels
         mkdir -p "${variables[name + 1]}"
         printf 'export %s=%q\n' "${variables[name]}" "${variables[name + 1]}"
     done >"$cache/kdcode/environment.sh"
-    # so that what a terminal calls python, pip and kdcode is kept as well
+    # python, pip and kdcode in a terminal are those of the environment in ~/work
     # shellcheck disable=SC2016
     printf 'case ":$PATH:" in *:%q:*) ;; *) export PATH=%q:$PATH ;; esac\n' "$venv/bin" "$venv/bin" >>"$cache/kdcode/environment.sh"
     one_line "$home/.bashrc" ". $(printf %q "$cache/kdcode/environment.sh")"
@@ -80,22 +80,22 @@ version_and_place() { "$1" -c 'import sys; print(*sys.version_info[:2], sys.base
 
 missing() { "$venv/bin/python" "$checkout/onyxia/packages.py" missing "$extras" 2>>"$log"; }
 
-make_environment() {  # packages go to ~/work, but for those that the image has
+make_environment() {  # packages are installed in ~/work, except those that the image has
     local python=${KDCODE_PYTHON:-python3} absent
-    step="make the environment $venv"
-    PATH=${PATH//"$venv/bin:"/}  # a terminal has it
+    step="create the environment $venv"
+    PATH=${PATH//"$venv/bin:"/}  # set in a terminal
     command -v "$python" >>"$log" || stop "there is no $python in $PATH; choose an image with Python, such as jupyter-pytorch"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || stop "Python 3.11 or newer is needed, and this image has $("$python" --version); choose a newer one"
-    if [ "$(version_and_place "$venv/bin/python")" != "$(version_and_place "$python")" ]; then  # none yet, or of another image
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || stop "Python 3.11 or newer is needed, and this image has $("$python" --version); choose a newer image"
+    if [ "$(version_and_place "$venv/bin/python")" != "$(version_and_place "$python")" ]; then  # none yet, or made for another image
         "$python" -m venv --clear --system-site-packages "$venv" >>"$log" 2>&1
     fi
     "$venv/bin/python" -m pip --version >>"$log" 2>&1 || "$python" -m venv --system-site-packages "$venv" >>"$log" 2>&1
     if absent=$(missing) && [ -z "$absent" ] && [ -f "$venv/complete" ]; then return; fi
     rm -f "$venv/complete"
-    say "installing into $venv: a few minutes, once"
+    say "installing packages into $venv; this takes a few minutes, once"
     install_packages
     absent=$(missing)
-    [ -z "$absent" ] || stop "pip has ended, and these are still missing in $venv: $absent; $log tells why"
+    [ -z "$absent" ] || stop "packages are still missing in $venv after the installation: $absent; see the log in $log"
     touch "$venv/complete"  # as make setup does
 }
 
@@ -110,7 +110,7 @@ install_packages() {
     } >>"$log" 2>&1
 }
 
-register_kernel() {  # under its own name, and as python3, which is what the notebooks ask for
+register_kernel() {  # as kdcode, and as python3, the kernel that the notebooks name
     local name i options=(--env PATH "$venv/bin:\${PATH}")
     step="register the Jupyter kernel"
     for ((i = 0; i < ${#variables[@]}; i += 2)); do options+=(--env "${variables[i]}" "${variables[i + 1]}"); done
@@ -126,20 +126,20 @@ first_lesson() {
 
 open_notebook() {  # NOTEBOOK
     local notebook=${1:-$(first_lesson)} address
-    step="set what Jupyter opens"
+    step="set the notebook that Jupyter opens"
     if [ ! -f "$checkout/$notebook" ]; then
-        say "there is no notebook $notebook in $checkout; the first lesson opens instead" >&2
+        say "there is no notebook $notebook in $checkout; Jupyter opens the first lesson instead" >&2
         notebook=$(first_lesson)
     fi
     address=$("$venv/bin/python" -c 'import sys, urllib.parse; print(urllib.parse.quote(sys.argv[1]))' "${checkout#"$work"/}/$notebook")
     one_line "${JUPYTER_CONFIG_DIR:-$home/.jupyter}/jupyter_server_config.py" "c.LabApp.default_url = '/lab/tree/$address'"
-    say "ready: the kernel is $venv, and Jupyter opens $address"
+    say "ready: the kernel uses $venv, and Jupyter opens $address"
 }
 
 prepare() {  # as the user
     local checkout venv extras=dev variables=()
-    step="use $work/.cache/kdcode"
-    exec 3>&2  # where people look; the standard error of a step goes to the log
+    step="write to $work/.cache/kdcode"
+    exec 3>&2  # for messages; the standard error of a step goes to the log
     trap report_failure EXIT
     umask 022
     cd "$work"
@@ -148,7 +148,7 @@ prepare() {  # as the user
     exec 9>"$work/.cache/kdcode/lock"
     flock --nonblock 9 || stop "this script is already running; wait until it has finished"
     find_checkout >>"$log" || clone
-    checkout=$(find_checkout) || stop "the clone in $work/kdcode is not of this project: its settings.ini does not say lib_name = kdcode"
+    checkout=$(find_checkout) || stop "the repository cloned to $work/kdcode is not kdcode: its settings.ini has no line lib_name = kdcode"
     venv=$checkout/.venv
     [ -z "${MLFLOW_TRACKING_URI:-}" ] || extras=dev,mlflow
     set_environment
@@ -166,11 +166,11 @@ main() {
         [ "$home" != "$(getent passwd root | cut -d: -f6)" ] || home=$(getent passwd "$user" | cut -d: -f6)
     fi
     group=$(id -gn "$user") work=${WORKSPACE_DIR:-$home/work} log=${WORKSPACE_DIR:-$home/work}/.cache/kdcode/init.log
-    [ -d "$work" ] || mkdir -p "$work" || { say "$work can't be made; nothing was done" >&2; return; }
-    own "$work/.cache" "$home/.jupyter" "$home/.local" "$home/.bashrc" || say "some files in $home belong to another than $user, and can't be given to it" >&2
-    own "$(find_checkout || echo "$work/kdcode")" || say "some files in $work belong to another than $user, and can't be given to it" >&2
-    [ "$(stat -c %U "$work")" = "$user" ] || "${as_root[@]}" chown "$user:$group" "$work" 2>/dev/null || say "$work belongs to another than $user" >&2
-    # a shell of its own, in which every failure ends the work, and which reads nothing of the script that is piped into this one
+    [ -d "$work" ] || mkdir -p "$work" || { say "cannot create $work; nothing was done" >&2; return; }
+    own "$work/.cache" "$home/.jupyter" "$home/.local" "$home/.bashrc" || say "some files in $home do not belong to $user, and their owner cannot be changed" >&2
+    own "$(find_checkout || echo "$work/kdcode")" || say "some files in $work do not belong to $user, and their owner cannot be changed" >&2
+    [ "$(stat -c %U "$work")" = "$user" ] || "${as_root[@]}" chown "$user:$group" "$work" 2>/dev/null || say "$work does not belong to $user, and its owner cannot be changed" >&2
+    # a separate shell, in which every failure is fatal, and which does not read the script that is piped into this one
     run=(env HOME="$home" user="$user" home="$home" work="$work" log="$log" REPOSITORY="$REPOSITORY"
          bash -c "$(declare -f); set -euo pipefail; prepare \"\$@\"" kdcode "$@")
     [ -t 0 ] || run=(timeout "$limit" "${run[@]}")

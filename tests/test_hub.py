@@ -107,7 +107,7 @@ def test_an_http_error_is_one_line_without_the_token(hub, folder, status):
 
 def test_without_a_network_it_is_one_line(hub, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConfigError, match="can't be pushed .* check the network"): push(folder, "me/draft")
+    with pytest.raises(ConfigError, match="cannot push to .* check the network"): push(folder, "me/draft")
 
 
 def test_the_address_comes_from_the_environment(hub, folder):

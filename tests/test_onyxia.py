@@ -281,7 +281,7 @@ def test_interrupted_init_is_repaired(pod):
     assert not (pod.venv/"complete").exists(), interrupted
     finished = pod.init("nbs/nowhere.ipynb", KDCODE_REPOSITORY=str(pod.repository))
     assert finished.stderr == (f"kdcode: there is no notebook nbs/nowhere.ipynb in {pod.checkout}; "
-                               "the first lesson opens instead\n")
+                               "Jupyter opens the first lesson instead\n")
     assert_ready(pod)
     remove_python_and_kdcode(pod)
     repaired = pod.init()
