@@ -51,6 +51,8 @@ UNSUPPORTED_FIELDS = {  # field -> what to do instead
     "verbosity": "ask for a short or a long answer in the prompt",
     "moderation": "the server does not moderate; remove it",
 }
+
+# %% ../nbs/11_api.ipynb #8952c29c
 VLLM_FIELDS = {  # the same for parameters that vLLM adds to OpenAI's API
     "top_k": "set decode.top_k when you start the server",
     "min_p": "set decode.min_p when you start the server",

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['TIME_BUCKETS', 'MIN_TEMPERATURE', 'KEEP_ALIVE', 'logger', 'BODY_TIMEOUT', 'PUBLIC_PATHS', 'KNOWN_PATHS',
            'STREAM_HEADERS', 'CLIENT_CLOSED_REQUEST', 'ERROR_RESPONSES', 'SHUTDOWN_GRACE', 'PendingToken',
-           'partial_stop_length', 'truncate_tokens', 'StopStringSearch', 'IncrementalDecoder', 'special_text',
-           'TextBuffer', 'ResponseSequence', 'make_delta', 'RequestStream', 'usage_info', 'total_statistics',
-           'statistics_info', 'step_info', 'join_deltas', 'Metrics', 'TokenTimer', 'public_name', 'chat_prompt',
-           'end_of_turn_ids', 'request_prompts', 'check_sequence_count', 'max_sequence_length', 'model_not_found',
-           'Service', 'sampling_settings', 'response_sequences', 'ResponseBuilder', 'keep_alive', 'StreamBuilder',
-           'known_path', 'check_api_key', 'body_too_large', 'is_loopback', 'host_name', 'check_host', 'GuardMiddleware',
-           'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses', 'add_completion_routes',
-           'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app', 'api_key', 'bind_socket',
-           'server_url', 'make_server', 'serve']
+           'searched_text', 'partial_stop_length', 'truncate_tokens', 'StopStringSearch', 'IncrementalDecoder',
+           'special_text', 'TextBuffer', 'ResponseSequence', 'make_delta', 'RequestStream', 'usage_info',
+           'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'Metrics', 'TokenTimer', 'public_name',
+           'chat_prompt', 'end_of_turn_ids', 'request_prompts', 'check_sequence_count', 'max_sequence_length',
+           'model_not_found', 'Service', 'sampling_settings', 'response_sequences', 'ResponseBuilder', 'keep_alive',
+           'StreamBuilder', 'known_path', 'check_api_key', 'body_too_large', 'is_loopback', 'host_name', 'check_host',
+           'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses',
+           'add_completion_routes', 'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app',
+           'api_key', 'bind_socket', 'server_url', 'make_server', 'serve']
 
 # %% ../nbs/11a_serve.ipynb #a052de94
 import asyncio
@@ -73,6 +73,10 @@ class PendingToken(NamedTuple):
     def searched(self) -> str:
         """Return the text in which stop strings are found."""
         return self.text + self.special
+
+def searched_text(tokens: list[PendingToken]) -> str:
+    """Return the text of tokens in which stop strings are found."""
+    return "".join(token.searched for token in tokens)
 
 def partial_stop_length(text: str, stop_strings: list[str]) -> int:
     """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
@@ -135,12 +139,12 @@ class IncrementalDecoder:
         """Return the text of an incomplete character at the end, if there is one."""
         return next(self._texts, "")
 
-# %% ../nbs/11a_serve.ipynb #8ab24d57
 def special_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Return a special token as text; empty for any other token."""
     added = tokenizer.added_tokens_decoder.get(token)
     return added.content if added and added.special else ""
 
+# %% ../nbs/11a_serve.ipynb #8ab24d57
 class TextBuffer:
     """Text of the tokens that were decoded and not sent yet."""
 
@@ -165,19 +169,19 @@ class TextBuffer:
 
     def _add(self, token: PendingToken) -> bool:
         self.pending.append(token)
-        position = self.search.find("".join(token.searched for token in self.pending))
+        position = self.search.find(searched_text(self.pending))
         if position is not None:
             self.pending = truncate_tokens(self.pending, position)
         return position is not None
 
     def release(self) -> list[PendingToken]:
         """Remove and return the tokens that cannot be part of a stop string."""
-        safe = self.search.safe_length("".join(token.searched for token in self.pending))
+        safe = self.search.safe_length(searched_text(self.pending))
         released = []
         while self.pending and len(self.pending[0].searched) <= safe:
             released.append(self.pending.pop(0))
             safe -= len(released[-1].searched)
-        self.search.skip("".join(token.searched for token in released))
+        self.search.skip(searched_text(released))
         return released
 
     def release_all(self) -> list[PendingToken]:
