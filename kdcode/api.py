@@ -123,6 +123,7 @@ class StreamOptions(StrictModel):
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 NULL_IS_DEFAULT = ("temperature", "top_p", "n", "stream", "speculation")  # fields for which null selects the default
 
+# %% ../nbs/11_api.ipynb #e81d79d7
 class SamplingRequest(StrictModel):
     """Fields common to completion and chat completion requests, named as in OpenAI's API."""
     model: str

@@ -184,11 +184,6 @@ class TextBuffer:
         self.search.skip(searched_text(released))
         return released
 
-    def release_all(self) -> list[PendingToken]:
-        """Remove and return all tokens."""
-        released, self.pending = self.pending, []
-        return released
-
 # %% ../nbs/11a_serve.ipynb #9b525c59
 class ResponseSequence:
     """Turn the decoding steps of one sequence into text deltas."""
@@ -210,7 +205,7 @@ class ResponseSequence:
                 break
         rejected = [self.tokenizer.decode([token]) for token in step.rejected]
         if self.finish_reason:
-            return make_delta(self.buffer.release_all(), rejected)
+            return make_delta(self.buffer.pending, rejected)
         if step.tokens[-1] in self.sequence.stop.ids:
             return self.finish("stop", rejected)
         return make_delta(self.buffer.release(), rejected)
@@ -218,7 +213,7 @@ class ResponseSequence:
     def finish(self, reason: str = "length", rejected: list[str] = ()) -> TextDelta:
         """Return the text that was held back, when no more tokens follow."""
         self.finish_reason = "stop" if self.buffer.finish() else reason
-        return make_delta(self.buffer.release_all(), rejected)
+        return make_delta(self.buffer.pending, rejected)
 
 def make_delta(tokens: list[PendingToken], rejected: list[str] = ()) -> TextDelta:
     """Return a text delta of these tokens."""
