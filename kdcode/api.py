@@ -26,6 +26,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .batching import QueueFull, SchedulerClosed
 from .config import ConfigError
+from .data import text_after, text_ids
 from .decode import TokenLogprobs
 from .teacher import Teacher
 
@@ -241,9 +242,12 @@ class ChatCompletionRequest(SamplingRequest):
 BYTE_DECODER = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level tokenizers
 
 def token_bytes(teacher: Teacher, token: int) -> bytes:
-    """Return the bytes of a token, which may be part of a character."""
-    text = teacher.tokenizer.decode([token])
-    stored = teacher.tokenizer.convert_ids_to_tokens(token)
+    """Return the bytes of a token within a text, which may be part of a character."""
+    tokenizer = teacher.tokenizer
+    text = text_after(tokenizer, text_ids(tokenizer, "a", False), [token], skip_special_tokens=False)
+    stored = tokenizer.convert_ids_to_tokens(token) or ""
+    if "\ufffd" in text and (byte := re.fullmatch("<0x([0-9A-F]{2})>", stored)):
+        return bytes.fromhex(byte[1])
     if "\ufffd" in text and stored and all(character in BYTE_DECODER for character in stored):
         return bytes(BYTE_DECODER[character] for character in stored)
     return text.encode()
@@ -299,10 +303,16 @@ class CompletionFormat:
         return {
             "tokens": [token_text(self.teacher, token) for _, token, _ in delta.logprobs],
             "token_logprobs": [scores.logprob for _, _, scores in delta.logprobs],
-            "top_logprobs": [{token_text(self.teacher, token): value for token, value in scores.top_logprobs.items()}
-                             for _, _, scores in delta.logprobs],
+            "top_logprobs": [self._top_logprobs(scores.top_logprobs) for _, _, scores in delta.logprobs],
             "text_offset": [offset + sum(lengths[:i]) for i in range(len(lengths))],
         }
+
+    def _top_logprobs(self, by_id: dict[int, float]) -> dict[str, float]:
+        """Return the log-probabilities by text; of several tokens with the same text, that of the most probable."""
+        by_text: dict[str, float] = {}
+        for token, value in by_id.items():
+            by_text.setdefault(token_text(self.teacher, token), value)
+        return by_text
 
 # %% ../nbs/11_api.ipynb #11229bb5
 class ChatCompletionFormat:

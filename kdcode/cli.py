@@ -82,11 +82,11 @@ def load_corpus(config: Config, folder: Path, steps: Steps, labelling_teacher=No
     """Return the corpus of a run, with text that `labelling_teacher` generates if it is given."""
     from accelerate import PartialState
     from kdcode.data import build_corpus
-    from kdcode.teacher import load_tokenizer, pick_device, teacher_documents
+    from kdcode.teacher import load_tokenizer, pick_device, teacher_documents, teacher_identity
     documents, author = None, ""
     if labelling_teacher is not None:
         documents = teacher_documents(labelling_teacher, config.data, config.seed, generated_text_folder(config))
-        author = labelling_teacher.name
+        author = "{teacher} {weights}".format(**teacher_identity(labelling_teacher))
     steps(f"corpus: {config.data.tokens:,} training tokens from {', '.join(config.data.sources)}")
     with PartialState(cpu=pick_device(config.teacher.device).type == "cpu").main_process_first():
         tokenizer = labelling_teacher.tokenizer if labelling_teacher else load_tokenizer(config.teacher.name)

@@ -383,7 +383,7 @@ class EvalSettings(Settings):
     generation_batch_size: int = bounded(default=8, ge=1)
     """sequences generated in one batch"""
     timeout: float = bounded(default=10.0, gt=0)
-    """time limit for each program, in seconds"""
+    """CPU time limit for each program, in seconds; the wall-clock limit is ten times as long"""
     lines: int = bounded(default=100, ge=0)
     """held-out lines to complete, each from another document; 0: none"""
     documents: int = bounded(default=40, ge=0)

@@ -8,8 +8,9 @@ __all__ = ['LANGUAGE_OVERRIDES', 'RETRY_DELAYS', 'logger', 'SOURCES', 'GENERATED
            'humanized_documents', 'instruction_documents', 'content_documents', 'resumed_rows', 'hub_rows',
            'stack_rows', 'read_source', 'humaneval_problems', 'evaluation_lines', 'reject_reason', 'text_hash',
            'usable_documents', 'split_of', 'tokenizer_fingerprint', 'different_tokens', 'describe_tokens',
-           'check_same_tokenizer', 'end_of_text_id', 'encode', 'Packer', 'SplitWriter', 'settings_by_source',
-           'write_splits', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'count_ids', 'most_frequent_ids']
+           'check_same_tokenizer', 'text_ids', 'text_after', 'end_of_text_id', 'encode', 'Packer', 'SplitWriter',
+           'settings_by_source', 'write_splits', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'count_ids',
+           'most_frequent_ids']
 
 # %% ../nbs/01_data.ipynb #0415152c
 import functools
@@ -57,6 +58,8 @@ class Document:
     """documents with the same family are in the same split; empty: the split depends on the text"""
     language: str = ""
     """programming language of the text; `python by teacher` for teacher-generated text"""
+    finished: bool = True
+    """whether the text ends here; the end of a text that was cut has no label"""
 
 # %% ../nbs/01_data.ipynb #32695f62
 def _is_foreign(folder: Path) -> bool:
@@ -151,8 +154,9 @@ def humanized_documents(rows: Iterable[dict], language: str) -> Iterator[Documen
 def instruction_documents(rows: Iterable[dict]) -> Iterator[Document]:
     """Yield the rows of `ed001/ds-coder-instruct-v2`: the instruction is the prompt, the output is the text."""
     for index, row in enumerate(rows):
-        prompt = _column(row, "instruction") + "\n\n"
-        yield Document(_column(row, "output"), prompt, origin=f"row {index}", language="instructions")
+        instruction = _column(row, "instruction")
+        yield Document(_column(row, "output"), instruction + "\n\n", origin=f"row {index}", family=instruction,
+                       language="instructions")
 
 def content_documents(rows: Iterable[dict], language: str) -> Iterator[Document]:
     """Yield the rows of `bigcode/the-stack`, each of which is one file."""
@@ -297,8 +301,12 @@ def reject_reason(
 
 # %% ../nbs/01_data.ipynb #b1118143
 def text_hash(text: str) -> bytes:
-    """Return the SHA-256 of a text, 32 bytes: the same on every machine and in every run."""
-    return hashlib.sha256(text.encode()).digest()
+    """Return the SHA-256 of a text, 32 bytes: the same on every machine and in every run.
+
+    Line endings, whitespace at the end of a line, and blank lines before and after the text do not change it.
+    """
+    lines = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+    return hashlib.sha256(f"{lines}\n".encode()).digest()
 
 def _document_reason(document: Document, settings: DataSettings, seen: set[bytes]) -> str | None:
     """Return why a document is left out: the reason for its text, for its prompt, or `duplicate`."""
@@ -366,7 +374,35 @@ def check_same_tokenizer(
                          f"{b.name_or_path or 'unnamed'} ({len(b)} tokens), {describe_tokens(different)}; both models "
                          "must use the same one, so choose a student that was made for this teacher")
 
-# %% ../nbs/01_data.ipynb #60f3d065
+# %% ../nbs/01_data.ipynb #6f3c0c6a
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    add_special_tokens: bool = True,  # whether to add the tokens that the tokenizer puts before a text
+) -> list[int]:
+    """Return the token ids of a text to be continued, which an end-of-text id never ends unless the text spells it.
+
+    In a text with CodeLlama's `<FILL_ME>`, that and all special tokens are plain characters.
+    """
+    fill = getattr(tokenizer, "fill_token", None)
+    options = {"split_special_tokens": True} if fill and fill in text else {}
+    encoded = tokenizer([text], add_special_tokens=add_special_tokens, return_special_tokens_mask=True, verbose=False,
+                        **options)
+    ids, added = encoded["input_ids"][0], encoded["special_tokens_mask"][0]
+    return ids[:-1] if ids and added[-1] and ids[-1] == tokenizer.eos_token_id else ids
+
+def text_after(
+    tokenizer: PreTrainedTokenizerBase,
+    before: list[int],  # preceding token ids
+    ids: list[int],
+    skip_special_tokens: bool = True,
+) -> str:
+    """Return the text that `ids` add to the tokens before them."""
+    before, ids = list(before), list(ids)
+    start, text = (tokenizer.decode(part, skip_special_tokens=skip_special_tokens) for part in (before, before + ids))
+    return text[len(start):]
+
+# %% ../nbs/01_data.ipynb #84fb23a3
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that ends a document. Raise `ConfigError` if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
@@ -378,17 +414,20 @@ def encode(
     document: Document,
     tokenizer: PreTrainedTokenizerBase,  # the teacher's; must be a fast tokenizer if the document has a prompt
 ) -> tuple[list[int], list[int]]:        # ids and labels, of equal length; both end with the end-of-text id
-    """Return the token ids of prompt and text, and their labels: -100 for tokens that start inside the prompt."""
+    """Return the token ids of prompt and text, and their labels: -100 for tokens that start inside the prompt.
+
+    The label of the end-of-text id is -100 if the text was cut.
+    """
     end, prompt = end_of_text_id(tokenizer), document.prompt
-    encoded = tokenizer(prompt + document.text, return_offsets_mapping=bool(prompt), split_special_tokens=True,
-                        verbose=False)
-    ids = encoded["input_ids"]
+    encoded = tokenizer([prompt + document.text], return_offsets_mapping=bool(prompt), split_special_tokens=True,
+                        verbose=False)  # a batch of one, as in `text_ids`
+    ids = encoded["input_ids"][0]
     if ids[-1] == end:  # some tokenizers add it themselves
         ids = ids[:-1]
     labels = ids
     if prompt:
-        labels = [-100 if start < len(prompt) else id for id, (start, _) in zip(ids, encoded["offset_mapping"])]
-    return ids + [end], labels + [end]
+        labels = [-100 if start < len(prompt) else id for id, (start, _) in zip(ids, encoded["offset_mapping"][0])]
+    return ids + [end], labels + [end if document.finished else -100]
 
 # %% ../nbs/01_data.ipynb #3e4cbdc7
 class Packer:
@@ -669,9 +708,9 @@ def build_corpus(
     tokenizer has no end-of-text token.
     """
     folder = Path(folder)
-    recipe = {"settings": asdict(settings), "columns": 4, "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    recipe = {"settings": asdict(settings), "columns": 5, "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
     if author:
-        recipe["author"] = author
+        recipe |= {"author": author, "end_of_cut_text": "without label"}
     if corpus := load_corpus(folder, recipe):
         return corpus
     settings_by_source(settings)  # raises before anything is written

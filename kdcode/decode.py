@@ -27,7 +27,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cached_model import CachedModel, clock
 from .config import ConfigError, DecodeSettings
-from .data import tokenizer_fingerprint
+from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
     check_vocabularies, Draft, Drafter, estimates_for, is_adaptive, LatencyModel, local_tokenizer, make_drafter,
     Sequence, StopCriteria)
@@ -229,13 +229,25 @@ class SpeculativeDecoder(DecoderState):
         return outputs
 
 # %% ../nbs/07c_decode.ipynb #d9dd4cc6
+def _ids_in_text(word: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a word after a line feed; empty if they are not separate tokens.
+
+    A SentencePiece tokenizer adds a space to a word alone, but not to this one.
+    """
+    encoded = tokenizer(["\n" + word], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    pairs = zip(encoded["input_ids"][0], encoded["offset_mapping"][0])
+    found = [(id, start) for id, (start, _) in pairs if start >= 1]
+    return [id for id, _ in found] if found and found[0][1] == 1 else []
+
 def bad_word_ids(words: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
     """Return the token ids of each word, with and without a leading space. Raises `ConfigError` without a tokenizer."""
     if tokenizer is None:
         raise ConfigError(f"decode.bad_words is {words!r}, but words need a tokenizer; give one")
-    forms = [tokenizer(form, add_special_tokens=False).input_ids for word in words for form in (word, f" {word}")]
-    return [ids for i, ids in enumerate(forms) if ids not in forms[:i]]
+    forms = [form for word in words for form in (
+        text_ids(tokenizer, word, False), text_ids(tokenizer, f" {word}", False), _ids_in_text(word, tokenizer))]
+    return [ids for i, ids in enumerate(forms) if ids and ids not in forms[:i]]
 
+# %% ../nbs/07c_decode.ipynb #e81d6b02
 def _logits_processors(
     settings: DecodeSettings,  # repetition_penalty, bad_words, min_new_tokens
     eos: set[int],             # end-of-text ids
@@ -541,7 +553,7 @@ def prompt_ids(
     prompt: str,
 ) -> list[int]:
     """Return the token ids of a prompt, at least one. Raises `ConfigError` if that is impossible."""
-    ids = teacher.tokenizer(unicode(prompt)).input_ids
+    ids = text_ids(teacher.tokenizer, unicode(prompt))
     if ids:
         return ids
     if teacher.tokenizer.bos_token_id is None:

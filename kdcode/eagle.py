@@ -64,6 +64,8 @@ class EagleModel(StudentModel):
         self.narrow = nn.Linear(outer, width, bias=False) if outer != width else nn.Identity()
         self.state_norm = make_norm(config)
         self.shared_embedding: SharedModule | None = None
+        for layer in self.layers:  # otherwise activation checkpointing drops the cache of the training-time test
+            layer._can_checkpoint_with_cache = True
 
     def fuse_features(self, features: Tensor) -> Tensor:
         """Map the teacher's features (..., layers × teacher width), concatenated, to states (..., hidden)."""
@@ -90,15 +92,16 @@ class EagleModel(StudentModel):
 class TrainingTimeTestCache:
     """Keys and values of several steps over the same positions, concatenated."""
 
-    def __init__(self):
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, previous: "TrainingTimeTestCache | None" = None):  # of the step before; None: the first step
+        self.previous = previous
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of all steps up to this one
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of a step; return those of all steps: (batch, heads, steps × time, dim)."""
-        if layer in self.layers:
-            old_keys, old_values = self.layers[layer]
-            keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
-        self.layers[layer] = keys, values
+        """Append the keys and values of this step; return those of all steps: (batch, heads, steps × time, dim)."""
+        if self.previous is not None:
+            before = self.previous.layers[layer]
+            keys, values = (torch.cat([old, new], 2) for old, new in zip(before, (keys, values)))
+        self.layers.setdefault(layer, (keys, values))  # a second call, in the backward pass, changes nothing
         return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -214,8 +217,9 @@ class EagleStudent(EagleBase):
         Those of step n at position t predict token t + 1; the first n − 1 positions of step n have no meaning.
         Source: Li et al. 2025 (EAGLE-3), section 3.2.
         """
-        cache, states, outputs = TrainingTimeTestCache(), self.model.fuse_features(features), []
+        cache, states, outputs = None, self.model.fuse_features(features), []
         for step in range(1, steps + 1):
+            cache = TrainingTimeTestCache(cache)
             mask = None if step == 1 else training_time_test_mask(step, input_ids.shape[1], input_ids.device)
             shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
             states = self.hidden_states(input_ids, cache, mask, features=shifted)

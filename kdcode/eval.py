@@ -6,14 +6,15 @@
 __all__ = ['NO_DRAFT_SETTINGS', 'STOP_STRINGS', 'DOCUMENT_CHARACTERS', 'BY_ITSELF', 'AS_DRAFT', 'PLOT_LABELS', 'COLUMNS',
            'generate_texts', 'uses_chat_template', 'program_figures', 'same_distribution', 'held_out_documents',
            'text_figures', 'Candidate', 'is_student', 'open_candidate', 'weights_fingerprint', 'agreement_figures',
-           'speed_rows', 'model_folder', 'quality_figures', 'draft_figures', 'method_note', 'draft_note', 'short_name',
-           'plot_models', 'report_models', 'compare_models']
+           'speed_rows', 'model_folder', 'quality_figures', 'draft_figures', 'method_note', 'draft_note',
+           'missing_note', 'short_name', 'plot_models', 'report_models', 'compare_models']
 
 # %% ../nbs/09e_eval.ipynb #050ebdcd
 import functools
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -28,11 +29,13 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from .bench import decode_interleaved
-from .code_eval import (
-    chat_prompt, held_out_lines, line_scores, parses, pass_at_k, read_problems, solution, test_program, text_metrics)
+from kdcode.code_eval import (
+    chat_prompt, check_problems, held_out_lines, line_scores, parses, pass_at_k, read_problems, solution, test_program,
+    text_metrics)
 from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings
 from .data import (
-    Document, humaneval_problems, read_source, settings_by_source, split_of, tokenizer_fingerprint, usable_documents)
+    Document, humaneval_problems, read_source, settings_by_source, split_of, text_ids, tokenizer_fingerprint,
+    usable_documents)
 from .decode import complete, load_draft, prompt_ids, speculative_generate
 from .draft_eval import top1_agreement
 from .eagle import EagleStudent
@@ -67,7 +70,7 @@ def generate_texts(
             results = speculative_generate(
                 model.model, student or model.model, prompts[start:start + batch_size], seed=seed + start,
                 ends=model.eos_token_ids, tokenizer=model.tokenizer, **chosen)
-            done[str(start)] = [model.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in results]
+            done[str(start)] = [result.text for result in results]
             with file.open("a") as out:
                 out.write(json.dumps([str(start), done[str(start)]]) + "\n")
         if progress:
@@ -88,7 +91,17 @@ def _problem_ids(model: Teacher, prompt: str, chat: bool) -> list[int]:
     """Return the token ids of a problem's prompt, in the chat template or plain."""
     if not chat:
         return prompt_ids(model, prompt)
-    return model.tokenizer(chat_prompt(model.tokenizer, prompt), add_special_tokens=False).input_ids
+    return text_ids(model.tokenizer, chat_prompt(model.tokenizer, prompt), add_special_tokens=False)
+
+# %% ../nbs/09e_eval.ipynb #5d0bf93d
+def _passed_by_problem(outcomes: list[str], samples: int) -> list[int]:
+    """Return the number of passed programs for each group of `samples` outcomes."""
+    return [outcomes[start:start + samples].count("passed") for start in range(0, len(outcomes), samples)]
+
+def _failed_imports(outcomes: list[str]) -> dict[str, int]:
+    """Return the number of programs that failed because the sandbox lacks a module, by module."""
+    found = (re.match(r"ModuleNotFoundError: No module named '(\w+)", outcome) for outcome in outcomes)
+    return dict(Counter(match.group(1) for match in found if match))
 
 # %% ../nbs/09e_eval.ipynb #9c8baf6e
 def program_figures(
@@ -99,9 +112,15 @@ def program_figures(
     folder: Path,    # gets texts.jsonl and programs.jsonl
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Return pass@k for each k, the parse rate, and `passed`: for each problem the number of passed programs."""
+    """Return pass@k for each k, the parse rate, `passed` programs by problem, and `missing_modules`.
+
+    `missing_modules` counts the programs that failed on an import, by module. Raises `ConfigError` if a problem's tests
+    cannot run in the sandbox.
+    """
     settings, chat = config.eval, uses_chat_template(model, config.eval)
-    problems = [p for p in read_problems(settings.problems, settings.limit) for _ in range(settings.samples)]
+    problems = read_problems(settings.problems, settings.limit)
+    check_problems(problems, isolation)
+    problems = [problem for problem in problems for _ in range(settings.samples)]
     stop = config.decode.stop if chat else [*config.decode.stop, *STOP_STRINGS]
     texts = generate_texts(
         model, student, [_problem_ids(model, problem["prompt"], chat) for problem in problems],
@@ -115,11 +134,8 @@ def program_figures(
     write_atomic(folder/"programs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     passed = _passed_by_problem(outcomes, settings.samples)
     scores = {f"pass_at_{k}": sum(pass_at_k(settings.samples, n, k) for n in passed) / len(passed) for k in settings.k}
-    return scores | {"parse_rate": sum(map(parses, codes)) / len(codes), "passed": passed}
-
-def _passed_by_problem(outcomes: list[str], samples: int) -> list[int]:
-    """Return the number of passed programs for each group of `samples` outcomes."""
-    return [outcomes[start:start + samples].count("passed") for start in range(0, len(outcomes), samples)]
+    return scores | {"parse_rate": sum(map(parses, codes)) / len(codes), "passed": passed,
+                     "missing_modules": _failed_imports(outcomes)}
 
 # %% ../nbs/09e_eval.ipynb #06bd8755
 def same_distribution(
@@ -322,7 +338,7 @@ def method_note(config: Config, isolation: str, candidates: list[Candidate]) -> 
         f"at most {settings.max_new_tokens} new tokens.",
         f"Prompted with the chat template: {', '.join(chat) or 'none'}.",
         f"Programs ran {'without isolation' if isolation == 'none' else f'isolated by {isolation}'}, "
-        f"with a timeout of {settings.timeout:g} s.",
+        f"each for at most {settings.timeout:g} s of CPU time.",
         f"Held-out code: at most {settings.documents} documents and {settings.lines} lines of "
         f"{', '.join(config.data.sources)}.",
         f"Speeds: {decode.problems} HumanEval prompts, at most {decode.max_new_tokens} new tokens, greedy, all methods "
@@ -341,6 +357,18 @@ def draft_note(
     pairs = list(zip(*([json.loads(line)["program"] for line in file.read_text().splitlines()]
                        for file in (without, with_draft))))
     return f"With the draft, {sum(a == b for a, b in pairs)} of {len(pairs)} programs are the same as without it."
+
+# %% ../nbs/09e_eval.ipynb #8442a1d8
+def missing_note(
+    figures: dict[str, dict[str, Any]],  # by model
+) -> str:
+    """Return which modules programs lacked in the sandbox; an empty string if none."""
+    missing = {name: found["missing_modules"] for name, found in figures.items() if found.get("missing_modules")}
+    counts = {name: ", ".join(f"{module} {n}" for module, n in modules.items()) for name, modules in missing.items()}
+    if not counts:
+        return ""
+    by_model = "; ".join(f"{name}: {text}" for name, text in counts.items())
+    return f"The sandbox has only the standard library. Programs that failed on another import: {by_model}."
 
 # %% ../nbs/09e_eval.ipynb #b5f184c1
 PLOT_LABELS = {"bits_per_byte": "bits per byte", "tokens_per_second": "tokens/s", "agreement": "top-1 agreement",
@@ -452,4 +480,6 @@ def compare_models(
             figures[label]["same_distribution_p"] = same_distribution(
                 figures[target.name]["passed"], figures[label]["passed"], config.eval.samples)
         notes.append(draft_note(figures[label], config, without/"programs.jsonl", with_draft/"programs.jsonl"))
+    if missing := missing_note(figures):
+        notes.append(missing)
     return report_models(figures, notes, config, folder, command)

@@ -31,7 +31,7 @@ from .data import tokenizer_fingerprint
 from .decode import load_draft
 from .eagle import EagleStudent
 from .student import dense_weight, Student
-from .teacher import load_tokenizer, model_source, Teacher
+from .teacher import load_tokenizer, model_source, Teacher, tokens_without_row
 
 # %% ../nbs/10_export.ipynb #be6fb217
 def _check_exportable(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -50,7 +50,7 @@ def _check_exportable(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     if fingerprint and fingerprint != tokenizer_fingerprint(tokenizer):
         raise ConfigError(f"the student was trained for teacher {config.teacher}, whose tokenizer is not this one "
                           f"({len(tokenizer)} tokens); give the tokenizer of {config.teacher}")
-    if config.vocab_size < len(tokenizer):
+    if tokens_without_row(tokenizer, config.vocab_size):
         raise ConfigError(f"the model has {config.vocab_size} ids but the tokenizer {len(tokenizer)} tokens; give the "
                           "model's own tokenizer")
 

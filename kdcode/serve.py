@@ -56,6 +56,7 @@ from .api import (
     CompletionResponse, error_response, ErrorResponse, SamplingRequest, StreamOptions, TextDelta, to_api_error)
 from .batching import Batch, QueueFull, Scheduler, SchedulerClosed
 from .config import Config, ConfigError, DecodeSettings, ServeSettings
+from .data import text_after, text_ids
 from .decode import check_prompts, check_student, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode
 from .drafters import Drafter, Sequence
 from .result import incremental_text, Statistics
@@ -203,7 +204,7 @@ class ResponseSequence:
             if self.buffer.append(token, i < step.accepted, step.logprobs[i] if step.logprobs else None):
                 self.finish_reason = "stop"
                 break
-        rejected = [self.tokenizer.decode([token]) for token in step.rejected]
+        rejected = [text_after(self.tokenizer, step.tokens, [token], False) for token in step.rejected]
         if self.finish_reason:
             return make_delta(self.buffer.pending, rejected)
         if step.tokens[-1] in self.sequence.stop.ids:
@@ -359,7 +360,7 @@ def chat_prompt(teacher: Teacher, request: ChatCompletionRequest) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise APIError(400, f"the chat template of {name!r} rejects these messages: {error}", "messages") from None
-    return tokenizer(unicode(text), add_special_tokens=False).input_ids
+    return text_ids(tokenizer, unicode(text), add_special_tokens=False)
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the id of the added token that ends an assistant's message in the chat template; empty: there is none."""
@@ -369,7 +370,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except (TemplateError, ValueError):  # ValueError: no template
         return set()
-    rest = tokenizer(text.rpartition(reply)[2].strip(), add_special_tokens=False).input_ids
+    rest = text_ids(tokenizer, text.rpartition(reply)[2].strip(), add_special_tokens=False)
     return {rest[0]} & tokenizer.added_tokens_decoder.keys() if rest else set()
 
 def request_prompts(teacher: Teacher, request: SamplingRequest) -> list[list[int]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SPIN_COUNT = 10_000  # turns of a waiting thread before it sleeps
 
 def limit_spinning() -> None:
-    """Let waiting OpenMP threads sleep after a short time, unless the environment says how they wait or PyTorch is loaded."""
+    """Let waiting OpenMP threads sleep soon, unless the environment says otherwise or PyTorch is loaded."""
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
@@ -40,21 +40,28 @@ REMEMBERED = 8     # calls of each kind
 KINDS = 64         # kinds of calls; the oldest is forgotten first
 
 class CallTimes:
-    """The last times of each kind of call, with one number of threads."""
+    """The last times of each kind of call of each model, with one number of threads."""
 
     def __init__(self):
-        self.seconds: dict[Hashable, deque[float]] = {}
+        self.seconds: dict[tuple, deque[float]] = {}
+        self.total: dict[Hashable, float] = {}
+        """seconds of all calls, by model"""
 
-    def add(self, key: Hashable, seconds: float) -> None:
+    def add(self, model: Hashable, kind: Hashable, seconds: float) -> None:
         """Remember the time of a call."""
-        if key not in self.seconds and len(self.seconds) == KINDS:
+        if (model, kind) not in self.seconds and len(self.seconds) == KINDS:
             del self.seconds[next(iter(self.seconds))]
-        self.seconds.setdefault(key, deque(maxlen=REMEMBERED)).append(seconds)
+        self.seconds.setdefault((model, kind), deque(maxlen=REMEMBERED)).append(seconds)
+        self.total[model] = self.total.get(model, 0.) + seconds
 
-    def ratio(self, key: Hashable, seconds: float) -> float | None:
-        """Return a time over the median of its kind; None with fewer than three calls of that kind."""
-        known = self.seconds.get(key, ())
-        return seconds / statistics.median(known) if len(known) >= 3 else None
+    def decides(self, model: Hashable, kind: Hashable) -> bool:
+        """Return whether three calls of this kind are known, and no other model takes twice the time of this one."""
+        known = len(self.seconds.get((model, kind), ())) >= 3
+        return known and 2 * self.total[model] >= max(self.total.values())
+
+    def ratio(self, model: Hashable, kind: Hashable, seconds: float) -> float:
+        """Return a time over the median of its kind; 1 if the call does not decide."""
+        return seconds / statistics.median(self.seconds[model, kind]) if self.decides(model, kind) else 1.
 
 # %% ../nbs/00b_threads.ipynb #c3ba7b1f
 def next_trial(threads: int, largest: int, upwards: bool) -> int:
@@ -74,17 +81,17 @@ class ThreadTuner:
         self.interval = self.wait = FIRST_WAIT
         self.apply(threads)
 
-    def begin(self, key: Hashable) -> None:
-        """Set the number of threads for the next call, which is of this kind."""
+    def begin(self, model: Hashable, kind: Hashable) -> None:
+        """Set the number of threads for the next call, which is of this model and kind."""
         self.trial = 0
-        if self.largest > 1 and self.wait <= 0 and self.times.ratio(key, 1.) is not None:
+        if self.largest > 1 and self.wait <= 0 and self.times.decides(model, kind):
             self.upwards = self.threads == 1 or (not self.upwards and self.threads < self.largest)
             self.trial = next_trial(self.threads, self.largest, self.upwards)
         self.apply(self.trial or self.threads)
 
-    def end(self, key: Hashable, seconds: float) -> None:
+    def end(self, model: Hashable, kind: Hashable, seconds: float) -> None:
         """Take the time of the call."""
-        ratio = self.times.ratio(key, seconds) or 1.
+        ratio = self.times.ratio(model, kind, seconds)
         if self.trial and ratio < FASTER:
             self.move(self.trial)
         elif self.trial:
@@ -94,7 +101,7 @@ class ThreadTuner:
             self.move(self.threads // 2)
         else:
             self.wait -= 1
-            self.times.add(key, seconds)
+            self.times.add(model, kind, seconds)
 
 # %% ../nbs/00b_threads.ipynb #98221aa1
 class ThreadSetting:
@@ -143,7 +150,8 @@ class TorchThreads(ThreadSetting):
     def timed(
         self,
         device: "torch.device",  # of the model; on others than the CPU, threads don't matter
-        *key: Hashable,          # kind of the calls
+        model: Hashable,
+        kind: Hashable,          # of the calls: calls of one kind take equally long
     ) -> Iterator[None]:
         """Choose the number of threads for the calls in a `with` block, and time it. Inner blocks don't count."""
         if self.timing or device.type != "cpu":
@@ -151,10 +159,10 @@ class TorchThreads(ThreadSetting):
             return
         tuner, self.timing = self.check(), True
         try:
-            tuner.begin(key)
+            tuner.begin(model, kind)
             start = time.perf_counter()
             yield
-            tuner.end(key, time.perf_counter() - start)
+            tuner.end(model, kind, time.perf_counter() - start)
         finally:
             self.timing = False
 

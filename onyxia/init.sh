@@ -86,7 +86,8 @@ make_environment() {  # packages are installed in ~/work, except those that the 
     PATH=${PATH//"$venv/bin:"/}  # set in a terminal
     command -v "$python" >>"$log" || stop "there is no $python in $PATH; choose an image with Python, such as jupyter-pytorch"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || stop "Python 3.11 or newer is needed, and this image has $("$python" --version); choose a newer image"
-    if [ "$(version_and_place "$venv/bin/python")" != "$(version_and_place "$python")" ]; then  # none yet, or made for another image
+    # none yet, or of another image, or interrupted: venv lets the image's packages in only after it has installed pip
+    if [ "$(version_and_place "$venv/bin/python")" != "$(version_and_place "$python")" ] || ! grep -qs '^include-system-site-packages = true' "$venv/pyvenv.cfg"; then
         "$python" -m venv --clear --system-site-packages "$venv" >>"$log" 2>&1
     fi
     "$venv/bin/python" -m pip --version >>"$log" 2>&1 || "$python" -m venv --system-site-packages "$venv" >>"$log" 2>&1
@@ -158,7 +159,7 @@ prepare() {  # as the user
 }
 
 main() {
-    local user home group work log step="" as_root=(sudo -n) run status=0 checkout limit=${KDCODE_INIT_SECONDS:-$SECONDS_ALLOWED}
+    local user home group work log step="" as_root=(sudo -n) run status=0 checkout
     user=$(id -un) home=$HOME
     if [ "$(id -u)" -eq 0 ]; then
         as_root=() user=${USERNAME:-onyxia}
@@ -173,7 +174,7 @@ main() {
     # a separate shell, in which every failure is fatal, and which does not read the script that is piped into this one
     run=(env HOME="$home" user="$user" home="$home" work="$work" log="$log" REPOSITORY="$REPOSITORY"
          bash -c "$(declare -f); set -euo pipefail; prepare \"\$@\"" kdcode "$@")
-    [ -t 0 ] || run=(timeout "$limit" "${run[@]}")
+    [ -t 0 ] || run=(timeout "$SECONDS_ALLOWED" "${run[@]}")
     [ "$(id -u)" -ne 0 ] || run=("$(PATH=$PATH:/usr/sbin:/sbin command -v runuser)" -u "$user" -- "${run[@]}")
     "${run[@]}" </dev/null || status=$?
     [ "$status" -ne 124 ] || say "not finished after $SECONDS seconds, so Jupyter starts now" >&2

@@ -109,7 +109,7 @@ def pair(tiny_teacher):
     return teacher, Student.from_teacher(teacher.model, layers=[0]).eval()
 
 
-def wait_until(true, seconds=60):
+def wait_until(true, seconds=300):
     """Wait for a condition that must become true."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -134,7 +134,7 @@ def served(pair):
         wait_until(lambda: server.started)
         url, limits = f"http://127.0.0.1:{listening.getsockname()[1]}", httpx.Limits(max_connections=100)
         try:
-            with httpx.Client(base_url=url, timeout=120, limits=limits) as client: yield client, service
+            with httpx.Client(base_url=url, timeout=300, limits=limits) as client: yield client, service
         finally:
             server.should_exit = True
             thread.join()

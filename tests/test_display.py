@@ -96,13 +96,13 @@ def run_cell(kernel, code):
             shown.append({"id": display_id, "data": content["data"]})
         elif kind == "stream":
             shown.append({"id": None, "data": {"stream": content["text"]}})
-    kernel.execute_interactive(code, output_hook=hook, timeout=240)
+    kernel.execute_interactive(code, output_hook=hook, timeout=600)
     return [output["data"] for output in shown]
 
 
 def test_tab_completion_offers_the_public_names(kernel):
     assert run_cell(kernel, "import kdcode") == []
-    reply = kernel.complete("kdcode.", reply=True, timeout=60)["content"]
+    reply = kernel.complete("kdcode.", reply=True, timeout=300)["content"]
     assert sorted(match.removeprefix("kdcode.") for match in reply["matches"]) == kdcode.__all__
 
 
@@ -143,7 +143,7 @@ def page(tiny_teacher, tmp_path_factory):
              "report = kdcode.bench_decode(teacher, student, config=config)\nreport"]
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     return notebook
 
 

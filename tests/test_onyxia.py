@@ -274,8 +274,23 @@ def assert_jupyter_opens_the_lesson(pod):
     assert kernels == "kdcode: Python 3 (kdcode), python3: Python 3 (kdcode)"
 
 
+# Python until it makes an environment. There the time is over (SIGALRM for `timeout`, the leader of the process group),
+# and the environment is as venv leaves it if it is interrupted after pip and before the image's packages.
+INTERRUPTED_PYTHON = """#!/bin/bash
+if [ "$2" = venv ]; then
+    python3 -m venv "${@: -1}"
+    kill -ALRM "$(cut -d ' ' -f 5 /proc/$$/stat)"
+    sleep 600
+fi
+exec python3 "$@"
+"""
+
+
 def test_interrupted_init_is_repaired(pod):
-    interrupted = pod.init(KDCODE_REPOSITORY=str(pod.repository), KDCODE_INIT_SECONDS="2")
+    python = pod.home.parent/"python"
+    python.write_text(INTERRUPTED_PYTHON)
+    python.chmod(0o755)
+    interrupted = pod.init(KDCODE_REPOSITORY=str(pod.repository), KDCODE_PYTHON=str(python))
     assert "not finished after" in interrupted.stderr, interrupted
     assert f"bash {pod.checkout}/onyxia/init.sh" in interrupted.stderr, interrupted
     assert not (pod.venv/"complete").exists(), interrupted
@@ -288,6 +303,24 @@ def test_interrupted_init_is_repaired(pod):
     assert "installing" in repaired.stdout and repaired.stderr == ""
     assert_ready(pod)
     assert_conflict_is_reported(pod)
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *"-m pip"*) test -e pip ;;
+    *"-m venv"*) touch pip ;;
+esac
+"""
+
+
+def test_interrupted_make_setup_is_repaired(tmp_path):
+    """venv makes Python first and installs pip later."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"): shutil.copy(ROOT/name, tmp_path)
+    (python := tmp_path/".venv"/"bin"/"python").parent.mkdir(parents=True)
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    done = subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path/".venv"/"complete").exists(), done.stderr
 
 
 def assert_conflict_is_reported(pod):

@@ -19,7 +19,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
-expect.set_options(timeout=30_000)  # ms; a busy machine decodes slowly
+expect.set_options(timeout=120_000)  # ms; a busy machine decodes slowly
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 PAGE = Path(__file__).parent.parent/"kdcode"/"playground.html"
@@ -199,7 +199,7 @@ def visit(browser, server, console):
     def visit(width=1280, motion="reduce", **options):
         contexts.append(browser.new_context(viewport={"width": width, "height": 800}, reduced_motion=motion, **options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         page.on("console", log)
         page.on("pageerror", lambda error: console.append(str(error)))
         page.on("request", lambda request: hosts.add(urlsplit(request.url)[:2]))

@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 
@@ -203,13 +203,15 @@ def test_wrong_key_or_dead_server_does_not_end_a_training(kdcode, start, tiny_te
 
 
 def test_several_sources_with_teacher_generated_text(kdcode, tiny_teacher, tmp_path):
+    tiny_teacher = shutil.copytree(tiny_teacher, tmp_path/"teacher")  # a copy, to be changed below
     (web := tmp_path/"web").mkdir()
     for i in range(120): (web/f"{i}.js").write_text(f"export const n{i} = {i};\n" * 30)
     folder = {"source": "folder", "path": str(web), "suffixes": [".js"], "weight": 3}
     data = {"source": [{"source": "teacher"}, folder], "max_new_tokens": 12, "min_characters": 1}
     (tmp_path/"mix.yaml").write_text(json.dumps({"data": data}))
-    done = kdcode("distill", "--config", tmp_path/"mix.yaml", "--teacher.name", tiny_teacher, *SETTINGS,
-                  "--data.tokens", 1024, "--data.validation_tokens", 256, "--name", "mixed")
+    words = ["distill", "--config", tmp_path/"mix.yaml", "--teacher.name", tiny_teacher, *SETTINGS,
+             "--data.tokens", 1024, "--data.validation_tokens", 256]
+    done = kdcode(*words, "--name", "mixed")
     assert done.returncode == 0, done.stderr
     run = tmp_path/"runs"/"mixed"
     file, = (tmp_path/"runs"/"generated-text").glob("*.jsonl")
@@ -217,11 +219,20 @@ def test_several_sources_with_teacher_generated_text(kdcode, tiny_teacher, tmp_p
     assert header["teacher"] == str(tiny_teacher) and all(len(line[1]) == 64 for line in generated)
     corpus = read_json(run/"corpus"/"corpus.json")
     assert corpus["statistics"]["train"]["languages"] == {"python by teacher": 4, "javascript": 12}
-    assert corpus["recipe"]["author"] == str(tiny_teacher)
+    assert corpus["recipe"]["author"] == f"{tiny_teacher} {header['weights']}"
     report = read_json(run/"report.json")
     assert [row["held-out text"] for row in report["rows"]] == ["all", "python by teacher", "javascript"]
     rates = [report["figures"][f"acceptance_rate_{language}"] for language in ("python by teacher", "javascript")]
     assert min(rates) < report["figures"]["acceptance_rate"] < max(rates)
+    # a fine-tuned teacher of the same name: neither its text nor its corpus is that of the first one
+    tensors = load_file(tiny_teacher/"model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 2
+    save_file(tensors, tiny_teacher/"model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(run/"corpus", tmp_path/"runs"/"fine-tuned"/"corpus")
+    assert kdcode(*words, "--name", "fine-tuned").returncode == 0
+    assert len(list((tmp_path/"runs"/"generated-text").glob("*.jsonl"))) == 2
+    other = read_json(tmp_path/"runs"/"fine-tuned"/"corpus"/"corpus.json")
+    assert other["recipe"]["author"].startswith(f"{tiny_teacher} ") and other["recipe"] != corpus["recipe"]
 
 
 def test_killed_search_resumes_with_two_workers(kdcode, start, tiny_teacher, tmp_path):

@@ -281,13 +281,13 @@ def test_a_process_from_start_to_shutdown(process):
     server, port = process(KDCODE_API_KEY="a-secret-key")
     url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer a-secret-key"}
     second, _ = process(port=port, ready=False, KDCODE_API_KEY="a-secret-key")
-    _, errors = second.communicate(timeout=120)
+    _, errors = second.communicate(timeout=300)
     assert second.returncode == 2 and errors.count("\n") == 1 and "choose another --serve.port" in errors
     assert httpx.post(f"{url}{PATH}", json=request_body()).status_code == 401
     assert httpx.get(f"{url}/metrics").status_code == 401
-    assert httpx.post(f"{url}{PATH}", json=request_body(), headers=headers, timeout=60).status_code == 200
+    assert httpx.post(f"{url}{PATH}", json=request_body(), headers=headers, timeout=300).status_code == 200
     body = request_body(max_tokens=400, stream=True)
-    with httpx.stream("POST", f"{url}{PATH}", json=body, headers=headers, timeout=60) as response:
+    with httpx.stream("POST", f"{url}{PATH}", json=body, headers=headers, timeout=300) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         server.send_signal(signal.SIGTERM)
@@ -295,13 +295,13 @@ def test_a_process_from_start_to_shutdown(process):
         remaining = [line for line in lines if line.startswith("data: ")]
     assert remaining[-1] == "data: [DONE]"
     assert json.loads(remaining[-2][6:])["choices"][0]["finish_reason"] in ("length", "stop")
-    output, errors = server.communicate(timeout=60)
+    output, errors = server.communicate(timeout=300)
     assert server.returncode == 0 and "a-secret-key" not in output + errors and "Traceback" not in errors, errors
 
 
 def test_a_public_address_requires_an_api_key(process):
     server, _ = process("--serve.host", "0.0.0.0", ready=False)
-    _, errors = server.communicate(timeout=120)
+    _, errors = server.communicate(timeout=300)
     assert server.returncode == 2 and errors.count("\n") == 1 and "KDCODE_API_KEY" in errors
 
 
@@ -311,7 +311,7 @@ def test_vllm_gets_the_right_arguments(process, tmp_path):
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\necho "key=$VLLM_API_KEY"\n')
     program.chmod(0o755)
     server, port = process("--engine", "vllm", "--decode.gamma", "3", ready=False, KDCODE_API_KEY="a-secret-key")
-    output, _ = server.communicate(timeout=120)
+    output, _ = server.communicate(timeout=300)
     arguments = output.splitlines()
     assert arguments[0] == "serve" and arguments[-1] == "key=a-secret-key"
     assert arguments[arguments.index("--port") + 1] == str(port)
