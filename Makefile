@@ -38,6 +38,9 @@ check: setup
 
 hooks: setup
 	$(BIN)/nbdev_install_hooks
+	@# for .gitattributes; not in .gitconfig, which nbdev_install_hooks overwrites
+	git config merge.exported.name "keep this branch's exported file; the hooks export it again"
+	git config merge.exported.driver true
 	$(BIN)/pre-commit install
 
 docs: setup

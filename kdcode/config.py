@@ -413,6 +413,14 @@ class ServeSettings(Settings):
     """maximum number of new tokens per request"""
     max_bytes: int = bounded(default=1_000_000, ge=1)
     """maximum size of a request in bytes"""
+    origins: list[str] = list_field()
+    """origins whose web pages may use the API, such as https://hub.example.org for Jupyter's proxy there; *: all"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if wrong := [origin for origin in self.origins if not re.fullmatch(r"\*|https?://[^/\s]+", origin)]:
+            raise ConfigError(f"{self.section}.origins contains {wrong[0]!r}; give scheme and host, such as "
+                              "https://example.org, or *")
 
 # %% ../nbs/00a_config.ipynb #990fabdd
 def _check_run(config: "Config") -> None:

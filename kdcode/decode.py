@@ -27,7 +27,8 @@ from .cached_model import CachedModel, clock
 from .config import ConfigError, DecodeSettings
 from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
-    Draft, Drafter, estimates_for, is_adaptive, LatencyModel, make_drafter, Sequence, StopCriteria)
+    check_vocabularies, Draft, Drafter, estimates_for, is_adaptive, LatencyModel, local_tokenizer, make_drafter,
+    Sequence, StopCriteria)
 from .eagle import EagleStudent
 from .files import draft_folder
 from .result import incremental_text, SpeculativeResult
@@ -483,11 +484,16 @@ def check_student(
     teacher: Teacher,
     student: PreTrainedModel,
 ) -> None:
-    """Raise `ConfigError`, naming both models, if the student was distilled for another teacher."""
+    """Raise `ConfigError` if the student was distilled for another teacher, or its vocabulary differs."""
     fingerprint = getattr(student.config, "tokenizer_fingerprint", "")
     if fingerprint and fingerprint != tokenizer_fingerprint(teacher.tokenizer):
         raise ConfigError(f"the student was made for teacher {student.config.teacher}, whose tokenizer differs from "
                           f"that of {teacher.name}; distil one for {teacher.name}")
+    if not fingerprint:  # not made by kdcode
+        try:
+            check_vocabularies(teacher.tokenizer, local_tokenizer(student.name_or_path))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if not isinstance(student, EagleStudent):
         return
     try:

@@ -7,10 +7,11 @@ __all__ = ['MIN_NGRAM', 'MAX_NGRAM', 'HYBRID_MIN_NGRAM', 'NEW_BATCH_WEIGHT', 'FI
            'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'Drafter', 'empty_draft', 'one_hot_draft',
            'cache_capacity', 'CachedDrafter', 'ModelDrafter', 'EagleRow', 'EagleDrafter', 'NGramIndex', 'NGramDrafter',
            'CompositeDrafter', 'HybridDrafter', 'LatencyModel', 'AcceptanceEstimate', 'best_gamma', 'ProbeSchedule',
-           'GammaController', 'AdaptiveDrafter', 'ModelEstimates', 'estimates_for', 'check_pair', 'is_adaptive',
-           'drafts_in_int8', 'drafting_model', 'make_drafter']
+           'GammaController', 'AdaptiveDrafter', 'ModelEstimates', 'estimates_for', 'local_tokenizer',
+           'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8', 'drafting_model', 'make_drafter']
 
 # %% ../nbs/07b_drafters.ipynb #08145117
+import functools
 import statistics
 import weakref
 from collections import defaultdict, deque
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .cached_model import CachedModel, clock, int8
 from .config import ConfigError, DecodeSettings
+from .data import describe_tokens, different_tokens
 from .eagle import EagleStudent
 from .result import Statistics
 from .sampling import expected_tokens, sample, SamplingParams
@@ -550,6 +552,28 @@ def estimates_for(model: PreTrainedModel) -> ModelEstimates:
     return ESTIMATES.setdefault(model, ModelEstimates())
 
 # %% ../nbs/07b_drafters.ipynb #e4877e93
+@functools.lru_cache(maxsize=8)
+def local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a folder, or of a hub id in the local cache; None if there is none."""
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except Exception:  # files of any kind; a tokenizer that cannot be loaded is not compared
+        return None
+
+def check_vocabularies(teacher: PreTrainedTokenizerBase | None, student: PreTrainedTokenizerBase | None) -> None:
+    """Raise `ValueError` if an id stands for different tokens in both vocabularies; None: unknown, not compared."""
+    if teacher is None or student is None:
+        return
+    added = teacher.added_tokens_decoder.keys() | student.added_tokens_decoder.keys()
+    different = {index: tokens for index, tokens in different_tokens(teacher, student).items()
+                 if None not in tokens and index not in added}
+    if different:
+        raise ValueError(f"teacher and student have different tokenizers: {describe_tokens(different)}; "
+                         "use a student with the teacher's tokenizer")
+
+# %% ../nbs/07b_drafters.ipynb #fe40278a
 MAX_PADDING_ROWS = 1024  # vocabularies are padded to multiples of 1024 at most; beyond that, tokenizers differ
 
 def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
@@ -567,6 +591,7 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     if abs(rows - student_rows) >= MAX_PADDING_ROWS:
         raise ValueError(f"teacher {type(teacher).__name__} has {rows} ids and student {type(student).__name__} "
                          f"{student_rows}; both need the same tokenizer")
+    check_vocabularies(local_tokenizer(teacher.name_or_path), local_tokenizer(student.name_or_path))
 
 # %% ../nbs/07b_drafters.ipynb #799c6e77
 def is_adaptive(settings: DecodeSettings) -> bool:

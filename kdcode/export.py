@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['EXPORT_MARKER', 'FORMS', 'PROBE', 'MAKER', 'as_llama', 'open_tokenizer', 'is_export', 'atomic_folder',
-           'save_tokenizer', 'export_llama', 'plain_copy', 'export_teacher', 'interleave_rotary', 'packed',
-           'gguf_tensors', 'copy_tokenizer', 'splitters', 'splitter_name', 'write_tokenizer', 'token_type',
-           'write_shape', 'is_own_gguf', 'atomic_file', 'export_gguf']
+           'compatible_tokenizer_config', 'compatible_config', 'token_ids_only', 'save_tokenizer', 'save_model',
+           'export_llama', 'plain_copy', 'export_teacher', 'interleave_rotary', 'packed', 'gguf_tensors',
+           'copy_tokenizer', 'splitters', 'splitter_name', 'write_tokenizer', 'token_type', 'write_shape',
+           'is_own_gguf', 'atomic_file', 'export_gguf']
 
 # %% ../nbs/10_export.ipynb #cf5c6e3c
 import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -112,14 +113,45 @@ def atomic_folder(
 # %% ../nbs/10_export.ipynb #0739c541
 _LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # where the tokenizer was loaded from
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer with a class name that all versions of `transformers` know, and without local paths."""
-    tokenizer.save_pretrained(folder)
-    file = folder/"tokenizer_config.json"
-    settings = {name: value for name, value in json.loads(file.read_text()).items() if name not in _LOCAL_SETTINGS}
+def _edit_json(file: Path, edit: Callable[[dict], dict]) -> None:
+    """Replace the content of a JSON file by `edit` of it."""
+    file.write_text(json.dumps(edit(json.loads(file.read_text())), indent=2, ensure_ascii=False) + "\n")
+
+def compatible_tokenizer_config(settings: dict) -> dict:
+    """Return tokenizer_config.json in a form that all versions of `transformers` can read, without local paths."""
+    settings = {name: value for name, value in settings.items() if name not in _LOCAL_SETTINGS}
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return settings
+
+def compatible_config(config: dict) -> dict:
+    """Return the content of config.json with the rotary settings under the names of `transformers` 4 as well."""
+    rope = config.get("rope_parameters") or {}
+    names = ("rope_theta", "partial_rotary_factor")
+    config |= {name: rope[name] for name in names if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {name: value for name, value in rope.items() if name not in names}
+    return config
+
+def token_ids_only(config: dict) -> dict:
+    """Return the content of generation_config.json without sampling parameters."""
+    return {name: value for name, value in config.items()
+            if name.endswith("_token_id") or name == "transformers_version"}
+
+# %% ../nbs/10_export.ipynb #cfbfad11
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer so that all versions of `transformers` can load it, without local paths."""
+    tokenizer.save_pretrained(folder)
+    _edit_json(folder/"tokenizer_config.json", compatible_tokenizer_config)
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model so that all versions of `transformers` can load it, without parameters for sampling."""
+    model.save_pretrained(folder)
+    _edit_json(folder/"config.json", compatible_config)
+    if (file := folder/"generation_config.json").exists():
+        _edit_json(file, token_ids_only)
 
 def export_llama(
     student: PreTrainedModel | str | Path,            # or a folder, a hub id, a teacher with a shipped draft
@@ -133,7 +165,7 @@ def export_llama(
     folder = Path(folder).expanduser().absolute()
     with atomic_folder(folder) as new:
         tokenizer = open_tokenizer(tokenizer)
-        as_llama(student, tokenizer).save_pretrained(new)
+        save_model(as_llama(student, tokenizer), new)
         save_tokenizer(tokenizer, new)
     return folder
 
@@ -170,13 +202,13 @@ def export_teacher(
     folder: str | Path,                # new, empty, or an earlier export
     dtype: torch.dtype | None = None,  # of the weights; None: the dtype the teacher computes in
 ) -> Path:                             # the folder
-    """Save a teacher, dequantised, with its tokenizer and generation_config.json.
+    """Save a teacher, dequantised, with its tokenizer and its end-of-text ids.
 
     Raises `ConfigError` if the folder has other files in it.
     """
     folder = Path(folder).expanduser().absolute()
     with atomic_folder(folder) as new:
-        plain_copy(teacher.model, dtype or teacher.model.dtype).save_pretrained(new)
+        save_model(plain_copy(teacher.model, dtype or teacher.model.dtype), new)
         save_tokenizer(teacher.tokenizer, new)
     return folder
 
@@ -351,7 +383,8 @@ def export_gguf(
 ) -> Path:                                            # the file
     """Write a student as a GGUF file for llama.cpp, with its teacher's tokenizer.
 
-    Raises `ConfigError` if the student cannot become a Llama, the tokenizer cannot be written, or the file is another.
+    Raises `ConfigError` if the student cannot become a Llama, the tokenizer cannot be written, or the file exists and
+    is not an earlier export.
     """
     if kind not in FORMS:
         raise ConfigError(f"the kind of a GGUF file is {kind!r}; allowed are {' and '.join(FORMS)}")

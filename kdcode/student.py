@@ -494,7 +494,7 @@ def check_llama_teacher(
 # %% ../nbs/02_student.ipynb #739316ca
 def teacher_shape(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
     """Return the config fields of a student as wide as its teacher. Raises `ValueError` as `check_llama_teacher`."""
-    c = model.config
+    c = model.config.get_text_config()
     heads = c.num_attention_heads
     shape = {"vocab_size": model.get_input_embeddings().weight.shape[0],
              "hidden_size": c.hidden_size,
@@ -508,7 +508,7 @@ def teacher_shape(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
         shape |= {"num_key_value_heads": c.num_key_value_heads,
                   "rope_theta": float(rope_parameters(c)["rope_theta"]),
                   "rms_norm_eps": c.rms_norm_eps,
-                  "attention_bias": model.base_model.layers[0].self_attn.q_proj.bias is not None}
+                  "attention_bias": model.get_decoder().layers[0].self_attn.q_proj.bias is not None}
     return shape
 
 def narrow_shape(
@@ -543,7 +543,7 @@ def student_config(
 
     Raises `ValueError` if the architecture does not match the teacher, or for an impossible width or number of neurons.
     """
-    c, shape = model.config, teacher_shape(model, architecture)
+    c, shape = model.config.get_text_config(), teacher_shape(model, architecture)
     if width:
         shape |= narrow_shape(shape, width)
     if feed_forward > shape["intermediate_size"]:
@@ -598,7 +598,7 @@ def principal_directions(
 @torch.no_grad()
 def head_with_norm(teacher: PreTrainedModel) -> Tensor:
     """Return the teacher's output head with the weights of its final norm folded in: (vocab, hidden)."""
-    head, norm = dense_weight(teacher.get_output_embeddings()), getattr(teacher.base_model, "norm", None)
+    head, norm = dense_weight(teacher.get_output_embeddings()), getattr(teacher.get_decoder(), "norm", None)
     return head if norm is None else head * norm.weight
 
 @torch.no_grad()
@@ -626,7 +626,7 @@ def copy_embeddings(teacher: PreTrainedModel, student: PreTrainedModel, draft_id
     else:
         head = dense_weight(teacher.get_output_embeddings())
         if c.architecture == "llama":
-            student.model.norm.weight.copy_(teacher.base_model.norm.weight)
+            student.model.norm.weight.copy_(teacher.get_decoder().norm.weight)
     student.model.embed_tokens.weight.copy_(embedding)
     if draft_ids is not None:
         student.draft_ids.copy_(draft_ids)
@@ -706,11 +706,11 @@ class FromTeacherMixin:
                                 teacher=teacher_name, tokenizer_fingerprint=tokenizer_fingerprint)
         if draft_ids is not None:
             check_draft_ids(draft_ids, config.vocab_size)
-        copied = [] if isinstance(layers, int) else resolve_layers(layers, len(teacher.base_model.layers))
+        copied = [] if isinstance(layers, int) else resolve_layers(layers, len(teacher.get_decoder().layers))
         student = new_student(cls, config, seed)
         copy_embeddings(teacher, student, draft_ids)
         for target, i in zip(student.model.layers, copied):
-            copy_layer(teacher.base_model.layers[i], target)
+            copy_layer(teacher.get_decoder().layers[i], target)
         return student
 
 # %% ../nbs/02_student.ipynb #afc48cea

@@ -185,7 +185,7 @@ class LanguageModel:
     @property
     def context_size(self) -> int:
         """Largest number of positions of the model."""
-        return self.model.config.max_position_embeddings
+        return self.model.config.get_text_config().max_position_embeddings
 
     @property
     def head(self) -> nn.Module:
@@ -210,8 +210,8 @@ class Teacher(LanguageModel):
         """
         last_only = tuple(which) == (-1,)
         with THREADS.timed(self.device, id(self.model), (input_ids.shape, last_only)):
-            output = self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False,
-                                           output_hidden_states=not last_only)
+            output = self.model.get_decoder()(input_ids=input_ids.to(self.device), use_cache=False,
+                                              output_hidden_states=not last_only)
         return output.last_hidden_state if last_only else torch.cat([output.hidden_states[i] for i in which], -1)
 
     def to_dtype(self, dtype: torch.dtype) -> "Teacher":

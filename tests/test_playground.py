@@ -59,7 +59,7 @@ class StubServer:
         self.ending = "done"  # after the steps: "done", "error" or "cut"
         self.hold_after = None  # wait for `release` after this number of steps
         self.release, self.closed = threading.Event(), threading.Event()
-        self.requests = []
+        self.requests, self.accepts = [], []  # bodies and Accept headers
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"stub": self}))
         self.url = f"http://127.0.0.1:{self.http.server_port}/"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": .02}, daemon=True).start()
@@ -111,9 +111,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         stub, request = self.stub, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         stub.requests.append(request)
+        stub.accepts.append(self.headers["Accept"])
         if not self.authorized(): return
         if stub.error: return self.reply_error(*stub.error)
-        self.reply("text/event-stream")
+        self.reply("text/event-stream", b": keep-alive\n\n")
         gamma = request["speculation"]["gamma"]
         for i, (tokens, rejected) in enumerate(stub.steps if gamma else stub.baseline_steps):
             if i == stub.hold_after and not self.released(): return
@@ -370,6 +371,7 @@ def test_comparison_differs_in_gamma_only(visit, stub):
     page.get_by_label("Seed").fill("7")
     run(page)
     first, second = stub.requests
+    assert stub.accepts == ["text/event-stream"] * 2  # without it, Jupyter's proxy holds the stream back until its end
     assert first == {"prompt": page.get_by_label("Prompt").input_value(), "max_tokens": 128, "temperature": 0,
                      "seed": 7, "model": "smollm2", "stream": True, "stream_options": {"include_usage": True},
                      "speculation": {"gamma": 4, "details": True}}

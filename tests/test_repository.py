@@ -4,6 +4,7 @@ import configparser
 import importlib.metadata
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -232,6 +233,48 @@ def installed_requirements(package):
         except importlib.metadata.PackageNotFoundError: continue
         needed += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     return seen
+
+
+def git(*words, folder):
+    names = {f"GIT_{role}_{field}": "x" for role in ("AUTHOR", "COMMITTER") for field in ("NAME", "EMAIL")}
+    path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["git", *words], cwd=folder, env=os.environ | names | path, check=True, capture_output=True)
+
+
+def add_function(file, name, first):
+    """Add an exported function after the first exported cell of a notebook, or at the end."""
+    notebook = json.loads(file.read_text())
+    exported = [i for i, cell in enumerate(notebook["cells"]) if source(cell).startswith("#| export")]
+    cell = {"cell_type": "code", "id": name, "metadata": {}, "execution_count": None, "outputs": [],
+            "source": ["#| export\n", f"def {name}(): pass"]}
+    notebook["cells"].insert(exported[1] if first else len(notebook["cells"]), cell)
+    file.write_text(json.dumps(notebook, indent=1) + "\n")
+
+
+def test_merge_of_two_exports_has_no_conflict(tmp_path):
+    """Both branches add a function to one notebook: the notebook merges, and the library is exported again."""
+    (tmp_path/"nbs").mkdir()
+    notebook = tmp_path/"nbs"/"00_provenance.ipynb"
+    for file in (".gitattributes", ".gitconfig", "settings.ini", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT/file, tmp_path/file)
+    shutil.copy(ROOT/"nbs"/notebook.name, notebook)
+    git("init", folder=tmp_path)
+    git("config", "include.path", "../.gitconfig", folder=tmp_path)
+    hooks = subprocess.run(["make", "-n", "hooks"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    for command in hooks:
+        if command.startswith("git config "): git(*shlex.split(command)[1:], folder=tmp_path)
+    for branch, start in (("start", None), ("first", "start"), ("last", "start")):
+        if start: git("checkout", "-b", branch, start, folder=tmp_path)
+        if start: add_function(notebook, f"{branch}_function", branch == "first")
+        nbdev("nbdev_export", tmp_path)
+        git("add", ".", folder=tmp_path)
+        git("commit", "-m", branch, folder=tmp_path)
+        if not start: git("branch", "-m", "start", folder=tmp_path)
+    git("merge", "--no-edit", "first", folder=tmp_path)  # fails if there is a conflict
+    nbdev("nbdev_export", tmp_path)
+    for file in ("provenance.py", "_modidx.py"):
+        text = (tmp_path/"kdcode"/file).read_text()
+        assert "first_function" in text and "last_function" in text
 
 
 def test_library_runs_without_nbdev_fastcore_and_ipython():

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from conftest import wait_until
 
-from kdcode.config import Config, DecodeSettings
+from kdcode.config import Config, DecodeSettings, ServeSettings
 from kdcode.decode import complete
 from kdcode.serve import create_app, Service
 
@@ -37,7 +37,7 @@ def solo_text(pair, request):
 
 
 def streamed_text(response):
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
 
@@ -87,7 +87,7 @@ def test_a_full_queue_returns_429_and_drains(pair, served):
 def test_a_disconnected_client_frees_its_slot(pair, served, stream):
     with served(slots=1) as (client, service):
         content = json.dumps(request_body(max_tokens=450, stream=stream))
-        header = [f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json",
+        header = [f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json",
                   f"Content-Length: {len(content)}"]
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
             connection.sendall("\r\n".join([*header, "", content]).encode())
@@ -109,6 +109,71 @@ def test_a_stop_string_ends_decoding(pair, served):
         choice = client.post(PATH, json=request | {"stop": stop}).json()["choices"][0]
         assert choice["finish_reason"] == "stop"
         assert service.scheduler.running == 0
+
+
+@pytest.mark.parametrize("from_prompt", [0, 2])
+def test_stop_strings_mean_the_same_as_in_generate(pair, served, from_prompt):
+    """The stop string ends in the third character of the new text, and may begin in the last two of the prompt."""
+    request = request_body(max_tokens=30, seed=0)
+    prompt, whole = request["prompt"], solo_text(pair, request)
+    stop = prompt[len(prompt) - from_prompt:] + whole[:3]
+    expected = complete(*pair, prompt, DecodeSettings(gamma=3, max_new_tokens=30, stop=[stop]))
+    with served() as (client, _):
+        response = client.post(PATH, json=request | {"stop": stop}).json()
+    choice = response["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert response["usage"]["completion_tokens"] == len(expected.tokens) < 30
+
+
+def test_a_keyless_server_rejects_other_hosts(pair, served):
+    """DNS rebinding: the browser sends the name of an attacker's page to 127.0.0.1."""
+    with served() as (client, _):
+        for path in ("/v1/models", "/"):
+            assert client.get(path, headers={"Host": "evil.example"}).status_code == 403
+            assert client.get(path, headers={"Host": "localhost:8000"}).status_code == 200
+    with served(origins=["https://hub.example.org"]) as (client, _):  # Jupyter's proxy forwards the browser's host
+        assert client.get("/v1/models", headers={"Host": "hub.example.org"}).status_code == 200
+        assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_origins_are_opt_in(pair, served):
+    """A page of another origin may use the API only if the settings name its origin."""
+    origin = "https://app.example.org"
+    preflight = {"Origin": origin, "Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "authorization,content-type"}
+    allowed = "Access-Control-Allow-Origin"
+    with served() as (client, _):
+        assert client.options(PATH, headers=preflight).status_code == 405
+        assert allowed not in client.get("/v1/models", headers={"Origin": origin}).headers
+    with served(origins=[origin]) as (client, _):
+        response = client.options(PATH, headers=preflight)
+        assert response.status_code == 200 and response.headers[allowed] == origin
+        assert client.post(PATH, json=request_body(), headers={"Origin": origin}).headers[allowed] == origin
+        assert client.post(PATH, json={}, headers={"Origin": origin}).headers[allowed] == origin  # errors are readable
+        other = client.options(PATH, headers=preflight | {"Origin": "https://evil.example"})
+        assert other.status_code == 400 and allowed not in other.headers
+
+
+def test_a_preflight_needs_no_api_key(pair):
+    from starlette.testclient import TestClient
+    service = Service(*pair, Config(serve=ServeSettings(origins=["https://app.example.org"])))
+    client = TestClient(create_app(service, "a-secret-key"))
+    headers = {"Origin": "https://app.example.org", "Access-Control-Request-Method": "POST"}
+    assert client.options(PATH, headers=headers).status_code == 200
+    assert client.post(PATH, json=request_body(), headers={"Origin": headers["Origin"]}).status_code == 401
+    service.scheduler.close()
+
+
+def test_a_waiting_stream_is_kept_alive(pair, served, monkeypatch):
+    """With one slot, the second stream waits in the queue; proxies must neither buffer nor close it."""
+    monkeypatch.setattr("kdcode.serve.keep_alive.__defaults__", (.02,))
+    with served(slots=1) as (client, service), ThreadPoolExecutor(1) as clients:
+        first = clients.submit(client.post, PATH, json=request_body(max_tokens=300))
+        wait_until(lambda: service.scheduler.running)
+        second = client.post(PATH, json=request_body(max_tokens=3, stream=True))
+        assert first.result().status_code == 200
+    assert second.headers["X-Accel-Buffering"] == "no"
+    assert ": keep-alive\n\n" in second.text and second.text.endswith("data: [DONE]\n\n")
 
 
 def test_a_body_without_a_length_is_limited(pair, served):
@@ -161,7 +226,8 @@ def test_responses_match_the_openapi_description(pair, served, known_model):
     import hypothesis
     import schemathesis
     from schemathesis.specs.openapi.checks import positive_data_acceptance
-    service, tested, statuses = Service(*pair, Config(decode=DecodeSettings(gamma=2))), set(), set()
+    serve = ServeSettings(origins=["http://testserver"])  # the host of the requests
+    service, tested, statuses = Service(*pair, Config(decode=DecodeSettings(gamma=2), serve=serve)), set(), set()
     excluded = [positive_data_acceptance] if known_model else []  # a description cannot limit the number of tokens
     settings = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None,
                                    suppress_health_check=list(hypothesis.HealthCheck))
@@ -226,7 +292,7 @@ def test_a_process_from_start_to_shutdown(process):
         assert next(lines).startswith("data: ")
         server.send_signal(signal.SIGTERM)
         wait_until(lambda: not is_ready(port))  # new connections fail, the running stream continues
-        remaining = [line for line in lines if line]
+        remaining = [line for line in lines if line.startswith("data: ")]
     assert remaining[-1] == "data: [DONE]"
     assert json.loads(remaining[-2][6:])["choices"][0]["finish_reason"] in ("length", "stop")
     output, errors = server.communicate(timeout=300)

@@ -5,16 +5,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings as checks, strategies as st
 from transformers import (
-    Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
-    MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+    Gemma2Config, Gemma2ForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel,
+    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 from kdcode.bench import first_difference
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
 from kdcode.decode import complete, custom_generate, speculative_generate
 from kdcode.drafters import AcceptanceEstimate, AdaptiveDrafter, LatencyModel, ModelDrafter
+from kdcode.eagle import EagleStudent
 from kdcode.student import Student
-from kdcode.teacher import load_teacher
+from kdcode.teacher import check_head, load_teacher, Teacher
 
 FAMILIES = {"llama": (LlamaForCausalLM, LlamaConfig, {}),
             "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
@@ -93,6 +94,29 @@ def test_sampled_rows_of_a_batch_equal_solo_runs(teacher, draft, prompts, gamma,
     together = speculative_generate(teacher, draft, prompts, seed=seed, **options)
     for i, (prompt, result) in enumerate(zip(prompts, together)):
         assert speculative_generate(teacher, draft, prompt, seed=seed + i, **options).tokens == result.tokens
+
+
+def test_multimodal_wrapper_is_a_teacher():
+    """Its sizes are in `text_config`, and its decoder is a part of its body."""
+    text = LLAMA_SHAPE | dict(vocab_size=40, num_hidden_layers=2, head_dim=8, sliding_window=6, initializer_range=.5)
+    vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8,
+                  patch_size=4)
+    ends = dict(eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    tokens = dict(mm_tokens_per_image=4, image_token_index=5, boi_token_index=6, eoi_token_index=7)
+    torch.manual_seed(0)
+    wrapper = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text | ends, vision_config=vision, **tokens, **ends)).eval()
+    teacher = Teacher(wrapper, None, "wrapper")
+    assert teacher.context_size == 96
+    assert teacher.hidden_states(torch.tensor([[1, 2, 3]]), which=(0, 1)).shape == (1, 3, 2 * 24)
+    check_head(teacher)
+    options = {"layers": 1, "architecture": "classic"}
+    students = Student.from_teacher(wrapper, **options), EagleStudent.from_teacher(wrapper, [-1], **options)
+    prompt = torch.tensor([[3, 1, 4, 1, 8]])
+    expected = wrapper.generate(prompt, max_new_tokens=12, do_sample=False)[0, 5:].tolist()
+    for draft in students:
+        assert draft.config.hidden_size == 24
+        assert speculative_generate(wrapper, draft.eval(), prompt, max_new_tokens=12).tokens == expected
 
 
 def test_batch_of_the_embedded_teacher_equals_solo_runs():
