@@ -38,6 +38,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+# %% ../nbs/09a_bench.ipynb #4fa39627
 from .cached_model import CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up
 from .config import (
     Config, ConfigError, DecodeSettings, LossSettings, run_folder, TargetsSettings, TeacherSettings)
