@@ -7,6 +7,7 @@ __all__ = ['PREFILL_STEPS', 'StepListener', 'Batch', 'QueueFull', 'SchedulerClos
            'BatchRunner', 'Scheduler']
 
 # %% ../nbs/07d_batching.ipynb #56011627
+import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -44,10 +45,10 @@ class Batch:
     def __init__(
         self,
         teacher: PreTrainedModel,
-        student: PreTrainedModel | Drafter,
+        student: PreTrainedModel | Drafter,  # a drafter is copied for each sequence, so its `start` makes its state
         settings: DecodeSettings,  # gamma, adaptive, drafter, ...; sampling and limits belong to each sequence
     ):
-        self.models, self.settings = (teacher, student), settings
+        self.teacher, self.student, self.settings = teacher, student, settings
         self.sequences: list[Sequence] = []
         self.decoder: SpeculativeDecoder | None = None
 
@@ -56,7 +57,8 @@ class Batch:
 
         Raises `ValueError` for an invalid prompt. After any error the batch is as it was before.
         """
-        decoder = make_decoder(*self.models, [sequence], self.settings)
+        student = copy.copy(self.student) if isinstance(self.student, Drafter) else self.student
+        decoder = make_decoder(self.teacher, student, [sequence], self.settings)
         yield from _prefill(decoder, sequence)
         if not sequence.finished:
             self.decoder = _append(self.decoder, decoder, len(self.sequences))

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria)
+    MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor, PrefixConstrainedLogitsProcessor, PreTrainedModel,
+    PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria)
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cached_model import CachedModel, clock
@@ -84,7 +84,12 @@ def verify_step(
 
     Also sets `sequence.finished` and updates the sequence's statistics.
     """
-    p, q = _pad_to_same_vocab(sequence.sampling.probs(logits, sequence.tokens + draft.tokens), draft.probs)
+    rows = None
+    if sequence.sampling.processors:  # they are not asked about text behind an end
+        reached, ended = sequence.stop.truncate(sequence.tokens, draft.tokens, logits.device)
+        rows = len(reached) + (not ended)
+    probs = sequence.sampling.probs(logits, sequence.tokens + draft.tokens, rows)
+    p, q = _pad_to_same_vocab(probs, draft.probs)
     accepted, token = verify(torch.tensor(draft.tokens, dtype=torch.long, device=p.device), q, p, sequence.generator)
     candidates = draft.tokens[:accepted] + [token]
     new, stopped = sequence.stop.truncate(sequence.tokens, candidates, p.device)
@@ -395,6 +400,14 @@ class RowProcessor:
         batch_scores = scores if scores is None else scores.expand(self.rows, -1)
         return self.inner(padded, batch_scores)[self.row:self.row + 1]
 
+# %% ../nbs/07c_decode.ipynb #db04bea6
+def _row_processor(processor: LogitsProcessor, padding: tuple[int, ...], row: int, rows: int) -> RowProcessor:
+    """Return a `RowProcessor`; one that asks a function for the allowed tokens asks about its own row only."""
+    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return RowProcessor(processor, padding, row, rows)
+    allowed = processor._prefix_allowed_tokens_fn
+    return RowProcessor(PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1), padding, 0, 1)
+
 # %% ../nbs/07c_decode.ipynb #e5886420
 def _check_inputs(
     mask: Tensor,            # (batch, time), 0 at padding
@@ -436,7 +449,7 @@ def _sequences_of_batch(
     seed, sequences = int(torch.randint(2**31, (1,))), []
     for row, (ids, seen) in enumerate(zip(input_ids, mask)):
         prompt, view = ids[seen != 0].tolist(), (tuple(ids[seen == 0].tolist()), row, len(input_ids))
-        processors = (RowProcessor(logits_processor, *view),)
+        processors = tuple(_row_processor(processor, *view) for processor in logits_processor)
         sequences.append(Sequence(
             prompt, len(prompt) + config.max_length - input_ids.shape[1],
             SamplingParams(float(config.do_sample), processors=processors),
@@ -445,8 +458,9 @@ def _sequences_of_batch(
     return sequences
 
 def _pad_right(rows: list[list[int]], config: GenerationConfig, device: torch.device) -> Tensor:
-    """Return the rows as a tensor (batch, longest), padded with the pad token."""
-    pad = 0 if config.pad_token_id is None else config.pad_token_id
+    """Return the rows as a tensor (batch, longest), padded with the pad token, or an end of text as by `generate`."""
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    pad = next((token for token in (config.pad_token_id, eos) if token is not None), 0)
     longest = max(map(len, rows))
     return torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
 

@@ -74,6 +74,11 @@ class Sequence:
     statistics: Statistics = field(default_factory=Statistics)
     finished: bool = False
 
+    def ends(self, tokens: list[int]) -> bool:
+        """Return whether a text of this sequence ends with its last token; criteria are asked if processors are."""
+        stop = self.stop if self.sampling.processors else StopCriteria(self.stop.ids)
+        return stop.truncate(tokens[:-1], tokens[-1:], "cpu")[1]
+
     @property
     def budget(self) -> int:
         """Largest useful number of draft tokens: the target adds one token of its own within `max_length`."""
@@ -189,7 +194,8 @@ class ModelDrafter(CachedDrafter):
                 if q.sum() > 0:
                     probs[row].append(q)
                     drafts[row].append(sample(q[0], sequences[row].generator))
-                else: budgets[row] = len(drafts[row])  # the student lacks all allowed tokens, or q has NaN
+                if not q.sum() > 0 or sequences[row].ends(tokens[row] + drafts[row][-1:]):
+                    budgets[row] = len(drafts[row])  # no allowed token, NaN in q, or nothing can follow
         return [Draft(draft, torch.cat(q)) if draft else empty_draft(self.model.device)
                 for draft, q in zip(drafts, probs)]
 

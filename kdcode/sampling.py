@@ -29,23 +29,31 @@ class SamplingParams:
     processors: tuple[LogitsProcessor, ...] = ()
     """logits processors, such as a repetition penalty; applied before temperature, top-k, top-p and min-p"""
 
-    def probs(self, logits: Tensor, tokens: list[int] = ()) -> Tensor:
+    def probs(self, logits: Tensor, tokens: list[int] = (), rows: int | None = None) -> Tensor:
         """Return probabilities (positions, vocab), float32, of logits (positions, vocab).
 
         The last row is the distribution after all of `tokens`, the row before it after all but the last, and so on.
+        Logits processors see the first `rows` rows; None: all.
         """
         if self.processors:
-            logits = self.processed(logits, tokens)
+            logits = self.processed(logits, tokens, rows)
         if self.temperature == 0:
             top = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, top, 1.)
         return self.warpers()(None, logits.float()).softmax(-1)
 
-    def processed(self, logits: Tensor, tokens: list[int]) -> Tensor:
-        """Return the logits (positions, vocab) after the logits processors; each row has its own prefix of `tokens`."""
+    def processed(self, logits: Tensor, tokens: list[int], rows: int | None = None) -> Tensor:
+        """Return the logits (positions, vocab) after the logits processors; each row has its own prefix of `tokens`.
+
+        Rows behind a token that is forbidden stay as they are: that token is rejected, so they are never used.
+        """
         ids, chain = torch.tensor([tokens], device=logits.device), LogitsProcessorList(self.processors)
-        shortest = len(tokens) - len(logits) + 1
-        return torch.cat([chain(ids[:, :shortest + i], row[None].float()) for i, row in enumerate(logits)])
+        shortest, done = len(tokens) - len(logits) + 1, []
+        for i, row in enumerate(logits[:rows]):
+            done.append(chain(ids[:, :shortest + i], row[None].float()))
+            if i + 1 < len(logits) and done[-1][0, tokens[shortest + i]] == -torch.inf:
+                break
+        return torch.cat([*done, logits[len(done):].float()])
 
     def warpers(self) -> LogitsProcessorList:
         """Return temperature, top-k, top-p and min-p as logits processors; none of them sees the prefix."""
