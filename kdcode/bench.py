@@ -38,6 +38,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+# %% ../nbs/09a_bench.ipynb #4fa39627
 from .cached_model import CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up
 from .config import (
     Config, ConfigError, DecodeSettings, LossSettings, run_folder, TargetsSettings, TeacherSettings)
@@ -46,11 +47,12 @@ from .decode import bad_word_ids, complete, make_sequences, prompt_ids
 from .draft_eval import task_prompts, TASKS
 from .drafters import drafting_model, drafts_in_int8
 from .eagle import EagleStudent
+from .files import model_source
 from .loss import chunked_distillation_loss
 from .report import bootstrap_interval, markdown_table, Report
 from .result import SpeculativeResult, Statistics
 from .sampling import predicted_speedup
-from .teacher import eos_token_ids, load_teacher, model_source, Teacher, TimedSteps
+from .teacher import eos_token_ids, load_teacher, Teacher, TimedSteps
 from .train import distill, DistillationTrainer, make_trainer
 from .tune import Objective
 from .validate import validate

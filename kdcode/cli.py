@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'DECODING_OPTIONS',
-           'EXPORT_OPTIONS', 'OPTIONS', 'Steps', 'ProgressBar', 'display_path', 'load_teachers', 'load_corpus',
-           'load_corpus_and_teachers', 'print_report', 'train_student', 'run_distill', 'run_targets', 'print_trial',
-           'run_tune', 'load_pair', 'run_generate', 'shipped_student', 'run_demo', 'bench_decode', 'bench_tasks',
-           'bench_engines', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench', 'run_eval',
-           'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'EXPORT_OPTIONS', 'OPTIONS', 'PAIR_BENCHMARKS', 'Steps', 'ProgressBar', 'display_path', 'load_teachers',
+           'load_corpus', 'load_corpus_and_teachers', 'print_report', 'train_student', 'run_distill', 'run_targets',
+           'print_trial', 'run_tune', 'load_pair', 'run_generate', 'shipped_student', 'run_demo', 'bench_decode',
+           'bench_tasks', 'bench_engines', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench',
+           'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
            'default_draft', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse',
-           'silence_libraries', 'print_error', 'main']
+           'check_files', 'silence_libraries', 'print_error', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import os
@@ -27,6 +27,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from .config import (
     add_config, check_keys, check_search_space, Config, ConfigError, generated_text_folder, home, one_line_error,
     read_experiment, read_yaml, resolve, run_folder, run_path)
+from .files import check_run, draft_folder, model_source, shipped_drafts
 from .provenance import short_hash
 from .threads import THREADS
 
@@ -111,7 +112,7 @@ def print_report(report, *lines: str) -> None:
 def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> tuple:
     """Return the teacher in its decoding dtype and the trained student (three steps: corpus, teacher, training)."""
     from kdcode.callbacks import remote_folder
-    from kdcode.train import check_run, distill
+    from kdcode.train import distill
     check_run(config, folder, resume)
     if config.train.upload:
         remote_folder(config.train.upload)
@@ -199,7 +200,7 @@ def run_generate(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #886be595
 def shipped_student(teacher, config: Config) -> dict:
     """Return the shipped student of a teacher with its decoding settings, by label; empty if there is none."""
-    from kdcode.decode import load_draft, shipped_drafts
+    from kdcode.decode import load_draft
     if teacher.name not in shipped_drafts():
         return {}
     settings = replace(config.decode, gamma=4, adaptive=None, student_weights="auto")
@@ -287,7 +288,6 @@ def run_bench(config: Config, options) -> None:
 def run_eval(config: Config, options) -> None:
     """Run `kdcode eval`: compare the teacher with other models."""
     from kdcode import sandbox
-    from kdcode.decode import shipped_drafts
     from kdcode.eval import compare_models
     from kdcode.teacher import load_teacher
     isolation = "none" if options.unsafe else sandbox.isolation()
@@ -387,7 +387,6 @@ def run_export(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #0beec085
 def default_draft(config: Config, engine: str) -> str | None:
     """Return the shipped student for the teacher and engine; None if the run has a student, or none is shipped."""
-    from kdcode.decode import shipped_drafts
     path = shipped_drafts().get(config.teacher.name)
     if path is None or (run_path(config)/"student").exists():
         return None
@@ -573,6 +572,19 @@ def parse(
     return COMMANDS[parsed.command][0], load_configuration(parser, parsed, options), options
 
 # %% ../nbs/12_cli.ipynb #d7a27335
+PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile")  # need a teacher and a student
+
+def check_files(config: Config, options) -> None:
+    """Raise `ConfigError` for models that are not there and for runs that do not fit, without loading anything."""
+    model_source(config.teacher.name)
+    if "resume" in options:
+        check_run(config, run_path(config), options.resume)
+    if "prompt" in options or options.get("benchmark") in PAIR_BENCHMARKS:
+        draft_folder(options.draft or str(run_path(config)/"student"))
+    elif name := options.get("draft") or options.get("model"):
+        draft_folder(name)
+
+# %% ../nbs/12_cli.ipynb #49181c44
 def silence_libraries() -> None:
     """Turn off warnings and progress bars of libraries."""
     import transformers
@@ -588,6 +600,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the `kdcode` command, and return its exit status: 0, 1 (failed), 2 (invalid) or 130 (interrupted)."""
     try:
         run, config, options = parse(sys.argv[1:] if arguments is None else list(arguments))
+        check_files(config, options)
         silence_libraries()
         THREADS.use(config.threads)
         run(config, options)

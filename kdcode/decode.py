@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['TokenLogprobs', 'StepOutput', 'verify_step', 'check_prompts', 'DecoderState', 'SpeculativeDecoder', 'bad_word_ids',
            'make_sequences', 'make_decoder', 'speculative_generate', 'RowProcessor', 'custom_generate', 'check_student',
-           'shipped_drafts', 'load_draft', 'unicode', 'prompt_ids', 'complete', 'stream']
+           'load_draft', 'unicode', 'prompt_ids', 'complete', 'stream']
 
 # %% ../nbs/07c_decode.ipynb #07151aad
-import importlib.util
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +30,7 @@ from .drafters import (
     check_vocabularies, Draft, Drafter, estimates_for, is_adaptive, LatencyModel, make_drafter, model_tokenizer,
     Sequence, StopCriteria)
 from .eagle import EagleStudent
+from .files import draft_folder
 from .result import incremental_text, SpeculativeResult
 from .sampling import SamplingParams, verify
 from .teacher import eos_token_ids, Teacher
@@ -503,26 +502,12 @@ def check_student(
         raise ConfigError(f"the student was made for the hidden states of teacher {student.config.teacher}, and those "
                           f"of {teacher.name} have another shape; distil one for {teacher.name}") from None
 
-def shipped_drafts() -> dict[str, Path]:
-    """Return the folders of the shipped students, by their teacher's name and by their own without `-draft`."""
-    root = Path(importlib.util.find_spec("kdcode").origin).parents[1]
-    drafts = {}
-    for file in sorted((root/"models").glob("*-draft/config.json")):
-        drafts[json.loads(file.read_text())["teacher"]] = file.parent
-        drafts[file.parent.name.removesuffix("-draft")] = file.parent
-    return drafts
-
 # %% ../nbs/07c_decode.ipynb #896998e1
 def _load_student(name: str) -> PreTrainedModel:
     """Load a student from a shipped name, a folder or a hub id. Raises `ConfigError` if that fails."""
-    shipped = shipped_drafts()
-    path = Path(shipped.get(name, name)).expanduser()
-    is_hub_id = len(path.parts) == 2 and not path.is_absolute() and not path.exists()
-    if not is_hub_id and not (path/"config.json").exists():
-        raise ConfigError(f"there is no student in {name}; make one with kdcode demo or kdcode distill, or give a "
-                          f"folder or a hub id (shipped are students for: {', '.join(shipped) or 'no teacher'})")
+    folder = draft_folder(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name if is_hub_id else path, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder or name, dtype=torch.float32).eval()
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"the student in {name} can't be loaded: {reason}") from None

@@ -35,8 +35,9 @@ from .config import Config, ConfigError, DecodeSettings, home
 from .data import humaneval_problems
 from .decode import complete, prompt_ids
 from .export import as_llama, export_gguf, export_llama, export_teacher
+from .files import model_source
 from .report import Report
-from .teacher import model_source, Teacher
+from .teacher import Teacher
 
 # %% ../nbs/09b_engines.ipynb #081d0a18
 @contextmanager

@@ -26,12 +26,13 @@ from .bench import (
 from .config import Config, DecodeSettings, Experiment
 from .data import Corpus
 from .draft_eval import evaluation_texts, first_draft_acceptance, PromptTexts, replay, task_prompts
+from .files import check_run
 from .provenance import machine, write_atomic
 from .report import cached_figures, METRICS, Report
 from .student import Student
 from .targets import with_shared_targets
 from .teacher import Teacher
-from .train import best_validation, check_run, describe_run, distill, run_stages
+from .train import best_validation, describe_run, distill, run_stages
 
 # %% ../nbs/09c_experiment.ipynb #262933df
 def acceptance_figures(

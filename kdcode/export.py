@@ -30,8 +30,9 @@ from .config import ConfigError
 from .data import tokenizer_fingerprint
 from .decode import load_draft
 from .eagle import EagleStudent
+from .files import model_source
 from .student import dense_weight, Student
-from .teacher import load_tokenizer, model_source, Teacher, tokens_without_row
+from .teacher import load_tokenizer, Teacher, tokens_without_row
 
 # %% ../nbs/10_export.ipynb #be6fb217
 def _check_exportable(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,9 +22,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import ConfigError
-from .decode import load_draft, shipped_drafts
+from .decode import load_draft
 from .eagle import EagleStudent
 from .export import as_llama, atomic_folder, export_llama, EXPORT_MARKER, open_tokenizer
+from .files import shipped_drafts
 from .report import markdown_table
 from .student import Student
 

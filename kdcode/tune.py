@@ -33,11 +33,12 @@ from transformers import TrainerCallback
 
 from .config import check_search_space, Config, ConfigError, save_config, SearchSpace, with_overrides
 from .data import Corpus
+from .files import check_same_run
 from .provenance import write_atomic
 from .student import Student
 from .targets import with_shared_targets
 from .teacher import Teacher
-from .train import best_validation, check_same_run, describe_run, distill, NonFiniteLoss
+from .train import best_validation, describe_run, distill, NonFiniteLoss
 
 # %% ../nbs/06c_tune.ipynb #0090f234
 DEFAULT_SPACE: SearchSpace = {

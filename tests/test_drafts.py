@@ -12,8 +12,9 @@ from kdcode import load_draft
 from kdcode.bench import generate_assisted, generate_baseline
 from kdcode.config import ConfigError, DecodeSettings, load_config
 from kdcode.data import Document, evaluation_lines, humaneval_problems, read_source, usable_documents
-from kdcode.decode import complete, shipped_drafts
+from kdcode.decode import complete
 from kdcode.eagle import EagleStudent
+from kdcode.files import shipped_drafts
 from kdcode.result import Statistics
 from kdcode.teacher import load_teacher
 

@@ -12,10 +12,11 @@ import pytest
 
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
-from kdcode.decode import complete, load_draft, shipped_drafts
+from kdcode.decode import complete, load_draft
 from kdcode.engines import (
     drop_end_token, engine_files, find_program, method_name, PROGRAMS, start_engines, target_calls)
 from kdcode.export import export_gguf, export_llama
+from kdcode.files import shipped_drafts
 from kdcode.teacher import load_teacher
 
 pytestmark = pytest.mark.slow

@@ -2,7 +2,8 @@
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from kdcode.teacher import embedded_teacher, load_teacher
+from kdcode.files import embedded_teacher
+from kdcode.teacher import load_teacher
 
 
 def test_plain_copy_equals_the_gguf_file():
