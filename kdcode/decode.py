@@ -27,7 +27,7 @@ from .cached_model import CachedModel, clock
 from .config import ConfigError, DecodeSettings
 from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
-    check_vocabularies, Draft, Drafter, estimates_for, is_adaptive, LatencyModel, local_tokenizer, make_drafter,
+    check_vocabularies, Draft, Drafter, estimates_for, is_adaptive, LatencyModel, make_drafter, model_tokenizer,
     Sequence, StopCriteria)
 from .eagle import EagleStudent
 from .files import draft_folder
@@ -505,7 +505,7 @@ def check_student(
                           f"that of {teacher.name}; distil one for {teacher.name}")
     if not fingerprint:  # not made by kdcode
         try:
-            check_vocabularies(teacher.tokenizer, local_tokenizer(student.name_or_path))
+            check_vocabularies(teacher.tokenizer, model_tokenizer(student))
         except ValueError as error:
             raise ConfigError(str(error)) from None
     if not isinstance(student, EagleStudent):

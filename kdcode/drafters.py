@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['MIN_NGRAM', 'MAX_NGRAM', 'HYBRID_MIN_NGRAM', 'NEW_BATCH_WEIGHT', 'FIRST_PROBE', 'MAX_PROBE', 'ESTIMATES',
-           'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'Drafter', 'empty_draft', 'one_hot_draft',
-           'cache_capacity', 'CachedDrafter', 'ModelDrafter', 'EagleRow', 'EagleDrafter', 'NGramIndex', 'NGramDrafter',
-           'CompositeDrafter', 'HybridDrafter', 'LatencyModel', 'AcceptanceEstimate', 'best_gamma', 'ProbeSchedule',
-           'GammaController', 'AdaptiveDrafter', 'ModelEstimates', 'estimates_for', 'local_tokenizer',
+           'TOKENIZERS', 'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'Drafter', 'empty_draft',
+           'one_hot_draft', 'cache_capacity', 'CachedDrafter', 'ModelDrafter', 'EagleRow', 'EagleDrafter', 'NGramIndex',
+           'NGramDrafter', 'CompositeDrafter', 'HybridDrafter', 'LatencyModel', 'AcceptanceEstimate', 'best_gamma',
+           'ProbeSchedule', 'GammaController', 'AdaptiveDrafter', 'ModelEstimates', 'estimates_for', 'model_tokenizer',
            'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8', 'drafting_model', 'make_drafter']
 
 # %% ../nbs/07b_drafters.ipynb #08145117
-import functools
 import statistics
 import weakref
 from collections import defaultdict, deque
@@ -558,8 +557,15 @@ def estimates_for(model: PreTrainedModel) -> ModelEstimates:
     return ESTIMATES.setdefault(model, ModelEstimates())
 
 # %% ../nbs/07b_drafters.ipynb #e4877e93
-@functools.lru_cache(maxsize=8)
-def local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+TOKENIZERS: weakref.WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase | None] = weakref.WeakKeyDictionary()
+
+def model_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in the folder or hub repository that a model was loaded from; None if there is none."""
+    if model not in TOKENIZERS:
+        TOKENIZERS[model] = _local_tokenizer(model.name_or_path)
+    return TOKENIZERS[model]
+
+def _local_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer in a folder, or of a hub id in the local cache; None if there is none."""
     if not name:
         return None
@@ -597,7 +603,7 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     if abs(rows - student_rows) >= MAX_PADDING_ROWS:
         raise ValueError(f"teacher {type(teacher).__name__} has {rows} ids and student {type(student).__name__} "
                          f"{student_rows}; both need the same tokenizer")
-    check_vocabularies(local_tokenizer(teacher.name_or_path), local_tokenizer(student.name_or_path))
+    check_vocabularies(model_tokenizer(teacher), model_tokenizer(student))
 
 # %% ../nbs/07b_drafters.ipynb #799c6e77
 def is_adaptive(settings: DecodeSettings) -> bool:
