@@ -498,7 +498,8 @@ def explain_differences(
     tolerance = 2 * logit_noise(teacher, texts)
     near = sum(gap <= tolerance for gap in gaps)
     note += (f"; {near} first differ at a near-tie, where the target's logits for the two tokens are within "
-             f"{tolerance:.2g} (twice their measured rounding), and {len(gaps) - near} elsewhere; the largest gap is {gaps[-1]:.2g}.")
+             f"{tolerance:.2g} (twice their measured rounding), and {len(gaps) - near} elsewhere; "
+             f"the largest gap is {gaps[-1]:.2g}.")
     return {"different": len(gaps), "near_ties": near, "largest_gap": gaps[-1], "logit_noise": tolerance / 2}, note
 
 # %% ../nbs/09a_bench.ipynb #d60417e7
