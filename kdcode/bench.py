@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ASSISTANT_OPTIONS', 'Method', 'GENERATE', 'STUDENT_DRAFT', 'NO_DRAFT', 'DRAFTER_LABELS', 'TRANSFORMERS_METHODS',
            'GAMMAS', 'CONTEXT', 'COST_COUNTS', 'NOISE_TEXTS', 'NOISE_TOKENS', 'NOISE_TOP', 'LEAST_NOISE',
-           'WARM_UP_TOKENS', 'BY_TASK', 'BLOCK', 'MEMORY', 'LOSS_SHAPE', 'TOKEN_COUNTS', 'LLAMA_CPP', 'NF4_BLOCK',
-           'generate_baseline', 'generate_assisted', 'fixed_gamma_name', 'kdcode_method', 'generate_method',
-           'assisted_method', 'transformers_methods', 'decode_methods', 'Decoded', 'decode_interleaved', 'StepCosts',
-           'step_costs', 'speedup_objective', 'predicted_run_speedup', 'decode_figures', 'decode_rows', 'explain_speed',
-           'plot_acceptance', 'plot_speedup', 'first_difference', 'logit_noise', 'explain_differences', 'sampling_name',
-           'save_plots', 'bench_decode', 'prompt_speedups', 'task_row', 'plot_tasks', 'bench_tasks', 'loss_tensors',
+           'WARM_UP_TOKENS', 'BY_TASK', 'BUSY_PROCESSES', 'BLOCK', 'MEMORY', 'LOSS_SHAPE', 'TOKEN_COUNTS', 'LLAMA_CPP',
+           'NF4_BLOCK', 'generate_baseline', 'generate_assisted', 'fixed_gamma_name', 'kdcode_method',
+           'generate_method', 'assisted_method', 'transformers_methods', 'decode_methods', 'Decoded',
+           'decode_interleaved', 'StepCosts', 'step_costs', 'speedup_objective', 'predicted_run_speedup',
+           'decode_figures', 'decode_rows', 'explain_speed', 'plot_acceptance', 'plot_speedup', 'first_difference',
+           'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode', 'prompt_speedups',
+           'task_row', 'plot_tasks', 'bench_tasks', 'busy_processes', 'busy_row', 'bench_busy', 'loss_tensors',
            'plain_distillation_loss', 'loss_step', 'peak_memory', 'largest_batches', 'bench_loss', 'train_step',
            'step_seconds', 'bench_targets', 'teacher_variants', 'llama_cpp_times', 'plot_steps', 'bench_steps',
            'bench_profile']
@@ -25,10 +26,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,10 +52,12 @@ from .drafters import drafting_model, drafts_in_int8
 from .eagle import EagleStudent
 from .files import model_source
 from .loss import chunked_distillation_loss
+from .provenance import available_cpus
 from .report import bootstrap_interval, markdown_table, Report
 from .result import SpeculativeResult, Statistics
 from .sampling import predicted_speedup
 from .teacher import eos_token_ids, load_teacher, Teacher, TimedSteps
+from .threads import THREADS
 from .train import distill, DistillationTrainer, make_trainer
 from .tune import Objective
 from .validate import validate
@@ -667,6 +671,57 @@ def bench_tasks(
                if isinstance(value, float)}
     images = save_plots(folder, {"tasks.png": plot_tasks(rows)})
     report = Report(command, config, figures, rows, _tasks_notes(config, everything), images)
+    report.save(folder)
+    return report
+
+# %% ../nbs/09a_bench.ipynb #e01eb7b5
+BUSY_PROCESSES = (0, 1, 2)
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keep `count` cores busy in a `with` block."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try: yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+def busy_row(
+    methods: dict[str, Method],
+    problems: list[dict],
+    device: torch.device,
+    count: int,                      # of busy processes
+    threads: Literal["auto"] | int,
+) -> dict[str, Any]:
+    """Return the tokens per second of each method beside busy processes."""
+    THREADS.use(threads)
+    decode_interleaved(methods, problems[:1], device)  # the number of threads settles
+    decoded = decode_interleaved(methods, problems, device)
+    return {"busy processes": count, "threads": str(threads)} | {name: one.speed for name, one in decoded.items()}
+
+def bench_busy(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    config: Config,
+    folder: Path,  # gets report.json and report.md
+    command: str,  # the command line
+    progress: Callable[[int, int], None] | None = None,  # called with the rows done and the total
+) -> Report:
+    """Measure tokens per second beside busy processes, with `threads: auto` and with fixed numbers of threads."""
+    settings, problems, rows = config.decode, humaneval_problems(config.decode.problems), []
+    methods = decode_methods(teacher, student, settings, config.seed, "pair")
+    choices: list[Literal["auto"] | int] = ["auto", *sorted({1, available_cpus()})]
+    for count in BUSY_PROCESSES:
+        with busy_processes(count):
+            for threads in choices:
+                rows.append(busy_row(methods, problems, teacher.device, count, threads))
+                if progress: progress(len(rows), len(choices) * len(BUSY_PROCESSES))
+    THREADS.use(config.threads)
+    figures = {f"{row['threads']} threads, {row['busy processes']} busy, {name}": row[name]
+               for row in rows for name in methods}
+    note = f"Tokens per second; {len(problems)} HumanEval prompts, at most {settings.max_new_tokens} new tokens."
+    report = Report(command, config, figures, rows, [note])
     report.save(folder)
     return report
 

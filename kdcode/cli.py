@@ -7,10 +7,10 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'EXPORT_OPTIONS', 'OPTIONS', 'PAIR_BENCHMARKS', 'Steps', 'ProgressBar', 'display_path', 'load_teachers',
            'load_corpus', 'load_corpus_and_teachers', 'print_report', 'train_student', 'run_distill', 'run_targets',
            'print_trial', 'run_tune', 'load_pair', 'run_generate', 'shipped_student', 'run_demo', 'bench_decode',
-           'bench_tasks', 'bench_engines', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench',
-           'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
-           'default_draft', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse',
-           'check_files', 'silence_libraries', 'print_error', 'main']
+           'bench_tasks', 'bench_engines', 'bench_busy', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets',
+           'run_bench', 'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student',
+           'run_export', 'default_draft', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration',
+           'parse', 'check_files', 'silence_libraries', 'print_error', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import os
@@ -203,8 +203,10 @@ def shipped_student(teacher, config: Config) -> dict:
     from kdcode.decode import load_draft
     if teacher.name not in shipped_drafts():
         return {}
+    student = load_draft(teacher.name, teacher)
     settings = replace(config.decode, gamma=4, adaptive=None, student_weights="auto")
-    return {"kdcode, shipped draft": (load_draft(teacher.name, teacher), settings)}
+    return {"kdcode, shipped draft": (student, settings),
+            "kdcode, shipped draft, hybrid": (student, replace(settings, drafter="hybrid"))}
 
 def run_demo(config: Config, options) -> None:
     """Run `kdcode demo`: train a student, then measure its speedup."""
@@ -240,6 +242,11 @@ def bench_engines(config: Config, folder: Path, options):
     pair = load_pair(config, options.draft)
     return engines.bench_engines(*pair, config, folder, options.command_line, ProgressBar("prompt"))
 
+def bench_busy(config: Config, folder: Path, options):
+    """Measure decoding beside processes that keep cores busy."""
+    from kdcode import bench
+    return bench.bench_busy(*load_pair(config, options.draft), config, folder, options.command_line, ProgressBar("row"))
+
 def bench_profile(config: Config, folder: Path, options):
     """Measure the operations of a draft step and a verify call."""
     from kdcode import bench
@@ -273,6 +280,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "engines": (bench_engines, "transformers, vLLM and llama.cpp on the same prompts"),
     "steps": (bench_steps, "a target call by number of tokens, dtype and kernels"),
     "profile": (bench_profile, "operations of a draft step and a verify call"),
+    "busy": (bench_busy, "decoding beside busy processes, with fixed and adapted numbers of threads"),
     "loss": (bench_loss, "memory and time of the chunked loss"),
     "targets": (bench_targets, "cached targets against online targets"),
 }
@@ -572,7 +580,7 @@ def parse(
     return COMMANDS[parsed.command][0], load_configuration(parser, parsed, options), options
 
 # %% ../nbs/12_cli.ipynb #d7a27335
-PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile")  # need a teacher and a student
+PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile", "busy")  # need a teacher and a student
 
 def check_files(config: Config, options) -> None:
     """Raise `ConfigError` for models that are not there and for runs that do not fit, without loading anything."""
