@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MEASURED_ROWS', 'MIN_GAIN', 'Kernels', 'MEASURED', 'Forwards', 'INT8_COPIES', 'CHECKED', 'NOISE_FACTOR',
-           'LEAST_TOLERANCE', 'OPERATIONS', 'clock', 'timed', 'transposed_linear', 'LinearKernel', 'kernel_seconds',
-           'select_kernels', 'fastest_kernels', 'plain_linears', 'measurement_key', 'read_kernels', 'write_kernels',
-           'kernels_for', 'replaced_forwards', 'tuned_forward', 'with_kernels', 'tuned_forwards', 'compiled_forwards',
-           'weights_hash', 'int8', 'sliding_window', 'attention_kinds', 'additive_mask', 'check_attention',
-           'check_positions', 'pad_tokens', 'wanted_positions', 'logits_to_keep', 'split_logits', 'split_hidden',
-           'feature_inputs', 'fast_forwards', 'RaggedModel', 'mask_inputs', 'needs_check', 'trial_ids', 'solo_logits',
-           'deviation', 'rounding_noise', 'row_difference', 'check_row_independence', 'CachedModel', 'warm_up',
-           'call_ms', 'call_times', 'operation_kind', 'profile_call', 'machine_limits', 'roofline_ms']
+           'LEAST_TOLERANCE', 'LEAST_ROUNDINGS', 'OPERATIONS', 'clock', 'timed', 'transposed_linear', 'LinearKernel',
+           'kernel_seconds', 'select_kernels', 'fastest_kernels', 'plain_linears', 'measurement_key', 'read_kernels',
+           'write_kernels', 'kernels_for', 'replaced_forwards', 'tuned_forward', 'with_kernels', 'tuned_forwards',
+           'compiled_forwards', 'weights_hash', 'int8', 'sliding_window', 'attention_kinds', 'additive_mask',
+           'check_attention', 'check_positions', 'pad_tokens', 'wanted_positions', 'logits_to_keep', 'split_logits',
+           'split_hidden', 'feature_inputs', 'fast_forwards', 'RaggedModel', 'mask_inputs', 'needs_check', 'trial_ids',
+           'solo_logits', 'deviation', 'padded_logits', 'rounding_noise', 'tolerance', 'row_difference',
+           'check_row_independence', 'CachedModel', 'warm_up', 'call_ms', 'call_times', 'operation_kind',
+           'profile_call', 'machine_limits', 'roofline_ms']
 
 # %% ../nbs/02b_cached_model.ipynb #54845f24
 import copy
@@ -400,8 +401,9 @@ def mask_inputs(rows: RaggedModel, tokens: list[list[int]]) -> dict[str, object]
 
 # %% ../nbs/02b_cached_model.ipynb #3d8284d4
 CHECKED = weakref.WeakSet()  # models
-NOISE_FACTOR = 4.     # rows may differ from solo runs by this multiple of the measured noise
-LEAST_TOLERANCE = .01  # or by this, in standard deviations of a logit
+NOISE_FACTOR = 4.      # rows may differ from solo runs by this multiple of the measured noise,
+LEAST_TOLERANCE = .01  # or by this many standard deviations of a logit,
+LEAST_ROUNDINGS = 10   # or by this many rounding steps of a number near 1
 
 def needs_check(model: PreTrainedModel) -> bool:
     """Return whether a model must be tested before use.
@@ -424,12 +426,26 @@ def deviation(logits: Tensor, expected: Tensor) -> float:
     """Return the largest difference of logits (vocab,), in standard deviations of the expected ones."""
     return ((logits - expected).nan_to_num(0).abs().max() / expected.nan_to_num(0).std()).item()
 
+@torch.no_grad()
+def padded_logits(model: PreTrainedModel, ids: list[int], padding: int) -> Tensor:
+    """Return the logits (time, vocab) of one sequence with padding behind it, in float32."""
+    input_ids = torch.tensor([ids + [0] * padding], device=model.device)
+    mask = torch.tensor([[1] * len(ids) + [0] * padding], device=model.device)
+    return model(input_ids=input_ids, attention_mask=mask).logits[0, :len(ids)].float()
+
 def rounding_noise(model: PreTrainedModel) -> float:
-    """Return how much the logits at a position depend on the number of later tokens, in standard deviations."""
-    ids = trial_ids(model)
-    logits = {n: solo_logits(model, ids[:n]) for n in range(1, len(ids) + 1)}
-    return max(deviation(logits[longer][n - 1], logits[n][n - 1])
-               for n in range(1, len(ids)) for longer in range(n + 1, len(ids) + 1))
+    """Return how much logits depend on tokens or padding behind their position, in standard deviations of a logit."""
+    ids, worst = trial_ids(model), 0.
+    whole = solo_logits(model, ids)
+    for n in range(1, len(ids)):
+        expected = solo_logits(model, ids[:n])[-1]
+        others = [whole[n - 1], *(padded_logits(model, ids[:n], padding)[-1] for padding in (1, len(ids) - n))]
+        worst = max([worst, *(deviation(other, expected) for other in others)])
+    return worst
+
+def tolerance(model: PreTrainedModel) -> float:
+    """Return by how much rows of a batch may differ from solo runs, in standard deviations of a logit."""
+    return max(LEAST_TOLERANCE, LEAST_ROUNDINGS * torch.finfo(model.dtype).eps, NOISE_FACTOR * rounding_noise(model))
 
 # %% ../nbs/02b_cached_model.ipynb #47e78ca3
 def row_difference(model: PreTrainedModel, trial: "CachedModel") -> float:
@@ -448,7 +464,7 @@ def row_difference(model: PreTrainedModel, trial: "CachedModel") -> float:
 def check_row_independence(model: PreTrainedModel, trial: "CachedModel") -> None:
     """Raise `ConfigError` if the rows of a batch differ from the same sequences alone by more than rounding."""
     try:
-        difference, allowed = row_difference(model, trial), max(LEAST_TOLERANCE, NOISE_FACTOR * rounding_noise(model))
+        difference, allowed = row_difference(model, trial), tolerance(model)
         reason = "" if difference <= allowed else (
             f"rows of a batch differ from solo runs by {difference:.2g} standard deviations of a logit, "
             f"and rounding explains {allowed:.2g}")
