@@ -40,6 +40,11 @@ def _append(decoder: SpeculativeDecoder | None, prefilled: SpeculativeDecoder, r
     return decoder
 
 # %% ../nbs/07d_batching.ipynb #1aa70780
+def _own(student: PreTrainedModel | Drafter) -> PreTrainedModel | Drafter:
+    """Return a copy of a drafter, which keeps a state for its sequences; a model as it is."""
+    return copy.copy(student) if isinstance(student, Drafter) else student
+
+# %% ../nbs/07d_batching.ipynb #6984f06f
 class Batch:
     """Sequences that are decoded together; each may join and leave between two decoding steps."""
     def __init__(
@@ -57,8 +62,7 @@ class Batch:
 
         Raises `ValueError` for an invalid prompt. After any error the batch is as it was before.
         """
-        student = copy.copy(self.student) if isinstance(self.student, Drafter) else self.student
-        decoder = make_decoder(self.teacher, student, [sequence], self.settings)
+        decoder = make_decoder(self.teacher, _own(self.student), [sequence], self.settings)
         yield from _prefill(decoder, sequence)
         if not sequence.finished:
             self.decoder = _append(self.decoder, decoder, len(self.sequences))

@@ -39,7 +39,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn, Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 # %% ../nbs/09a_bench.ipynb #4fa39627
 from .cached_model import CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up
@@ -55,7 +55,7 @@ from .loss import chunked_distillation_loss
 from .provenance import available_cpus
 from .report import bootstrap_interval, markdown_table, Report
 from .result import SpeculativeResult, Statistics
-from .sampling import predicted_speedup
+from .sampling import apply_processors, predicted_speedup
 from .teacher import eos_token_ids, load_teacher, Teacher, TimedSteps
 from .threads import THREADS
 from .train import distill, DistillationTrainer, make_trainer
@@ -456,7 +456,7 @@ def first_difference(
     sequence, = make_sequences([prompt_ids(teacher, prompt)], settings, 0, stop, teacher.tokenizer, teacher.device)
     tokens = sequence.tokens + text[:position]
     logits = teacher.model(torch.tensor([tokens], device=teacher.device), logits_to_keep=1).logits[0]
-    scores = sequence.sampling.processed(logits, tokens)[0].float()
+    scores = apply_processors(LogitsProcessorList(sequence.sampling.processors), logits, tokens)[0]
     return (scores[text[position]] - scores[other[position]]).item()
 
 # %% ../nbs/09a_bench.ipynb #b44dd30c
@@ -485,6 +485,7 @@ def logit_noise(
         noise = max(noise, (values.amax(0) - values.amin(0)).max().item())
     return noise
 
+# %% ../nbs/09a_bench.ipynb #130b6fa6
 def explain_differences(
     teacher: Teacher,
     problems: list[dict],
@@ -700,6 +701,7 @@ def busy_row(
     decoded = decode_interleaved(methods, problems, device)
     return {"busy processes": count, "threads": str(threads)} | {name: one.speed for name, one in decoded.items()}
 
+# %% ../nbs/09a_bench.ipynb #a7b433e6
 def bench_busy(
     teacher: Teacher,
     student: PreTrainedModel,

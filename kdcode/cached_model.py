@@ -413,6 +413,7 @@ def needs_check(model: PreTrainedModel) -> bool:
     is_int8 = any(type(module).__module__.startswith("torch.ao.") for module in model.modules())
     return not (model in CHECKED or isinstance(model, Student) or model.training or is_int8)
 
+# %% ../nbs/02b_cached_model.ipynb #c4e5dbff
 def trial_ids(model: PreTrainedModel) -> list[int]:
     """Return nine token ids of the model's vocabulary."""
     return [i % model.config.get_text_config().vocab_size for i in range(3, 12)]

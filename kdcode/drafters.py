@@ -178,8 +178,7 @@ class ModelDrafter(CachedDrafter):
         vocabulary_size: int | None = None,  # of the target; the model's ids beyond it are padding and never drafted
     ):
         super().__init__(model, compiled)
-        self.greedy = greedy
-        self.vocabulary_size = vocabulary_size or self.model_vocabulary_size
+        self.greedy, self.vocabulary_size = greedy, vocabulary_size or self.model_vocabulary_size
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Draft token by token for all sequences at once, at most to the end of the model's context."""

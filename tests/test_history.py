@@ -49,13 +49,17 @@ def flat(settings: dict, above: str = "") -> dict:
     return rows
 
 
-# name and folder do not change a result; "auto" also decodes an int8 draft in int8
-OF_NO_EFFECT = {"name", "out", "decode.student_weights"}
+# name and folder do not change a result; "auto" also decodes an int8 draft in int8; `threads` is no setting of training
+OF_NO_EFFECT = {"name", "out", "decode.student_weights", "train.threads", "threads"}
 # settings changed since: decode-all measured the first shipped draft, and pages that quote it say so
+SMALLER_DEMO = {"data.tokens", "train.eval_steps"}  # make demo trains on half the text now
 SINCE = {
+    "decode": SMALLER_DEMO,
+    "decode-sampled": SMALLER_DEMO,
+    "experiments/size": {"train.epochs"},  # max_steps was no maximum
     "decode-all": {"data.source", "data.tokens", "student.layers", "train.epochs", "train.eval_steps",
                    "train.single_step_share", "train.save_dtype"},
-    "targets": {"loss.chunk_size", "decode.gamma"},
+    "targets": {"loss.chunk_size", "decode.gamma"} | SMALLER_DEMO,
     "training-smollm2-draft": {"decode.gamma"},
     "training-smollm2-independent": {"decode.gamma", "train.single_step_share"},  # trained for one step
 }
