@@ -59,7 +59,7 @@ SINCE = {
     "experiments/size": {"train.epochs"},  # max_steps was no maximum
     "decode-all": {"data.source", "data.tokens", "student.layers", "train.epochs", "train.eval_steps",
                    "train.single_step_share", "train.save_dtype"},
-    "targets": {"loss.chunk_size", "decode.gamma"} | SMALLER_DEMO,
+    "targets": {"loss.chunk_size", "decode.gamma", "data.tokens"},
     "training-smollm2-draft": {"decode.gamma"},
     "training-smollm2-independent": {"decode.gamma", "train.single_step_share"},  # trained for one step
 }
