@@ -722,7 +722,7 @@ def bench_busy(
     THREADS.use(config.threads)
     figures = {f"{row['threads']} threads, {row['busy processes']} busy, {name}": row[name]
                for row in rows for name in methods}
-    note = f"Tokens per second; {len(problems)} HumanEval prompts, at most {settings.max_new_tokens} new tokens."
+    note = f"Tokens per second; HumanEval prompts: {len(problems)}, at most {settings.max_new_tokens} new tokens."
     report = Report(command, config, figures, rows, [note])
     report.save(folder)
     return report
