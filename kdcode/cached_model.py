@@ -219,14 +219,13 @@ def compiled_forwards(model: PreTrainedModel) -> Forwards:
     return [(layer, type(layer), torch.compile(layer.forward, dynamic=True)) for layer in layers]
 
 # %% ../nbs/02b_cached_model.ipynb #b3222e3f
-INT8_COPIES = weakref.WeakKeyDictionary()  # by model: the hash of its weights, and the copy
+INT8_COPIES = weakref.WeakKeyDictionary()  # by model: the state of its weights, and the copy
 
 @torch.no_grad()
 def weights_hash(model: nn.Module) -> list[tuple[int, float]]:
-    """Return a hash and the sum of each parameter and buffer, and of the input embedding, which may be another's."""
-    embedding = model.get_input_embeddings()
-    tensors = [*model.parameters(), *model.buffers(), *([] if embedding is None else embedding.parameters())]
-    return [(torch.hash_tensor(tensor).item(), tensor.sum(dtype=torch.float64).item()) for tensor in tensors]
+    """Return a hash and the sum of each parameter and buffer: a hash alone misses an even number of changed signs."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(torch.hash_tensor(tensor).item(), tensor.sum().item()) for tensor in tensors]
 
 def int8(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy whose linear layers have 8-bit weights; made again if the weights have changed.
@@ -239,7 +238,7 @@ def int8(model: PreTrainedModel) -> PreTrainedModel:
     if model.device.type != "cpu":
         raise ConfigError(f"8-bit weights run on the CPU, but the student is on {model.device}; "
                           "use decode.student_weights plain or auto")
-    now = weights_hash(model)
+    now = weights_hash(model), id(model.get_input_embeddings())  # that of a draft head belongs to its teacher
     if model not in INT8_COPIES or INT8_COPIES[model][0] != now:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces that this function will move to torchao
@@ -419,6 +418,7 @@ def trial_ids(model: PreTrainedModel) -> list[int]:
     return [i % model.config.get_text_config().vocab_size for i in range(3, 12)]
 
 @torch.no_grad()
+@torch.no_grad()
 def solo_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Return the logits (time, vocab) of one sequence, computed at once, in float32."""
     return model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
@@ -449,16 +449,16 @@ def tolerance(model: PreTrainedModel) -> float:
     return max(LEAST_TOLERANCE, LEAST_ROUNDINGS * torch.finfo(model.dtype).eps, NOISE_FACTOR * rounding_noise(model))
 
 # %% ../nbs/02b_cached_model.ipynb #47e78ca3
+@torch.no_grad()
 def row_difference(model: PreTrainedModel, trial: "CachedModel") -> float:
     """Return the largest difference between rows of a batch of two and solo runs, in standard deviations of a logit.
 
     `trial` is an unused `CachedModel` of the model.
     """
     ids = trial_ids(model)
-    with torch.no_grad():
-        trial.forward([ids[:5], ids[:2]], [1, 1])
-        trial.crop([3, 1])
-        rows, _ = trial.forward([ids[5:6], ids[2:6]], [1, 1])
+    trial.forward([ids[:5], ids[:2]], [1, 1])
+    trial.crop([3, 1])
+    rows, _ = trial.forward([ids[5:6], ids[2:6]], [1, 1])
     sequences = (ids[:3] + ids[5:6], ids[:1] + ids[2:6])
     return max(deviation(row[0].float(), solo_logits(model, sequence)[-1]) for row, sequence in zip(rows, sequences))
 

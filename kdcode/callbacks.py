@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FSDP_WEIGHTS', 'CHECKPOINT_FILES', 'LOSS_CURVES', 'SAMPLE_TOKENS', 'MLFLOW_DEFAULTS', 'UPDATE_SECONDS',
-           'PLOTTING_SHARE', 'ENDPOINT_VARIABLES', 'S3_COMPATIBILITY', 'warn_once', 'checkpoint_step', 'is_whole',
-           'damaged_file', 'find_checkpoint', 'history_table', 'plot_history', 'SampleText', 'mlflow_enabled',
-           'MLflowTracking', 'latest_metrics', 'progress_line', 'TerminalProgress', 'LineProgress', 'NotebookProgress',
-           'progress_callback', 'StopRequested', 'StopOnSignal', 'StopIfEnded', 'remote_folder', 'upload',
-           'UploadQueue', 'Uploader']
+           'PLOTTING_SHARE', 'ENDPOINT_VARIABLES', 'S3_COMPATIBILITY', 'warn_once', 'warn_damaged', 'checkpoint_step',
+           'is_whole', 'damaged_file', 'find_checkpoint', 'history_table', 'plot_history', 'SampleText',
+           'mlflow_enabled', 'MLflowTracking', 'latest_metrics', 'progress_line', 'TerminalProgress', 'LineProgress',
+           'NotebookProgress', 'progress_callback', 'StopRequested', 'StopOnSignal', 'StopIfEnded', 'remote_folder',
+           'upload', 'UploadQueue', 'Uploader']
 
 # %% ../nbs/06a_callbacks.ipynb #d9d1e950
 import json
@@ -51,6 +51,11 @@ def warn_once(line: str) -> None:
     """Print a line to stderr, once per process."""
     print(line, file=sys.stderr)
 
+def warn_damaged(checkpoint: Path | str, file: str) -> None:
+    """Say in a line that a checkpoint with a damaged file is not used."""
+    warn_once(f"{checkpoint} is damaged ({file} is missing, empty or cut off) and is not used; "
+              "an earlier checkpoint is, if there is one")
+
 FSDP_WEIGHTS = "pytorch_model_fsdp_0"  # the folder of a checkpoint in which FSDP saves its sharded weights
 CHECKPOINT_FILES = [("trainer_state.json",), ("model.safetensors", FSDP_WEIGHTS), ("optimizer.pt", "optimizer_0"),
                     ("scheduler.pt",), ("rng_state.pth", "rng_state_0.pth")]  # in brackets: one process, or several
@@ -86,8 +91,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     for checkpoint in sorted(finished, key=checkpoint_step, reverse=True):
         damaged = damaged_file(checkpoint)
         if not damaged: return checkpoint
-        warn_once(f"{checkpoint} is damaged ({damaged} is missing, empty or cut off) and is not used; "
-                  "an earlier checkpoint is, if there is one")
+        warn_damaged(checkpoint, damaged)
     return None
 
 # %% ../nbs/06a_callbacks.ipynb #511e7de1

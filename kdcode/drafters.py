@@ -73,10 +73,11 @@ class Sequence:
     statistics: Statistics = field(default_factory=Statistics)
     finished: bool = False
 
-    def ends(self, tokens: list[int]) -> bool:
-        """Return whether a text of this sequence ends with its last token; criteria are asked if processors are."""
-        stop = self.stop if self.sampling.processors else StopCriteria(self.stop.ids)
-        return stop.truncate(tokens[:-1], tokens[-1:], "cpu")[1]
+    def ends(self, before: list[int], token: int, device: torch.device) -> bool:
+        """Return whether a token ends the text before it. Criteria are asked only if there are logits processors."""
+        if not self.sampling.processors:
+            return token in self.stop.ids
+        return self.stop.truncate(before, [token], device)[1]
 
     @property
     def budget(self) -> int:
@@ -192,7 +193,7 @@ class ModelDrafter(CachedDrafter):
                 if q.sum() > 0:
                     probs[row].append(q)
                     drafts[row].append(sample(q[0], sequences[row].generator))
-                if not q.sum() > 0 or sequences[row].ends(tokens[row] + drafts[row][-1:]):
+                if not q.sum() > 0 or sequences[row].ends(tokens[row], drafts[row][-1], q.device):
                     budgets[row] = len(drafts[row])  # no allowed token, NaN in q, or nothing can follow
         return [Draft(draft, torch.cat(q)) if draft else empty_draft(self.model.device)
                 for draft, q in zip(drafts, probs)]

@@ -31,10 +31,10 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ExportableState
 
-from kdcode.callbacks import (
+from .callbacks import (
     checkpoint_step, damaged_file, find_checkpoint, FSDP_WEIGHTS, is_whole, mlflow_enabled, MLflowTracking,
     plot_history, progress_callback, remote_folder, SampleText, StopIfEnded, StopOnSignal, StopRequested, Uploader,
-    warn_once)
+    warn_damaged, warn_once)
 from .config import Config, ConfigError, LossSettings, run_path, save_config, TrainSettings
 from .files import check_run, check_same_run
 from .data import collate, Corpus, tokenizer_fingerprint
@@ -296,8 +296,7 @@ def fetch_checkpoint(
     shutil.rmtree(unfinished, ignore_errors=True)
     files.get(f"{remote}/", f"{unfinished}/", recursive=True)
     if damaged := damaged_file(unfinished):
-        warn_once(f"{remote} is damaged ({damaged} is missing, empty or cut off) and is not used; "
-                  "an earlier checkpoint is, if there is one")
+        warn_damaged(remote, damaged)
         shutil.rmtree(unfinished)
         return None
     shutil.rmtree(target, ignore_errors=True)

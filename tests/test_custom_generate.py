@@ -4,9 +4,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcode.batching import Batch
+from kdcode.cached_model import int8
 from kdcode.config import DecodeSettings
 from kdcode.decode import custom_generate, make_sequences
 from kdcode.drafters import NGramDrafter
+from kdcode.eagle import EagleStudent
 
 EOS = 5
 
@@ -86,3 +88,16 @@ def test_batch_with_a_drafter_object():
             list(batch.add(sequence))
         while batch.sequences: batch.step()
     assert [sequence.tokens for sequence in sequences] == solo
+
+
+def test_int8_head_follows_its_teacher():
+    head = EagleStudent.from_teacher(TEACHER).eval()
+    first = int8(head)
+    other = tiny(2)
+    head.attach(TEACHER)
+    assert int8(head) is first
+    copied = int8(head.attach(other))
+    assert copied is not first
+    assert torch.equal(copied.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    other.get_input_embeddings().weight.data.mul_(2)
+    assert torch.equal(int8(head).get_input_embeddings().weight, other.get_input_embeddings().weight)
