@@ -282,8 +282,8 @@ def step_costs(
     """Measure a draft step and target calls over up to γ + 1 tokens."""
     counts = sorted({n for n in (*COST_COUNTS, gamma + 1) if n <= gamma + 1})
     capacity = context + counts[-1]
-    models = {"target": CachedModel(teacher, capacity, compiled=settings.compile),
-              "draft": CachedModel(drafting_model(student, settings), capacity, compiled=settings.compile)}
+    models = {"target": CompiledModel(teacher, capacity, compile=settings.compile),
+              "draft": CompiledModel(drafting_model(student, settings), capacity, compile=settings.compile)}
     times = call_times(models, counts, context)
     return StepCosts(times["draft"][1], times["target"])
 
@@ -1047,7 +1047,7 @@ def bench_profile(
 ) -> Report:
     """Report milliseconds by kind of operation for a draft step, a target step and a verify call over γ + 1 tokens."""
     gamma = config.decode.gamma
-    new_model = functools.partial(CachedModel, capacity=CONTEXT + gamma + 1, compiled=config.decode.compile)
+    new_model = functools.partial(CompiledModel, capacity=CONTEXT + gamma + 1, compile=config.decode.compile)
     draft = drafting_model(student, config.decode)
     profiles = {"draft step": profile_call(new_model(draft), 1, CONTEXT),
                 "teacher, 1 token": profile_call(new_model(teacher.model), 1, CONTEXT),

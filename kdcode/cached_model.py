@@ -7,12 +7,12 @@ __all__ = ['MEASURED_ROWS', 'MIN_GAIN', 'Kernels', 'MEASURED', 'Forwards', 'INT8
            'LEAST_TOLERANCE', 'LEAST_ROUNDINGS', 'OPERATIONS', 'clock', 'timed', 'transposed_linear', 'LinearKernel',
            'kernel_seconds', 'select_kernels', 'fastest_kernels', 'plain_linears', 'measurement_key', 'read_kernels',
            'write_kernels', 'kernels_for', 'replaced_forwards', 'tuned_forward', 'with_kernels', 'tuned_forwards',
-           'compiled_forwards', 'StatePickler', 'model_state', 'int8', 'sliding_window', 'attention_kinds',
-           'additive_mask', 'check_attention', 'check_positions', 'pad_tokens', 'wanted_positions', 'logits_to_keep',
-           'split_logits', 'split_hidden', 'feature_inputs', 'fast_forwards', 'RaggedModel', 'mask_inputs',
-           'needs_check', 'trial_ids', 'solo_logits', 'deviation', 'padded_logits', 'rounding_noise', 'tolerance',
-           'row_difference', 'check_row_independence', 'CachedModel', 'warm_up', 'call_ms', 'call_times',
-           'operation_kind', 'profile_call', 'machine_limits', 'roofline_ms']
+           'StatePickler', 'model_state', 'int8', 'sliding_window', 'attention_kinds', 'additive_mask',
+           'check_attention', 'check_positions', 'pad_tokens', 'wanted_positions', 'logits_to_keep', 'split_logits',
+           'split_hidden', 'feature_inputs', 'RaggedModel', 'mask_inputs', 'is_int8', 'needs_check', 'trial_ids',
+           'solo_logits', 'deviation', 'padded_logits', 'rounding_noise', 'tolerance', 'row_difference',
+           'check_row_independence', 'CachedModel', 'warm_up', 'call_ms', 'call_times', 'operation_kind',
+           'profile_call', 'machine_limits', 'roofline_ms']
 
 # %% ../nbs/02b_cached_model.ipynb #54845f24
 import copy
@@ -211,17 +211,6 @@ def tuned_forwards(model: PreTrainedModel) -> Forwards:
                 for dtype in {layer.weight.dtype for layer in layers}}
     return with_kernels(layers, {dtype: kernels_for(part) for dtype, part in by_dtype.items()})
 
-# %% ../nbs/02b_cached_model.ipynb #cd9455e2
-def compiled_forwards(model: PreTrainedModel) -> Forwards:
-    """Return compiled forwards of a model's layers, for any sequence length. Raises `ConfigError` without layers."""
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else each layer's index would be compiled anew
-    torch._dynamo.config.recompile_limit = 64  # one for each number of rows
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
-    if layers is None:
-        raise ConfigError(f"{type(model).__name__} has no list of layers to compile; set decode.compile to false")
-    return [(layer, type(layer), torch.compile(layer.forward, dynamic=True)) for layer in layers]
-
 # %% ../nbs/02b_cached_model.ipynb #b3222e3f
 class StatePickler(pickle.Pickler):
     """A pickler that stores a hash and the sum of each tensor, and the `id()` of what a copy has in common."""
@@ -363,24 +352,18 @@ def feature_inputs(
         features = [torch.zeros(len(row), model.config.hidden_size, device=model.device) for row in tokens]
     return {"features": nn.utils.rnn.pad_sequence(features, batch_first=True)}
 
-def fast_forwards(model: PreTrainedModel, compiled: bool, fast: bool) -> Forwards:
-    """Return compiled forwards of the layers, forwards with selected kernels, or none."""
-    if compiled:
-        return compiled_forwards(model)
-    return tuned_forwards(model) if fast else []
+
 
 # %% ../nbs/02b_cached_model.ipynb #cf26b6ee
 class RaggedModel:
     """A causal language model and a KV cache whose rows have their own lengths."""
 
-    def __init__(self, model: PreTrainedModel, capacity: int, batch_size: int, compiled: bool, fast: bool):
+    def __init__(self, model: PreTrainedModel, capacity: int, batch_size: int, fast: bool):
         config = model.config.get_text_config()
         check_attention(config)
         check_positions(config, capacity)
-        self.model, self.forwards = model, fast_forwards(model, compiled, fast)
+        self.model, self.forwards = model, tuned_forwards(model) if fast else []
         self.cache = KVCache(batch_size, capacity)
-        if compiled:
-            self.cache.update = torch.compiler.disable(self.cache.update)
         self.window, self.kinds = sliding_window(config), attention_kinds(config)
         self.context_size = getattr(config, "max_position_embeddings", None) or capacity
 
@@ -423,13 +406,16 @@ NOISE_FACTOR = 4.      # rows may differ from solo runs by this multiple of the 
 LEAST_TOLERANCE = .01  # or by this many standard deviations of a logit,
 LEAST_ROUNDINGS = 10   # or by this many rounding steps of a number near 1
 
+def is_int8(model: PreTrainedModel) -> bool:
+    """Return whether a model is a copy that `int8` made."""
+    return any(type(module).__module__.startswith("torch.ao.") for module in model.modules())
+
 def needs_check(model: PreTrainedModel) -> bool:
     """Return whether a model must be tested before use.
 
     Students need no test. Dropout makes a model in training random; `int8` rounds the inputs of all rows together.
     """
-    is_int8 = any(type(module).__module__.startswith("torch.ao.") for module in model.modules())
-    return not (model in CHECKED or isinstance(model, Student) or model.training or is_int8)
+    return not (model in CHECKED or isinstance(model, Student) or model.training or is_int8(model))
 
 # %% ../nbs/02b_cached_model.ipynb #c4e5dbff
 def trial_ids(model: PreTrainedModel) -> list[int]:
@@ -504,10 +490,9 @@ class CachedModel(RaggedModel):
         model: PreTrainedModel,
         capacity: int,           # maximum positions per row
         batch_size: int = 1,
-        compiled: bool = False,  # compile the layers
         fast: bool = True,       # select kernels for small batches
     ):
-        super().__init__(model, capacity, batch_size, compiled, fast)
+        super().__init__(model, capacity, batch_size, fast)
         if needs_check(model):
             CHECKED.add(model)  # first, because the trial is a `CachedModel` too
             check_row_independence(model, CachedModel(model, 16, 2, fast=fast))

@@ -359,8 +359,8 @@ class DecodeSettings(GenerationSettings):
     """how draft tokens are chosen when the target samples; the output distribution is the same"""
     student_weights: Literal["plain", "int8", "auto"] = "plain"
     """student weights while drafting; int8: 8-bit (CPU only), auto: int8 on a CPU; verification is unaffected"""
-    compile: bool = False
-    """compile the layers of both models, which delays the first texts"""
+    compile: Literal["auto"] | bool = "auto"
+    """compile the steps of both models: on (minutes, once per machine), off, or auto (commands that decode much)"""
     problems: int = bounded(default=10, ge=1, le=164)
     """number of HumanEval prompts in a demo or benchmark"""
 

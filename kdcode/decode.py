@@ -11,7 +11,7 @@ __all__ = ['TokenLogprobs', 'StepOutput', 'verify_step', 'check_prompts', 'Decod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria)
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cached_model import CachedModel, clock
+from .cached_model import clock
+from .compiled_step import CompiledModel
 from .config import ConfigError, DecodeSettings
 from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
@@ -154,9 +155,9 @@ class DecoderState:
         drafter: Drafter,
         gamma: int = 4,          # maximum number of draft tokens per target call
         latency: LatencyModel | None = None,  # records the target's latencies by number of tokens; None: a new one
-        compiled: bool = False,  # compile the target's layers
+        compile: Literal["auto"] | bool = "auto",  # of `CompiledModel`
     ):
-        self.model, self.drafter, self.gamma, self.compiled = model, drafter, gamma, compiled
+        self.model, self.drafter, self.gamma, self.compile = model, drafter, gamma, compile
         self.latency = LatencyModel() if latency is None else latency
         self.device, (self.context_size, self.vocabulary_size) = model.device, _limits(model)
 
@@ -166,7 +167,7 @@ class DecoderState:
         for sequence in sequences:
             sequence.max_length = min(sequence.max_length, self.context_size or sequence.max_length)
         capacity = max(sequence.max_length for sequence in sequences) + self.gamma + 1
-        self.target = CachedModel(self.model, capacity, len(sequences), self.compiled)
+        self.target = CompiledModel(self.model, capacity, len(sequences), self.compile)
         self.drafter.start(sequences)
 
     def roll_back(self, sequences: list[Sequence], before: list[int], features: list[Tensor] | None) -> None:

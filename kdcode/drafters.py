@@ -16,7 +16,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .cached_model import CachedModel, clock, int8
+from .cached_model import clock, int8
+from .compiled_step import CompiledModel
 from .config import ConfigError, DecodeSettings
 from .data import describe_tokens, different_tokens
 from .eagle import EagleStudent
@@ -138,16 +139,16 @@ def cache_capacity(max_length: int, rows: int) -> int:
 class CachedDrafter(Drafter):
     """A drafter that runs a model with a KV cache."""
 
-    def __init__(self, model: PreTrainedModel, compiled: bool = False):
+    def __init__(self, model: PreTrainedModel, compile: Literal["auto"] | bool = "auto"):
         self.model = model
-        self.compiled = compiled
+        self.compile = compile
         self.model_vocabulary_size = model.config.get_text_config().vocab_size
 
     def start(self, sequences: list[Sequence]) -> None:
         """Begin with an empty KV cache."""
         self.max_length = max(sequence.max_length for sequence in sequences)
         capacity = cache_capacity(self.max_length, len(sequences))
-        self.cached = CachedModel(self.model, capacity, len(sequences), self.compiled)
+        self.cached = CompiledModel(self.model, capacity, len(sequences), self.compile)
 
     def new_tokens(self, tokens: list[list[int]], active: list[int]) -> list[list[int]]:
         """Return the unprocessed tokens of each active row; ids outside the model's vocabulary become 0."""
@@ -175,10 +176,10 @@ class ModelDrafter(CachedDrafter):
         self,
         model: PreTrainedModel,
         greedy: bool = False,    # draft the top token, with a one-hot q, also if the sequence is sampled
-        compiled: bool = False,  # compile the model's layers
+        compile: Literal["auto"] | bool = "auto",  # of `CompiledModel`
         vocabulary_size: int | None = None,  # of the target; the model's ids beyond it are padding and never drafted
     ):
-        super().__init__(model, compiled)
+        super().__init__(model, compile)
         self.greedy, self.vocabulary_size = greedy, vocabulary_size or self.model_vocabulary_size
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:

@@ -225,7 +225,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None, cache=None) -> Tensor:
         """Map `x` (batch, new, hidden) to the same shape."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(x).unflatten(-1, (-1, self.dim)).transpose(1, 2) for project in projections)
+        q, k, v = (project(x).reshape(*x.shape[:2], -1, self.dim).transpose(1, 2) for project in projections)
         if rotation is not None:
             q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)
         if cache is not None:
