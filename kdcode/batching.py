@@ -41,8 +41,16 @@ def _append(decoder: SpeculativeDecoder | None, prefilled: SpeculativeDecoder, r
 
 # %% ../nbs/07d_batching.ipynb #1aa70780
 def _own(student: PreTrainedModel | Drafter) -> PreTrainedModel | Drafter:
-    """Return a copy of a drafter, which keeps a state for its sequences; a model as it is."""
-    return copy.copy(student) if isinstance(student, Drafter) else student
+    """Return a copy of a drafter and of those inside it, which keep states for their sequences; a model as it is."""
+    if not isinstance(student, Drafter): return student
+    drafters, shared = [student], {}  # what is no drafter belongs to all copies: models, estimates
+    for drafter in drafters:
+        for value in vars(drafter).values():
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            inner = [part for part in parts if isinstance(part, Drafter)]
+            drafters += inner
+            if not inner: shared[id(value)] = value
+    return copy.deepcopy(student, shared)
 
 # %% ../nbs/07d_batching.ipynb #6984f06f
 class Batch:

@@ -7,19 +7,22 @@ __all__ = ['MEASURED_ROWS', 'MIN_GAIN', 'Kernels', 'MEASURED', 'Forwards', 'INT8
            'LEAST_TOLERANCE', 'LEAST_ROUNDINGS', 'OPERATIONS', 'clock', 'timed', 'transposed_linear', 'LinearKernel',
            'kernel_seconds', 'select_kernels', 'fastest_kernels', 'plain_linears', 'measurement_key', 'read_kernels',
            'write_kernels', 'kernels_for', 'replaced_forwards', 'tuned_forward', 'with_kernels', 'tuned_forwards',
-           'compiled_forwards', 'weights_hash', 'int8', 'sliding_window', 'attention_kinds', 'additive_mask',
-           'check_attention', 'check_positions', 'pad_tokens', 'wanted_positions', 'logits_to_keep', 'split_logits',
-           'split_hidden', 'feature_inputs', 'fast_forwards', 'RaggedModel', 'mask_inputs', 'needs_check', 'trial_ids',
-           'solo_logits', 'deviation', 'padded_logits', 'rounding_noise', 'least_tolerance', 'row_difference',
-           'check_row_independence', 'CachedModel', 'warm_up', 'call_ms', 'call_times', 'operation_kind',
-           'profile_call', 'machine_limits', 'roofline_ms']
+           'compiled_forwards', 'StatePickler', 'model_state', 'int8', 'sliding_window', 'attention_kinds',
+           'additive_mask', 'check_attention', 'check_positions', 'pad_tokens', 'wanted_positions', 'logits_to_keep',
+           'split_logits', 'split_hidden', 'feature_inputs', 'fast_forwards', 'RaggedModel', 'mask_inputs',
+           'needs_check', 'trial_ids', 'solo_logits', 'deviation', 'padded_logits', 'rounding_noise', 'least_tolerance',
+           'row_difference', 'check_row_independence', 'CachedModel', 'warm_up', 'call_ms', 'call_times',
+           'operation_kind', 'profile_call', 'machine_limits', 'roofline_ms']
 
 # %% ../nbs/02b_cached_model.ipynb #54845f24
 import copy
+import io
 import json
+import pickle
 import re
 import statistics
 import time
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +37,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .config import cache_folder, ConfigError
+from .eagle import SharedModule
 from .provenance import processor, short_hash, write_atomic
 from .student import KVCache, Student
 from .threads import THREADS
@@ -219,16 +223,30 @@ def compiled_forwards(model: PreTrainedModel) -> Forwards:
     return [(layer, type(layer), torch.compile(layer.forward, dynamic=True)) for layer in layers]
 
 # %% ../nbs/02b_cached_model.ipynb #b3222e3f
-INT8_COPIES = weakref.WeakKeyDictionary()  # by model: the state of its weights, and the copy
+class StatePickler(pickle.Pickler):
+    """A pickler that stores a hash and the sum of each tensor, and the `id()` of what a copy has in common."""
+
+    shared = (type, types.FunctionType, types.BuiltinFunctionType, weakref.ref)  # `copy.deepcopy` keeps these
+
+    def persistent_id(self, part: object) -> tuple[int, float] | int | None:
+        """Return what stands for a part in the pickle; None: its attributes."""
+        if isinstance(part, Tensor):
+            return torch.hash_tensor(part).item(), part.sum().item()  # a hash misses an even number of changed signs
+        if isinstance(part, SharedModule):
+            return id(part.module)  # the embedding of a draft head's teacher
+        return id(part) if isinstance(part, self.shared) else None
+
+def model_state(model: nn.Module) -> bytes:
+    """Return bytes that change with any weight, buffer, attribute, submodule, hook or field of the config."""
+    StatePickler(file := io.BytesIO()).dump(model)
+    return file.getvalue()
+
+# %% ../nbs/02b_cached_model.ipynb #e7fb8f95
+INT8_COPIES = weakref.WeakKeyDictionary()  # by model: its state, and the copy
 
 @torch.no_grad()
-def weights_hash(model: nn.Module) -> list[tuple[int, float]]:
-    """Return a hash and the sum of each parameter and buffer: a hash alone misses an even number of changed signs."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return [(torch.hash_tensor(tensor).item(), tensor.sum().item()) for tensor in tensors]
-
 def int8(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy whose linear layers have 8-bit weights; made again if the weights have changed.
+    """Return a copy whose linear layers have 8-bit weights; made again if anything on the model has changed.
 
     Raises `ConfigError` on other devices than the CPU, and for weights that are already quantised.
     """
@@ -238,12 +256,13 @@ def int8(model: PreTrainedModel) -> PreTrainedModel:
     if model.device.type != "cpu":
         raise ConfigError(f"8-bit weights run on the CPU, but the student is on {model.device}; "
                           "use decode.student_weights plain or auto")
-    now = weights_hash(model), id(model.get_input_embeddings())  # that of a draft head belongs to its teacher
+    now = model_state(model)
     if model not in INT8_COPIES or INT8_COPIES[model][0] != now:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces that this function will move to torchao
-            quantize = torch.ao.quantization.quantize_dynamic
-            INT8_COPIES[model] = now, quantize(copy.deepcopy(model).float(), {nn.Linear}, dtype=torch.qint8)
+            copied = copy.deepcopy(model).float()
+            torch.ao.quantization.quantize_dynamic(copied, {nn.Linear}, dtype=torch.qint8, inplace=True)
+            INT8_COPIES[model] = now, copied
     return INT8_COPIES[model][1].train(model.training)
 
 # %% ../nbs/02b_cached_model.ipynb #0ab027d1

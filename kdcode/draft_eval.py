@@ -26,7 +26,7 @@ from .loss import acceptance_probability, drop_padding_rows, log_probs
 from .provenance import write_atomic
 from .result import Statistics
 from .student import Student
-from .targets import TeacherLabels
+from .targets import check_head, TeacherLabels
 from .teacher import generate_ids, Teacher, teacher_identity
 from .validate import teacher_log_probs
 
@@ -255,8 +255,9 @@ def first_draft_acceptance(
 ) -> float:
     """Return the mean probability, over the tokens after the prompts, that a first draft token is accepted.
 
-    Both models at temperature 1. Source: Leviathan et al. 2023, theorem 3.5.
+    Both models at temperature 1. Raises as `check_head` does. Source: Leviathan et al. 2023, theorem 3.5.
     """
+    check_head(teacher, teacher.head)
     labels = TeacherLabels(teacher, torch.empty(0, dtype=torch.long), getattr(student.config, "feature_layers", ()))
     rates = []
     for prompt, text in texts:

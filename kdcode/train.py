@@ -6,14 +6,15 @@
 __all__ = ['STEP_DECAY', 'make_student', 'weighted_mean', 'LossParts', 'BoundedTrainer', 'TeacherTrainer', 'NonFiniteLoss',
            'check_finite', 'DistillationTrainer', 'precision_flags', 'training_arguments', 'run_stages', 'describe_run',
            'fetch_checkpoint', 'fetch_checkpoints', 'update_best', 'open_run', 'make_callbacks', 'find_callback',
-           'make_trainer', 'train', 'finish_run', 'distill', 'best_validation']
+           'make_trainer', 'train', 'finish_run', 'forgotten_if_unstarted', 'distill', 'best_validation']
 
 # %% ../nbs/06b_train.ipynb #8d4c974c
 import copy
 import json
 import math
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -446,6 +447,16 @@ def finish_run(trainer: DistillationTrainer, folder: Path) -> Student:
     return load_student(folder/"student", trainer.teacher.model)
 
 # %% ../nbs/06b_train.ipynb #6df47d5f
+@contextmanager
+def forgotten_if_unstarted(folder: Path) -> Iterator[None]:
+    """Remove `config.yaml` and `run.json` of a run if the `with` block fails and there is no checkpoint."""
+    try: yield
+    except BaseException:
+        if not any((folder/"checkpoints").glob("checkpoint-*")):
+            for name in ("config.yaml", "run.json"): (folder/name).unlink(missing_ok=True)
+        raise
+
+# %% ../nbs/06b_train.ipynb #fcbdb744
 def distill(
     config: Config,
     teacher: Teacher,       # in the dtype in which it computes the targets
@@ -465,10 +476,11 @@ def distill(
     if state.is_main_process: open_run(config, folder, resume)
     state.wait_for_everyone()
     if (folder/"student").exists(): return load_student(folder/"student", teacher.model)
-    check_block_size(corpus, teacher)
-    with state.main_process_first():
-        trainer = make_trainer(config, teacher, corpus, folder, progress and state.is_main_process, callbacks)
-    train(trainer)
+    with forgotten_if_unstarted(folder):
+        check_block_size(corpus, teacher)
+        with state.main_process_first():
+            trainer = make_trainer(config, teacher, corpus, folder, progress and state.is_main_process, callbacks)
+        train(trainer)
     return finish_run(trainer, folder)
 
 # %% ../nbs/06b_train.ipynb #754a2fd3

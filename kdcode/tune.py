@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_SPACE', 'QUARTERS', 'Objective', 'FINISHED', 'suggest', 'with_quarterly_validation', 'objective_value',
-           'PruningCallback', 'folder_number', 'requeue_trial', 'open_storage', 'open_study', 'acceptance_objective',
-           'run_trial', 'trial_config', 'TrialRunner', 'trial_values', 'trials_table', 'plot_search', 'check_search',
-           'save_search', 'tune']
+           'PruningCallback', 'folder_number', 'requeue_trial', 'open_storage', 'open_study', 'worker_lock', 'working',
+           'has_ended', 'requeue_lost_trials', 'acceptance_objective', 'run_trial', 'trial_config', 'TrialRunner',
+           'trial_values', 'trials_table', 'plot_search', 'check_search', 'save_search', 'tune']
 
 # %% ../nbs/06c_tune.ipynb #1fef442c
 import json
 import math
 import shutil
 import sys
-import warnings
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import matplotlib.pyplot as plt
 import optuna
 import pandas as pd
 from accelerate import PartialState
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optuna.study import MaxTrialsCallback
@@ -112,8 +113,7 @@ def requeue_trial(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> Non
 def open_storage(file: Path) -> optuna.storages.RDBStorage:
     """Return the database of a search. Raises `ConfigError` if it can't be read."""
     try:
-        return optuna.storages.RDBStorage(f"sqlite:///{file}", heartbeat_interval=30, grace_period=60,  # seconds
-                                          heartbeat_stale_trial_callback=requeue_trial)
+        return optuna.storages.RDBStorage(f"sqlite:///{file}")
     except DatabaseError as error:
         raise ConfigError(f"{file}, the database of the search, can't be read ({error.orig}); choose another --name; "
                           "the students of its trials are still in their folders") from None
@@ -125,8 +125,7 @@ def open_study(
 ) -> optuna.Study:
     """Return the search of a folder, new or resumed. Raises `ConfigError` if `about` differs."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    ignored = {"action": "ignore", "category": optuna.exceptions.ExperimentalWarning}  # of the heartbeat
-    with FileLock(folder/".study.lock"), warnings.catch_warnings(**ignored):
+    with FileLock(folder/".study.lock"):
         sampler = optuna.samplers.TPESampler(seed=None if (folder/"study.db").exists() else seed)
         study = optuna.create_study(storage=open_storage(folder/"study.db"), study_name="kdcode", direction="maximize",
                                     load_if_exists=True, sampler=sampler,
@@ -137,6 +136,35 @@ def open_study(
                                   "choose another --name")
             study.set_user_attr(name, value)
     return study
+
+# %% ../nbs/06c_tune.ipynb #503643bb
+def worker_lock(folder: Path, worker: str) -> FileLock:
+    """Return the lock that a process of a search holds until it ends."""
+    return FileLock(folder/f".worker-{worker}.lock", timeout=0)
+
+@contextmanager
+def working(folder: Path) -> Iterator[str]:
+    """Hold the lock of a process in a `with` block, and yield the name of the process."""
+    worker = uuid.uuid4().hex[:8]
+    with worker_lock(folder, worker) as lock:
+        try: yield worker
+        finally: Path(lock.lock_file).unlink(missing_ok=True)
+
+def has_ended(folder: Path, worker: str) -> bool:
+    """Return whether the process of this name has ended."""
+    try:
+        with worker_lock(folder, worker): return True
+    except Timeout:
+        return False
+
+def requeue_lost_trials(study: optuna.Study, folder: Path) -> None:
+    """Mark the running trials of processes that have ended as failed, and queue them."""
+    with FileLock(folder/".study.lock"):
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            worker = trial.user_attrs.get("worker")  # None: it begins just now
+            if worker and has_ended(folder, worker):
+                study.tell(trial.number, state=TrialState.FAIL)
+                requeue_trial(study, trial)
 
 # %% ../nbs/06c_tune.ipynb #cacd6dd5
 def acceptance_objective(student: Student, acceptance_rate: float) -> float:
@@ -183,9 +211,12 @@ class TrialRunner:
     folder: Path
     """of the search"""
     objective: Objective
+    worker: str = ""
+    """name of this process"""
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Run one trial. Raises `optuna.TrialPruned` if it is poor or its settings do not fit."""
+        trial.set_user_attr("worker", self.worker)
         run = self.folder/f"trial-{folder_number(trial):04d}"
         try:
             config = trial_config(self.config, suggest(trial, self.space), len(self.corpus.train))
@@ -271,7 +302,10 @@ def tune(
     study = open_study(folder, config.seed, {"space": space, "objective": objective.__name__})
     describe_run(config, folder)
     if len(study.get_trials(states=FINISHED)) < trials:
-        runner = TrialRunner(config, space, teacher, corpus, folder, objective)
-        study.optimize(runner, callbacks=[MaxTrialsCallback(trials, FINISHED), *([tell] if tell else [])])
+        with working(folder) as worker:
+            runner = TrialRunner(config, space, teacher, corpus, folder, objective, worker)
+            requeue_lost_trials(study, folder)
+            study.optimize(runner, callbacks=[MaxTrialsCallback(trials, FINISHED), *([tell] if tell else []),
+                                              lambda study, _: requeue_lost_trials(study, folder)])
     save_search(study, config, space, corpus, folder)
     return study

@@ -21,7 +21,7 @@ from .data import collate
 from .eagle import EagleStudent
 from .loss import acceptance_probability, drop_padding_rows, forward_kl, log_probs
 from .student import Student
-from .targets import TeacherLabels
+from .targets import check_head, TeacherLabels
 from .teacher import Teacher
 
 # %% ../nbs/06_validate.ipynb #485d07ca
@@ -60,7 +60,8 @@ class ValidationSet:
         batch_size: int = 8,  # blocks per forward pass of the teacher
         feature_layers: Sequence[int] = (),  # of the student; empty for a plain `Student`
     ) -> "ValidationSet":     # on the CPU
-        """Return the set, after one forward pass of the teacher over each block."""
+        """Return the set, after one forward pass of the teacher over each block. Raises as `check_head` does."""
+        check_head(teacher, teacher.head)
         batch = collate(list(blocks))
         no_ids = torch.empty(0, dtype=torch.long)  # we need no logits
         labels = TeacherLabels(teacher, no_ids, list(feature_layers))

@@ -7,7 +7,7 @@ from kdcode.batching import Batch
 from kdcode.cached_model import int8
 from kdcode.config import DecodeSettings
 from kdcode.decode import custom_generate, make_sequences
-from kdcode.drafters import NGramDrafter
+from kdcode.drafters import AdaptiveDrafter, EagleDrafter, HybridDrafter, LatencyModel, ModelDrafter, NGramDrafter
 from kdcode.eagle import EagleStudent
 
 EOS = 5
@@ -77,15 +77,23 @@ def test_a_text_that_ends_is_padded_as_by_generate():
         assert found.tolist() == expected.tolist()
 
 
-def test_batch_with_a_drafter_object():
+def hybrid(): return HybridDrafter(NGramDrafter(48), ModelDrafter(STUDENT))
+def adaptive(): return AdaptiveDrafter(hybrid(), TEACHER.device, LatencyModel())
+def eagle(): return EagleDrafter(EagleStudent.from_teacher(TEACHER, [1, -1]).eval())
+
+
+@pytest.mark.parametrize("drafter", [lambda: NGramDrafter(48), lambda: ModelDrafter(STUDENT), eagle, hybrid, adaptive,
+                                     lambda: HybridDrafter(NGramDrafter(48), eagle())])
+def test_batch_with_a_drafter_object(drafter):
     settings = DecodeSettings(gamma=3, max_new_tokens=12, adaptive=False)
     sequences = make_sequences(PROMPTS.tolist(), settings, 0, {EOS}, None, TEACHER.device)
     solo = [TEACHER.generate(row[None], attention_mask=torch.ones(1, 5), max_new_tokens=12, do_sample=False)[0].tolist()
             for row in PROMPTS]
-    batch = Batch(TEACHER, NGramDrafter(48, TEACHER.device), settings)
+    batch = Batch(TEACHER, drafter(), settings)
     with torch.no_grad():
         for sequence in sequences:
             list(batch.add(sequence))
+            batch.step()
         while batch.sequences: batch.step()
     assert [sequence.tokens for sequence in sequences] == solo
 
@@ -101,3 +109,7 @@ def test_int8_head_follows_its_teacher():
     assert torch.equal(copied.get_input_embeddings().weight, other.get_input_embeddings().weight)
     other.get_input_embeddings().weight.data.mul_(2)
     assert torch.equal(int8(head).get_input_embeddings().weight, other.get_input_embeddings().weight)
+    with torch.no_grad(): head(torch.tensor([[1, 2]]), features=torch.zeros(1, 2, 32))
+    for value in (1., 2.):
+        head.model.layers[0].self_attn.scaling = value  # which no weight shows
+        assert int8(head).model.layers[0].self_attn.scaling == value
