@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'DECODING_OPTIONS',
-           'EXPORT_OPTIONS', 'OPTIONS', 'PAIR_BENCHMARKS', 'Steps', 'ProgressBar', 'display_path', 'load_teachers',
-           'load_corpus', 'load_corpus_and_teachers', 'print_report', 'train_student', 'run_distill', 'run_targets',
-           'print_trial', 'run_tune', 'load_pair', 'run_generate', 'shipped_student', 'run_demo', 'bench_decode',
-           'bench_tasks', 'bench_engines', 'bench_busy', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets',
-           'run_bench', 'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student',
-           'run_export', 'default_draft', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration',
-           'parse', 'check_files', 'silence_libraries', 'print_error', 'main']
+           'EXPORT_OPTIONS', 'OPTIONS', 'PAIR_BENCHMARKS', 'Steps', 'ProgressBar', 'display_path',
+           'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_report',
+           'train_student', 'run_distill', 'run_targets', 'print_trial', 'run_tune', 'load_pair', 'run_generate',
+           'shipped_student', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_profile',
+           'bench_steps', 'bench_loss', 'bench_targets', 'run_bench', 'run_eval', 'run_experiment', 'run_record',
+           'write_student', 'grow_student', 'push_student', 'run_export', 'default_draft', 'serve_with_vllm',
+           'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse', 'check_files', 'silence_libraries',
+           'print_error', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
+import gc
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,11 +68,24 @@ def display_path(path: str | Path) -> str:
     """Return the path relative to the current folder if it is inside it."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
+# %% ../nbs/12_cli.ipynb #52ab09a8
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Import libraries in a `with` block without garbage collections, and exempt what they create from later ones."""
+    modules = len(sys.modules)
+    gc.disable()
+    try: yield
+    finally:
+        if len(sys.modules) > modules:  # else a repeated call would keep garbage alive
+            gc.freeze()
+        gc.enable()
+
 # %% ../nbs/12_cli.ipynb #f21293b3
 def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tuple:
     """Return the teacher in its decoding dtype and in its labelling dtype; store both in `loaded`."""
-    import torch
-    from kdcode.teacher import fastest_dtype, load_teacher
+    with garbage_collection_paused():
+        import torch
+        from kdcode.teacher import fastest_dtype, load_teacher
     steps(f"teacher: {config.teacher.name}")
     key = repr(config.teacher)
     if key not in loaded:
@@ -177,8 +193,9 @@ def load_pair(
     draft: str | None,  # folder or hub id of a student, or a teacher with a shipped student; None: the run's student
 ) -> tuple[Any, Any]:
     """Return teacher and student. Raise `ConfigError` if there is no student, or it was made for another teacher."""
-    from kdcode.decode import check_student, load_draft
-    from kdcode.teacher import load_teacher
+    with garbage_collection_paused():
+        from kdcode.decode import check_student, load_draft
+        from kdcode.teacher import load_teacher
     student = load_draft(draft or str(run_path(config)/"student"))
     teacher = load_teacher(config.teacher)
     check_student(teacher, student)
@@ -186,8 +203,8 @@ def load_pair(
 
 def run_generate(config: Config, options) -> None:
     """Run `kdcode generate PROMPT`: print a completion while it is decoded."""
-    from kdcode.decode import stream
     teacher, student = load_pair(config, options.draft)
+    from kdcode.decode import stream
     prompt = options.prompt
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")  # `stream` rejects bytes that are not UTF-8
@@ -417,7 +434,8 @@ def serve_with_vllm(config: Config, draft: str | None, key: str | None, argument
 
 def run_serve(config: Config, options) -> None:
     """Run `kdcode serve`: start the server."""
-    from kdcode import serve
+    with garbage_collection_paused():
+        from kdcode import serve
     key = serve.api_key(config.serve.host)
     draft = options.draft or default_draft(config, options.engine)
     if options.engine == "vllm":
@@ -609,8 +627,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run, config, options = parse(sys.argv[1:] if arguments is None else list(arguments))
         check_files(config, options)
-        silence_libraries()
-        THREADS.use(config.threads)
+        with garbage_collection_paused():
+            silence_libraries()
+            THREADS.use(config.threads)
         run(config, options)
     except ConfigError as error:
         print_error(error)

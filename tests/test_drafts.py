@@ -1,5 +1,6 @@
 """The shipped students: complete, small, fit for their teacher only, and trained without evaluation text."""
 
+import functools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -28,6 +29,16 @@ INDEPENDENT = {"smollm2-135m-draft-independent": (25e6, "smollm2-independent.yam
 ALL_DRAFTS = DRAFTS | INDEPENDENT
 CONFIGS = [load_config(ROOT/"configs"/config) for _, config in ALL_DRAFTS.values()]
 SETTINGS = DecodeSettings(max_new_tokens=48, gamma=3, adaptive=False)
+
+
+@pytest.fixture(scope="module")
+def teacher(): return load_teacher("smollm2")
+
+
+@pytest.fixture(scope="module")
+def baseline(teacher):
+    """The tokens of `generate` for a prompt, computed once for all tests."""
+    return functools.cache(lambda prompt: generate_baseline(teacher, prompt, SETTINGS, 0))
 
 
 @pytest.mark.parametrize("name", ALL_DRAFTS)
@@ -60,33 +71,28 @@ def assert_useful_draft(teacher, student, settings, *references):
     for problem in humaneval_problems(4):
         result = complete(teacher, student, problem["prompt"], settings)
         for reference in references:
-            assert result.tokens == reference(teacher, problem["prompt"])
+            assert result.tokens == reference(problem["prompt"])
         statistics += result.statistics
     assert statistics.acceptance_rate > .5 and statistics.tokens_per_call > 1.8, statistics
 
 
-def baseline(teacher, prompt): return generate_baseline(teacher, prompt, SETTINGS, 0)
-
-
-def test_the_smollm2_draft_has_a_useful_acceptance_rate():
-    teacher = load_teacher("smollm2")
+def test_the_smollm2_draft_has_a_useful_acceptance_rate(teacher, baseline):
     student = load_draft("smollm2", teacher)
     assert_useful_draft(teacher, student, replace(SETTINGS, student_weights="int8"), baseline)
 
 
-def test_the_independent_draft_works_in_other_engines():
+def test_the_independent_draft_works_in_other_engines(teacher, baseline):
     """As a plain Llama it has the same logits, and drafts in the assisted generation of transformers."""
-    teacher, (name,) = load_teacher("smollm2"), INDEPENDENT
+    name, = INDEPENDENT
     student = load_draft(str(ROOT/"models"/name), teacher)
     llama = student.to_llama()
     ids = torch.tensor([teacher.tokenizer("def fibonacci(n):").input_ids])
     torch.testing.assert_close(llama(ids).logits, student(ids).logits)
-    def assisted(teacher, prompt): return generate_assisted(teacher, llama, prompt, SETTINGS, 0)
+    def assisted(prompt): return generate_assisted(teacher, llama, prompt, SETTINGS, 0)
     assert_useful_draft(teacher, student, SETTINGS, baseline, assisted)
 
 
-def test_another_teacher_is_an_error():
-    teacher = load_teacher("smollm2")
+def test_another_teacher_is_an_error(teacher):
     student = EagleStudent.from_teacher(teacher.model, [-1], [0], draft_ids=torch.arange(100),
                                         teacher_name="another-teacher", tokenizer_fingerprint="0123456789abcdef")
     message = "made for teacher {}, whose tokenizer differs from that of smollm2"
