@@ -10,6 +10,7 @@ __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'R
            'compiler_settings', 'compile_step', 'compile_steps', 'usual_kinds', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
+import logging
 import os
 import sys
 import threading
@@ -23,8 +24,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cached_model import (
@@ -102,11 +105,13 @@ def grouped_sdpa(
     query: Tensor,           # (batch, heads, new, dim)
     key: Tensor,             # (batch, key_value_heads, span, dim)
     value: Tensor,           # (batch, key_value_heads, span, dim)
-    attention_mask: Tensor,  # (batch, 1, new, span), additive
+    attention_mask: Tensor | None,  # (batch, 1, new, span), additive; None: as PyTorch's attention
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:    # (batch, new, heads, dim)
     """Return scaled dot-product attention, with the query heads of a group as further rows."""
+    if attention_mask is None:  # a call of another thread
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, scaling=scaling, **kwargs)
     batch, heads, new, dim = query.shape
     group = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], group * new, dim)
@@ -114,6 +119,7 @@ def grouped_sdpa(
     return out.view(batch, heads, new, -1).transpose(1, 2).contiguous(), None
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, grouped_sdpa)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 @contextmanager
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
@@ -194,11 +200,15 @@ def step_kind(tokens: list[list[int]], hidden_layers: tuple[int, ...], device: t
 # %% ../nbs/02c_compiled_step.ipynb #6aff1aca
 def use_compiler_cache() -> None:
     """Let the compiler keep its code in the user's cache, unless the environment names a folder."""
-    folder = cache_folder()/"compiled"
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported late: it takes seconds
+    folder, named = cache_folder()/"compiled", os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)  # no traceback of a damaged entry
+    if named not in (None, default_cache_dir()):  # some imports set PyTorch's default
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder/"writable", "")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     except OSError as error:
         warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})")
 
@@ -220,7 +230,7 @@ def compiler(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]
 COMPILERS: dict[str, Callable] = {}  # by type of device
 
 # %% ../nbs/02c_compiled_step.ipynb #dc3f9f21
-COMPILING = threading.Lock()  # held for a call too, because a stance of the compiler holds for all threads
+COMPILING = threading.Lock()  # held for calls too: a stance of the compiler and replaced forwards hold for all threads
 
 def run_step(inputs: tuple, stance: str) -> tuple[Tensor, Tensor | None]:
     """Run the compiled `static_step` under a stance of `torch.compiler`."""
@@ -254,7 +264,7 @@ class StaticState(CachedModel):
 
     def is_ready(self, tokens: list[list[int]], hidden_layers: tuple[int, ...]) -> bool:
         """Return whether a call can run `static_step`: not the first one, which makes the storage, nor a prefill."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.model.device.type):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.model.device.type) or _has_any_global_hook():
             return False
         small = max(map(len, tokens)) <= MOST_TOKENS
         return small and bool(self.cache.layers) and self.span(tokens) < self.cache.capacity
@@ -276,13 +286,20 @@ class StaticModel(StaticState):
     def forward(self, tokens: list[list[int]], keep: list[int], hidden_layers: tuple[int, ...] = (),
                 features: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
         """Process the next tokens of each row, as `CachedModel.forward`."""
-        if not self.is_ready(tokens, hidden_layers) or not COMPILING.acquire(blocking=False):
-            return super().forward(tokens, keep, hidden_layers, features)
-        try:
-            inputs = step_inputs(self, tokens, hidden_layers, features)
-            with THREADS.timed(self.model.device, (id(self.model), self.stance), inputs[2].shape):
-                logits, hidden = run_step(inputs, self.stance)
-        finally: COMPILING.release()
+        step = self.run if self.is_ready(tokens, hidden_layers) else super().forward
+        if COMPILING.acquire(blocking=False):
+            try: return step(tokens, keep, hidden_layers, features)
+            finally: COMPILING.release()
+        forwards, self.forwards = self.forwards, []  # another thread compiles the model, perhaps, as it finds it
+        try: return super().forward(tokens, keep, hidden_layers, features)
+        finally: self.forwards = forwards
+
+    def run(self, tokens: list[list[int]], keep: list[int], hidden_layers: tuple[int, ...] = (),
+            features: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Run `static_step` over the next tokens of each row."""
+        inputs = step_inputs(self, tokens, hidden_layers, features)
+        with THREADS.timed(self.model.device, (id(self.model), self.stance), inputs[2].shape):
+            logits, hidden = run_step(inputs, self.stance)
         ends = [len(row) for row in tokens]
         self.cache.lengths = [length + end for length, end in zip(self.lengths, ends)]
         rows = None if hidden is None else [row[:end] for row, end in zip(hidden, ends)]
@@ -327,8 +344,10 @@ def mark_sizes(inputs: tuple) -> None:
 
 @contextmanager
 def compiler_settings() -> Iterator[None]:
-    """Set PyTorch's compiler: only marked sizes are dynamic, threads are counted at run time, graphs of many models."""
-    dynamo = torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=256)
+    """Set PyTorch's compiler: only marked sizes are dynamic, threads are counted at run time, graphs of many models,
+    and graphs that know of hooks."""
+    dynamo = torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=256, skip_nnmodule_hook_guards=False)
     inductor = torch._inductor.config.patch({"cpp.dynamic_threads": True})
     with dynamo, inductor:
         yield
@@ -337,17 +356,22 @@ def compiler_settings() -> Iterator[None]:
 def compile_step(model: PreTrainedModel, kind: StepKind) -> float:
     """Compile the graph of one kind of call; return by how many standard deviations of a logit it differs."""
     rows, count = 1 + kind.several_rows, kind.tokens if kind.tokens == 1 or model.device.type == "cuda" else 5
-    ids = [[(7 * row + i) % 64 for i in range(8 + count)] for row in range(rows)]
+    vocabulary_size = model.config.get_text_config().vocab_size
+    ids = [[(7 * row + i) % vocabulary_size for i in range(8 + count)] for row in range(rows)]
     new, keep = [row[8:] for row in ids], [count] * rows
     scratch = StaticModel(model, 256, rows)
-    CachedModel.forward(scratch, [row[:8] for row in ids], [1] * rows, kind.hidden_layers)  # installs hooks, too
+    # asked for hidden states, `transformers` adds hooks to a model, and graphs from before would not fit any more
+    CachedModel.forward(scratch, [row[:8] for row in ids], [1] * rows, kind.hidden_layers or (-1,))
     inputs = step_inputs(scratch, new, kind.hidden_layers, None)
     if model.device.type == "cpu":
         mark_sizes(inputs)
     with COMPILING, grouped_attention(model), compiler_settings():
         logits, _ = compiler(model.device)(*inputs)
     expected, _ = CachedModel.forward(scratch, new, keep)
-    return max(deviation(row[-1].float(), other[-1].float()) for row, other in zip(logits[:, :count], expected))
+    ours, theirs = logits[:, :count].float(), torch.stack(expected).float()
+    if not torch.equal(ours.isfinite(), theirs.isfinite()):
+        raise RuntimeError("logits are infinite or NaN where the model's are not")
+    return max(deviation(row[-1], other[-1]) for row, other in zip(ours, theirs))
 
 def compile_steps(
     model: PreTrainedModel,

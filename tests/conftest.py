@@ -115,6 +115,37 @@ def pair(tiny_teacher):
     return teacher, Student.from_teacher(teacher.model, layers=[0]).eval()
 
 
+@pytest.fixture
+def step(request, monkeypatch):
+    """Let decoders and drafters use a form of the step (ordinary, static, compiled), and check that it was used.
+
+    A compiled model compiles what is missing, and a call that does not fit its graph is an error.
+    """
+    from kdcode import decode, drafters
+    from kdcode.compiled_step import CompiledModel, StaticModel
+    used = []
+
+    class Form(CompiledModel if request.param == "compiled" else StaticModel):
+        def __init__(self, model, capacity, batch_size=1, compile="auto"):
+            if request.param == "compiled": super().__init__(model, capacity, batch_size, True)
+            else: super().__init__(model, capacity, batch_size)
+
+        def is_ready(self, tokens, hidden_layers):
+            ready = request.param != "ordinary" and super().is_ready(tokens, hidden_layers)
+            used.append(ready)
+            return ready
+
+    if request.param == "compiled": Form.stance = "fail_on_recompile"
+    for module in (decode, drafters): monkeypatch.setattr(module, "CompiledModel", Form)
+    yield request.param
+    assert any(used) == (request.param != "ordinary")
+
+
+def step_forms(*forms):
+    """Return a decorator that runs a test with these forms of the step."""
+    return pytest.mark.parametrize("step", forms, indirect=True)
+
+
 def wait_until(true, seconds=300):
     """Wait for a condition that must become true."""
     deadline = time.monotonic() + seconds

@@ -1,6 +1,7 @@
 """`custom_generate` restricts, pads and batches as `generate` does."""
 import pytest
 import torch
+from conftest import step_forms
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcode.batching import Batch
@@ -52,8 +53,9 @@ def run(prompts, drafter="student", **options):
                             custom_generate=custom_generate, student=STUDENT, decode=decode, **options)
 
 
+@step_forms("ordinary", "static")
 @pytest.mark.parametrize("drafter", ["student", "ngram", "hybrid"])
-def test_restricted_text_equals_that_of_generate(drafter):
+def test_restricted_text_equals_that_of_generate(step, drafter):
     for row in range(len(PROMPTS)):
         prompt = PROMPTS[row:row + 1]
         expected = TEACHER.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False,
@@ -61,9 +63,10 @@ def test_restricted_text_equals_that_of_generate(drafter):
         assert run(prompt, drafter).tolist() == expected.tolist()
 
 
+@step_forms("ordinary", "static")
 @pytest.mark.parametrize("drafter", ["student", "ngram", "hybrid"])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_each_row_is_asked_about_its_own_text(drafter, sampled):
+def test_each_row_is_asked_about_its_own_text(step, drafter, sampled):
     output = run(PROMPTS, drafter, do_sample=sampled)
     assert output[:, :5].tolist() == PROMPTS.tolist() and output.shape[1] > 5
 
@@ -82,9 +85,10 @@ def adaptive(): return AdaptiveDrafter(hybrid(), TEACHER.device, LatencyModel())
 def eagle(): return EagleDrafter(EagleStudent.from_teacher(TEACHER, [1, -1]).eval())
 
 
+@step_forms("ordinary", "static")
 @pytest.mark.parametrize("drafter", [lambda: NGramDrafter(48), lambda: ModelDrafter(STUDENT), eagle, hybrid, adaptive,
                                      lambda: HybridDrafter(NGramDrafter(48), eagle())])
-def test_batch_with_a_drafter_object(drafter):
+def test_batch_with_a_drafter_object(step, drafter):
     settings = DecodeSettings(gamma=3, max_new_tokens=12, adaptive=False)
     sequences = make_sequences(PROMPTS.tolist(), settings, 0, {EOS}, None, TEACHER.device)
     solo = [TEACHER.generate(row[None], attention_mask=torch.ones(1, 5), max_new_tokens=12, do_sample=False)[0].tolist()

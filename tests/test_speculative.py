@@ -3,6 +3,7 @@ import functools
 
 import pytest
 import torch
+from conftest import step_forms
 from hypothesis import HealthCheck, given, settings as checks, strategies as st
 from transformers import (
     Gemma2Config, Gemma2ForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel,
@@ -73,10 +74,12 @@ def greedy(teacher, prompt, max_new_tokens):
     return out[0, inputs.input_ids.shape[1]:].tolist()
 
 
+@step_forms("ordinary", "static")
 @checks(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(teachers, students, prompt_batches, generate_options, st.integers(0, 9), st.booleans(),
        st.sampled_from(["student", "ngram", "hybrid"]), st.integers(1, 40))
-def test_greedy_output_equals_generate(teacher, draft, prompts, options, gamma, adaptive, drafter, max_new_tokens):
+def test_greedy_output_equals_generate(step, teacher, draft, prompts, options, gamma, adaptive, drafter,
+                                       max_new_tokens):
     """Any pair of models, batch, logits processors and drafter gives the tokens of `generate`."""
     inputs = left_padded(prompts) | dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0) | options
     settings = DecodeSettings(gamma=gamma, adaptive=adaptive, drafter=drafter)
@@ -84,10 +87,11 @@ def test_greedy_output_equals_generate(teacher, draft, prompts, options, gamma, 
     assert ours.tolist() == teacher.generate(**inputs).tolist()
 
 
+@step_forms("ordinary", "static")
 @checks(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(teachers, students, prompt_batches, st.integers(0, 6), sampling_options, st.sampled_from(["sampled", "greedy"]),
        st.integers(0, 99))
-def test_sampled_rows_of_a_batch_equal_solo_runs(teacher, draft, prompts, gamma, options, draft_sampling, seed):
+def test_sampled_rows_of_a_batch_equal_solo_runs(step, teacher, draft, prompts, gamma, options, draft_sampling, seed):
     """The same seeds give the same tokens, in a batch and in solo runs."""
     options = options | dict(max_new_tokens=16, gamma=gamma, temperature=1.2, draft_sampling=draft_sampling,
                              ends=[1, 2])
@@ -96,7 +100,8 @@ def test_sampled_rows_of_a_batch_equal_solo_runs(teacher, draft, prompts, gamma,
         assert speculative_generate(teacher, draft, prompt, seed=seed + i, **options).tokens == result.tokens
 
 
-def test_multimodal_wrapper_is_a_teacher():
+@step_forms("ordinary", "static")
+def test_multimodal_wrapper_is_a_teacher(step):
     """Its sizes are in `text_config`, and its decoder is a part of its body."""
     text = LLAMA_SHAPE | dict(vocab_size=40, num_hidden_layers=2, head_dim=8, sliding_window=6, initializer_range=.5)
     vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8,
@@ -118,7 +123,8 @@ def test_multimodal_wrapper_is_a_teacher():
         assert speculative_generate(wrapper, draft.eval(), prompt, max_new_tokens=12).tokens == expected
 
 
-def test_batch_of_the_embedded_teacher_equals_solo_runs():
+@step_forms("ordinary", "static")
+def test_batch_of_the_embedded_teacher_equals_solo_runs(step):
     teacher = load_teacher("smollm2")
     draft = Student.from_teacher(teacher.model, [0, 1, 2]).eval()
     prompts = [problem["prompt"] for problem in humaneval_problems(4)]
