@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'REFUSED', 'COMPILERS', 'COMPILING', 'StaticCache',
            'few_rows_linear', 'transposed_dtypes', 'FewRowsKernels', 'grouped_sdpa', 'grouped_attention', 'static_step',
-           'round_up', 'padded_count', 'span_size', 'StepKind', 'step_kind', 'use_compiler_cache', 'lasting_guards',
-           'compiler', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'CompiledModel', 'mark_sizes',
-           'compiler_settings', 'compile_step', 'compile_steps', 'usual_kinds', 'compile_in_background']
+           'round_up', 'padded_count', 'span_size', 'StepKind', 'step_kind', 'ready_kind', 'use_compiler_cache',
+           'lasting_guards', 'compiler', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'CompiledModel',
+           'mark_sizes', 'compiler_settings', 'compile_step', 'compile_steps', 'usual_kinds', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import os
@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -191,6 +191,13 @@ def step_kind(tokens: list[list[int]], hidden_layers: tuple[int, ...], device: t
     count = min(longest, 2) if device.type == "cpu" else padded_count(longest, device)
     return StepKind(len(tokens) > 1, count, hidden_layers)
 
+def ready_kind(model: PreTrainedModel, kind: StepKind) -> StepKind | None:
+    """Return the kind of a compiled graph that serves a call: its own, or one that also returns hidden states."""
+    ready = READY.get(model, ())
+    if kind in ready or kind.hidden_layers:
+        return kind if kind in ready else None
+    return next((other for other in ready if replace(other, hidden_layers=()) == kind), None)
+
 # %% ../nbs/02c_compiled_step.ipynb #6aff1aca
 def use_compiler_cache() -> None:
     """Let the compiler keep its code in the user's cache, unless the environment names a folder."""
@@ -259,6 +266,10 @@ class StaticState(CachedModel):
         small = max(map(len, tokens)) <= MOST_TOKENS
         return small and bool(self.cache.layers) and self.span(tokens) < self.cache.capacity
 
+    def graph_layers(self, tokens: list[list[int]], hidden_layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the hidden states that the step for a call returns."""
+        return hidden_layers
+
 # %% ../nbs/02c_compiled_step.ipynb #1dc7357c
 def step_inputs(state: StaticState, tokens: list[list[int]], hidden_layers: tuple[int, ...],
                 features: list[Tensor] | None) -> tuple:
@@ -279,13 +290,13 @@ class StaticModel(StaticState):
         if not self.is_ready(tokens, hidden_layers) or not COMPILING.acquire(blocking=False):
             return super().forward(tokens, keep, hidden_layers, features)
         try:
-            inputs = step_inputs(self, tokens, hidden_layers, features)
+            inputs = step_inputs(self, tokens, self.graph_layers(tokens, hidden_layers), features)
             with THREADS.timed(self.model.device, (id(self.model), self.stance), inputs[2].shape):
                 logits, hidden = run_step(inputs, self.stance)
         finally: COMPILING.release()
         ends = [len(row) for row in tokens]
         self.cache.lengths = [length + end for length, end in zip(self.lengths, ends)]
-        rows = None if hidden is None else [row[:end] for row, end in zip(hidden, ends)]
+        rows = [row[:end] for row, end in zip(hidden, ends)] if hidden_layers else None
         return [row[end - n:end] for row, end, n in zip(logits, ends, keep)], rows
 
 # %% ../nbs/02c_compiled_step.ipynb #cce9f605
@@ -309,9 +320,13 @@ class CompiledModel(StaticModel):
         if not self.compile or not super().is_ready(tokens, hidden_layers):
             return False
         kind = step_kind(tokens, hidden_layers, self.model.device)
-        if self.compile is True and kind not in READY.get(self.model, ()) and self.model not in REFUSED:
+        if self.compile is True and ready_kind(self.model, kind) is None and self.model not in REFUSED:
             compile_steps(self.model, [kind], lambda text: print(text, file=sys.stderr))
-        return kind in READY.get(self.model, ())
+        return ready_kind(self.model, kind) is not None
+
+    def graph_layers(self, tokens: list[list[int]], hidden_layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the hidden states that the graph for a call returns."""
+        return ready_kind(self.model, step_kind(tokens, hidden_layers, self.model.device)).hidden_layers
 
 # %% ../nbs/02c_compiled_step.ipynb #349cd694
 def mark_sizes(inputs: tuple) -> None:
@@ -370,10 +385,14 @@ def compile_steps(
     return True
 
 # %% ../nbs/02c_compiled_step.ipynb #d815c621
-def usual_kinds(hidden_layers: tuple[int, ...] = (), batches: bool = False) -> list[StepKind]:
-    """Return the kinds of calls of a decoder on the CPU, for one row and for batches."""
-    one_row = [StepKind(False, 1, hidden_layers), StepKind(False, 2, hidden_layers)]
-    return one_row + [StepKind(True, 1, hidden_layers), StepKind(True, 2, hidden_layers)] * batches
+def usual_kinds(
+    device: torch.device,
+    hidden_layers: tuple[int, ...] = (),
+    batches: bool = False,  # also for several rows
+) -> list[StepKind]:
+    """Return the kinds of calls of a decoder."""
+    counts = (1, 2) if device.type == "cpu" else PADDED_COUNTS
+    return [StepKind(rows, count, hidden_layers) for rows in (False, True)[:1 + batches] for count in counts]
 
 def compile_in_background(
     models: dict[PreTrainedModel, list[StepKind]],
