@@ -207,7 +207,7 @@ def use_compiler_cache() -> None:
         write_atomic(folder/"writable", "")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     except OSError as error:
-        warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})")
+        warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})", stacklevel=2)
 
 def lasting_guards(guards: Sequence) -> list[bool]:
     """Return which guards of a graph are checked: not those of the global state, which includes the number of threads,
@@ -379,7 +379,7 @@ def compile_steps(
                 raise RuntimeError(f"logits differ by {difference:.2g} standard deviations")
     except Exception as error:  # of any layer of the compiler
         REFUSED[model] = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"{type(model).__name__} runs without compiled steps: {REFUSED[model]}")
+        warnings.warn(f"{type(model).__name__} runs without compiled steps: {REFUSED[model]}", stacklevel=2)
         return False
     READY.setdefault(model, set()).update(missing)
     return True
