@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -205,7 +206,8 @@ def use_compiler_cache() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder/"writable", "")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     except OSError as error:
         warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})", stacklevel=2)
 
