@@ -253,8 +253,9 @@ def bench_decode(config: Config, folder: Path, options):
     from kdcode import bench
     from kdcode.data import humaneval_problems
     problems = humaneval_problems(config.decode.problems)
-    return bench.bench_decode(*load_compiled_pair(config, options.draft), problems, config, folder, options.command_line,
-                              ProgressBar("prompt"), options.compare)
+    pair = load_compiled_pair(config, options.draft)
+    return bench.bench_decode(*pair, problems, config, folder, options.command_line, ProgressBar("prompt"),
+                              options.compare)
 
 def bench_tasks(config: Config, folder: Path, options):
     """Measure the drafters by task."""
@@ -271,7 +272,8 @@ def bench_engines(config: Config, folder: Path, options):
 def bench_busy(config: Config, folder: Path, options):
     """Measure decoding beside processes that keep cores busy."""
     from kdcode import bench
-    return bench.bench_busy(*load_compiled_pair(config, options.draft), config, folder, options.command_line, ProgressBar("row"))
+    pair = load_compiled_pair(config, options.draft)
+    return bench.bench_busy(*pair, config, folder, options.command_line, ProgressBar("row"))
 
 def bench_profile(config: Config, folder: Path, options):
     """Measure the operations of a draft step and a verify call."""

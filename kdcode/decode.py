@@ -28,8 +28,8 @@ from .compiled_step import CompiledModel, StepKind, usual_kinds
 from .config import ConfigError, DecodeSettings
 from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
-    check_vocabularies, Draft, Drafter, drafting_model, estimates_for, is_adaptive, LatencyModel, make_drafter, model_tokenizer,
-    Sequence, StopCriteria)
+    check_vocabularies, Draft, Drafter, drafting_model, estimates_for, is_adaptive, LatencyModel, make_drafter,
+    model_tokenizer, Sequence, StopCriteria)
 from .eagle import EagleStudent
 from .files import draft_folder
 from .result import incremental_text, SpeculativeResult
