@@ -402,12 +402,12 @@ class ModelParts:
                 "kdcode without drafting": partial(self.decode, NoDrafts(self.device), 0)} | drafted
 
     def decoding(self) -> None:
-        """Measure tokens/s of each method, interleaved, and check their text; up to three rounds, as the time allows."""
+        """Measure tokens/s of each method, interleaved, and check their text; three rounds if the time allows."""
         methods, times, longest = self.methods(), {}, 0.
         for method in methods.values(): method(16)
         reset_peak(self.device)
         for _ in range(1 if self.is_small else 3):
-            if time.monotonic() + longest > self.found.deadline: break
+            if times and time.monotonic() + longest > self.found.deadline: break
             _, seconds = timed(lambda: self.decoding_round(methods, times), self.device)
             longest = max(longest, seconds)
         if self.device.type == "cuda":
