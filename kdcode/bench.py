@@ -985,7 +985,7 @@ def _step_models(config: Config, teacher: Teacher, folder: Path) -> dict[str, Ca
 
 @torch.no_grad()
 def _warm_up_seconds(model: CachedModel) -> float:
-    """Return the seconds of the first calls of a model, compilation included."""
+    """Return the seconds of the first calls of a model."""
     model.forward([[0] * CONTEXT], [1])
     return warm_up(model, TOKEN_COUNTS)
 
@@ -1030,7 +1030,7 @@ def bench_steps(
     roofline = {n: roofline_ms(n, weights, itemsize, limits) for n in range(1, TOKEN_COUNTS[-1] + 1)}
     notes = [f"Each call follows {CONTEXT} tokens of context. The variants are timed interleaved, and the table shows "
              "medians; llama.cpp runs alone afterwards and reports means. Warm-up is the time of the first calls of "
-             f"all {len(TOKEN_COUNTS)} sizes, compilation included.",
+             f"all {len(TOKEN_COUNTS)} sizes, after compilation.",
              f"This machine reads {bandwidth / 1e9:.0f} GB/s and computes {speed / 1e9:.0f} GFLOP/s in {dtype}. A call "
              f"is memory-bound up to {ridge:.0f} tokens and compute-bound beyond."]
     images = save_plots(folder, {"steps.png": plot_steps(times, roofline, dtype)})

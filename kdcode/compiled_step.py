@@ -7,7 +7,8 @@ __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'R
            'few_rows_linear', 'transposed_dtypes', 'FewRowsKernels', 'grouped_sdpa', 'grouped_attention', 'static_step',
            'round_up', 'padded_count', 'span_size', 'StepKind', 'step_kind', 'ready_kind', 'use_compiler_cache',
            'lasting_guards', 'compiler', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'CompiledModel',
-           'mark_sizes', 'compiler_settings', 'compile_step', 'compile_steps', 'usual_kinds', 'compile_in_background']
+           'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step', 'compile_steps',
+           'usual_kinds', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import os
@@ -23,13 +24,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cached_model import (
     additive_mask, CachedModel, deviation, feature_inputs, is_int8, kernels_for, least_tolerance, NOISE_FACTOR,
-    pad_tokens, plain_linears, rounding_noise)
+    pad_tokens, plain_linears)
 from .config import cache_folder
 from .provenance import write_atomic
 from .student import Student
@@ -205,7 +207,8 @@ def use_compiler_cache() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder/"writable", "")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     except OSError as error:
         warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})", stacklevel=2)
 
@@ -348,21 +351,42 @@ def compiler_settings() -> Iterator[None]:
     with dynamo, inductor:
         yield
 
+@contextmanager
+def perturbed_embedding(model: PreTrainedModel) -> Iterator[None]:
+    """Change each number that comes out of a model's embedding by a rounding step, up or down, in a `with` block."""
+    def perturb(module, inputs, output):
+        signs = torch.arange(output.numel(), device=output.device).view_as(output) % 3 - 1
+        return output + output * signs * torch.finfo(output.dtype).eps
+    handle = model.get_input_embeddings().register_forward_hook(perturb)
+    try: yield
+    finally: handle.remove()
+
+def plain_logits(state: CachedModel, ids: list[list[int]], count: int) -> list[Tensor]:
+    """Return the logits of the last `count` ids of each row from the ordinary call, after a call over the others."""
+    state.crop([0] * len(ids))
+    CachedModel.forward(state, [row[:-count] for row in ids], [1] * len(ids))
+    return CachedModel.forward(state, [row[-count:] for row in ids], [count] * len(ids))[0]
+
 @torch.no_grad()
-def compile_step(model: PreTrainedModel, kind: StepKind) -> float:
-    """Compile the graph of one kind of call; return by how many standard deviations of a logit it differs."""
+def compile_step(model: PreTrainedModel, kind: StepKind) -> tuple[float, float]:
+    """Compile the graph of one kind of call; return by how many standard deviations of a logit it differs, and by how
+    many the ordinary call does after a rounding step in its input."""
     rows, count = 1 + kind.several_rows, kind.tokens if kind.tokens == 1 or model.device.type == "cuda" else 5
-    ids = [[(7 * row + i) % 64 for i in range(8 + count)] for row in range(rows)]
-    new, keep = [row[8:] for row in ids], [count] * rows
-    scratch = StaticModel(model, 256, rows)
-    CachedModel.forward(scratch, [row[:8] for row in ids], [1] * rows, kind.hidden_layers)  # installs hooks, too
-    inputs = step_inputs(scratch, new, kind.hidden_layers, None)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [[(vocabulary // 3 + 7 * row + 13 * i) % vocabulary for i in range(8 + count)] for row in range(rows)]
+    state = StaticModel(model, 256, rows)
+    expected = plain_logits(state, ids, count)
+    with perturbed_embedding(model):
+        perturbed = plain_logits(state, ids, count)
+    state.crop([0] * rows)
+    CachedModel.forward(state, [row[:8] for row in ids], [1] * rows, kind.hidden_layers)  # installs hooks, too
+    inputs = step_inputs(state, [row[8:] for row in ids], kind.hidden_layers, None)
     if model.device.type == "cpu":
         mark_sizes(inputs)
     with COMPILING, grouped_attention(model), compiler_settings():
         logits, _ = compiler(model.device)(*inputs)
-    expected, _ = CachedModel.forward(scratch, new, keep)
-    return max(deviation(row[-1].float(), other[-1].float()) for row, other in zip(logits[:, :count], expected))
+    def worst(others): return max(deviation(a[-1].float(), b[-1].float()) for a, b in zip(others, expected))
+    return worst(logits[:, :count]), worst(perturbed)
 
 def compile_steps(
     model: PreTrainedModel,
@@ -374,8 +398,8 @@ def compile_steps(
     try:
         for kind in missing:
             progress(f"compiling {type(model).__name__}: {kind}")
-            difference = compile_step(model, kind)
-            if difference > least_tolerance(model) and difference > NOISE_FACTOR * rounding_noise(model):
+            difference, noise = compile_step(model, kind)
+            if difference > max(least_tolerance(model), NOISE_FACTOR * noise):
                 raise RuntimeError(f"logits differ by {difference:.2g} standard deviations")
     except Exception as error:  # of any layer of the compiler
         REFUSED[model] = (str(error).strip() or type(error).__name__).splitlines()[0]
