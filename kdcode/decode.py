@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TokenLogprobs', 'StepOutput', 'verify_step', 'check_prompts', 'DecoderState', 'SpeculativeDecoder', 'bad_word_ids',
-           'make_sequences', 'make_decoder', 'speculative_generate', 'RowProcessor', 'custom_generate', 'check_student',
-           'load_draft', 'unicode', 'prompt_ids', 'complete', 'stream']
+           'make_sequences', 'make_decoder', 'decoder_graphs', 'speculative_generate', 'RowProcessor',
+           'custom_generate', 'check_student', 'load_draft', 'unicode', 'prompt_ids', 'complete', 'stream']
 
 # %% ../nbs/07c_decode.ipynb #07151aad
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +23,13 @@ from transformers import (
     PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria)
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cached_model import clock
-from .compiled_step import CompiledModel
+from .cached_model import clock, is_int8
+from .compiled_step import CompiledModel, StepKind, usual_kinds
 from .config import ConfigError, DecodeSettings
 from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
-    check_vocabularies, Draft, Drafter, estimates_for, is_adaptive, LatencyModel, make_drafter, model_tokenizer,
-    Sequence, StopCriteria)
+    check_vocabularies, Draft, Drafter, drafting_model, estimates_for, is_adaptive, LatencyModel, make_drafter,
+    model_tokenizer, Sequence, StopCriteria)
 from .eagle import EagleStudent
 from .files import draft_folder
 from .result import incremental_text, SpeculativeResult
@@ -312,6 +312,23 @@ def make_decoder(
     latency = estimates_for(teacher).latency[settings.compile] if is_adaptive(settings) else LatencyModel()
     drafter = make_drafter(teacher, student, settings)
     return SpeculativeDecoder(teacher, drafter, settings.gamma, latency, settings.compile)
+
+# %% ../nbs/07c_decode.ipynb #0b1e29e8
+def decoder_graphs(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    settings: DecodeSettings,
+    batches: bool = False,  # also for several rows
+) -> dict[PreTrainedModel, list[StepKind]]:
+    """Return the kinds of graphs that a decoder of these models can use, by model; none if `compile` is off."""
+    if settings.compile is False:
+        return {}
+    features = tuple(getattr(student.config, "feature_layers", None) or ())
+    own = (-1,) if features else ()  # a head continues from its own last state
+    drafts = {} if settings.drafter == "ngram" else {
+        drafting_model(student, settings): usual_kinds(teacher.device, own, batches)}
+    return {teacher: usual_kinds(teacher.device, features, batches)} | {
+        model: kinds for model, kinds in drafts.items() if not is_int8(model)}
 
 # %% ../nbs/07c_decode.ipynb #331e615e
 def _check_input_ids(input_ids: Tensor | list, attention_mask: Tensor | None) -> None:

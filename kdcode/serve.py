@@ -55,9 +55,11 @@ from .api import (
     APIError, ChatCompletionFormat, ChatCompletionRequest, ChatCompletionResponse, CompletionFormat, CompletionRequest,
     CompletionResponse, error_response, ErrorResponse, SamplingRequest, StreamOptions, TextDelta, to_api_error)
 from .batching import Batch, QueueFull, Scheduler, SchedulerClosed
+from .compiled_step import compile_in_background
 from .config import Config, ConfigError, DecodeSettings, ServeSettings
 from .data import text_after, text_ids
-from .decode import check_prompts, check_student, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode
+from .decode import (
+    check_prompts, check_student, decoder_graphs, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode)
 from .drafters import Drafter, Sequence
 from .result import incremental_text, Statistics
 from .teacher import Teacher
@@ -879,6 +881,7 @@ def serve(
     """Serve until SIGINT or SIGTERM."""
     service = Service(teacher, student, config)
     service.warm_up()
+    compile_in_background(decoder_graphs(teacher.model, student, config.decode, batches=True), logger.info)
     server = make_server(create_app(service, key))
     # uvicorn raises the signal again after a graceful shutdown: without a handler, the process would end with an error.
     for signal_number in (signal.SIGINT, signal.SIGTERM):

@@ -325,7 +325,7 @@ def test_whole_configuration(folder, code, tmp_path, monkeypatch, capsys):
         "--data.validation_share", .3, "--data.block_size", 128, "--data.generation_batch_size", 16,
         "--student.layers", "[0]", "--student.draft_vocabulary", 700, "--targets.kind", "top_k", "--targets.k", 8,
         "--train.batch_size", 2, "--train.gradient_accumulation", 1, "--train.eval_steps", 4,
-        "--decode.max_new_tokens", 8, "--decode.problems", 1, "--decode.adaptive", "false",
+        "--decode.max_new_tokens", 8, "--decode.problems", 1, "--decode.adaptive", "false", "--decode.compile", "off",
         "--eval.limit", 1, "--eval.lines", 1, "--eval.documents", 2, "--eval.max_new_tokens", 8]
 
     def run(*words, more=()):

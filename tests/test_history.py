@@ -50,7 +50,7 @@ def flat(settings: dict, above: str = "") -> dict:
 
 
 # name and folder do not change a result; "auto" also decodes an int8 draft in int8; `threads` is no setting of training
-OF_NO_EFFECT = {"name", "out", "decode.student_weights", "train.threads", "threads"}
+OF_NO_EFFECT = {"name", "out", "decode.student_weights", "decode.compile", "train.threads", "threads"}
 # settings changed since: decode-all measured the first shipped draft, and pages that quote it say so
 SMALLER_DEMO = {"data.tokens", "train.eval_steps"}  # make demo trains on half the text now
 SINCE = {

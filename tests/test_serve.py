@@ -257,7 +257,8 @@ def process(tmp_path, tiny_teacher, pair):
         if port is None:
             with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
         command = [sys.executable, "-m", "kdcode.cli", "serve", "--teacher.name", str(tiny_teacher),
-                   "--draft", str(tmp_path/"student"), "--serve.port", str(port), *arguments]
+                   "--draft", str(tmp_path/"student"), "--serve.port", str(port),
+                   "--decode.compile", "off", *arguments]
         environment = {name: value for name, value in os.environ.items() if name != "KDCODE_API_KEY"}
         environment |= {"KDCODE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
         server = subprocess.Popen(
