@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'REFUSED', 'COMPILERS', 'COMPILING', 'StaticCache',
-           'few_rows_linear', 'transposed_dtypes', 'FewRowsKernels', 'grouped_sdpa', 'grouped_attention', 'static_step',
-           'round_up', 'padded_count', 'span_size', 'StepKind', 'step_kind', 'ready_kind', 'use_compiler_cache',
-           'lasting_guards', 'compiler', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'CompiledModel',
-           'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step', 'compile_steps',
-           'usual_kinds', 'compile_in_background']
+           'transposed_rows_linear', 'transposed_dtypes', 'TransposedKernels', 'grouped_sdpa', 'grouped_attention',
+           'static_step', 'round_up', 'padded_count', 'span_size', 'StepKind', 'step_kind', 'ready_kind',
+           'use_compiler_cache', 'lasting_guards', 'compiler', 'run_step', 'StaticState', 'step_inputs', 'StaticModel',
+           'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step',
+           'compile_steps', 'usual_kinds', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import logging
@@ -67,7 +67,7 @@ class StaticCache:
         return 0
 
 # %% ../nbs/02c_compiled_step.ipynb #9233e8ee
-def few_rows_linear(
+def transposed_rows_linear(
     x: Tensor,       # (..., in)
     weight: Tensor,  # (out, in)
     bias: Tensor | None = None,
@@ -87,8 +87,8 @@ def transposed_dtypes(model: PreTrainedModel) -> frozenset[torch.dtype]:
     return frozenset(filter(faster, {layer.weight.dtype for layer in layers}))
 
 # %% ../nbs/02c_compiled_step.ipynb #487373a3
-class FewRowsKernels(TorchFunctionMode):
-    """Computes the linear layers in a `with` block by `few_rows_linear`, for weights of some dtypes."""
+class TransposedKernels(TorchFunctionMode):
+    """Computes the linear layers in a `with` block by `transposed_rows_linear`, for weights of some dtypes."""
 
     def __init__(self, dtypes: frozenset[torch.dtype]):
         super().__init__()
@@ -96,7 +96,7 @@ class FewRowsKernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.linear and not kwargs and args[1].dtype in self.dtypes:
-            return few_rows_linear(*args)
+            return transposed_rows_linear(*args)
         return func(*args, **(kwargs or {}))
 
 # %% ../nbs/02c_compiled_step.ipynb #06b4c493
@@ -151,7 +151,7 @@ def static_step(
     positions = lengths[:, None] + torch.arange(input_ids.shape[1], device=lengths.device)
     masks = {kind: additive_mask(positions, span.shape[0], model.dtype, window) for kind, window in limits[1]}
     cache = StaticCache(layers, positions, span.shape[0])
-    with FewRowsKernels(kernels):
+    with TransposedKernels(kernels):
         out = model(input_ids=input_ids, position_ids=positions.clamp(max=limits[0] - 1),
                     attention_mask=masks if len(masks) > 1 else masks[limits[1][0][0]],
                     cache=cache, use_cache=True, output_hidden_states=bool(hidden_layers) or None, **features)
@@ -209,6 +209,7 @@ def ready_kind(model: PreTrainedModel, kind: StepKind) -> StepKind | None:
 # %% ../nbs/02c_compiled_step.ipynb #6aff1aca
 def use_compiler_cache() -> None:
     """Let the compiler keep its code in the user's cache, unless the environment names a folder."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported late: it takes long
     folder = cache_folder()/"compiled"
     logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)  # no traceback of a damaged entry
     try:
@@ -228,10 +229,8 @@ def compiler(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]
     """Return the compiled `static_step` for a kind of device."""
     if device.type not in COMPILERS:
         use_compiler_cache()
-        gpu = device.type == "cuda"
-        options = {"guard_filter_fn": lasting_guards} | ({"triton.cudagraphs": True} if gpu else {})
-        COMPILERS[device.type] = torch.compile(
-            static_step, fullgraph=True, dynamic=False if gpu else None, options=options)
+        options = {"guard_filter_fn": lasting_guards} | ({"triton.cudagraphs": True} if device.type == "cuda" else {})
+        COMPILERS[device.type] = torch.compile(static_step, fullgraph=True, options=options)
     return COMPILERS[device.type]
 
 COMPILERS: dict[str, Callable] = {}  # by type of device
@@ -249,6 +248,7 @@ def run_step(inputs: tuple, stance: str) -> tuple[Tensor, Tensor | None]:
         logits, hidden = compiler(model.device)(*inputs)
         return logits.clone(), hidden if hidden is None else hidden.clone()  # the next replay overwrites both
 
+# %% ../nbs/02c_compiled_step.ipynb #74673ce0
 class StaticState(CachedModel):
     """The state of a `StaticModel`: a `KVCache` with room for a span that is longer than the sequence."""
     stance = "force_eager"  # of torch.compiler
@@ -285,6 +285,8 @@ def step_inputs(state: StaticState, tokens: list[list[int]], hidden_layers: tupl
                 features: list[Tensor] | None) -> tuple:
     """Return the arguments of `static_step` for the next tokens of each row."""
     device, count = state.model.device, padded_count(max(map(len, tokens)), state.model.device)
+    if device.type == "cuda":  # a CUDA graph writes to fixed addresses; it is recorded again for another storage
+        for x in [x for layer in state.cache.layers for x in layer]: torch._dynamo.mark_static_address(x)
     padded = [row + [0] * (count - len(row)) for row in tokens]
     extra = feature_inputs(state.model, padded, features)
     extra = {name: F.pad(x, (0, 0, 0, count - x.shape[1])) for name, x in extra.items()}
@@ -347,12 +349,13 @@ class CompiledModel(StaticModel):
 
 # %% ../nbs/02c_compiled_step.ipynb #349cd694
 def mark_sizes(inputs: tuple) -> None:
-    """Mark the sizes that one graph serves on the CPU: span, capacity, tokens from two on, rows from two on."""
+    """Mark the sizes that one graph serves: span, capacity, rows from two on, and on the CPU tokens from two on."""
     _, layers, input_ids, lengths, span, _, _, _, features = inputs
     storage = [x for layer in layers for x in layer]
     for x, dim in [(span, 0), *((x, 2) for x in storage)]:
         torch._dynamo.mark_dynamic(x, dim)
-    for size, dim, tensors in ((input_ids.shape[1], 1, [input_ids, *features.values()]),
+    tokens = input_ids.shape[1] if input_ids.device.type == "cpu" else 1  # padded to a few numbers on a GPU
+    for size, dim, tensors in ((tokens, 1, [input_ids, *features.values()]),
                                (len(input_ids), 0, [input_ids, lengths, *features.values(), *storage])):
         if size > 1:
             for x in tensors: torch._dynamo.mark_dynamic(x, dim)
@@ -380,6 +383,7 @@ def perturbed_embedding(model: PreTrainedModel) -> Iterator[None]:
     try: yield
     finally: handle.remove()
 
+# %% ../nbs/02c_compiled_step.ipynb #b2dcab33
 def plain_logits(state: CachedModel, ids: list[list[int]], count: int) -> list[Tensor]:
     """Return the logits of the last `count` ids of each row from the ordinary call, after a call over the others."""
     state.crop([0] * len(ids))
@@ -401,8 +405,7 @@ def compile_step(model: PreTrainedModel, kind: StepKind) -> tuple[float, float]:
     # asked for hidden states, `transformers` adds hooks to a model, and graphs from before would not fit any more
     CachedModel.forward(state, [row[:8] for row in ids], [1] * rows, kind.hidden_layers or (-1,))
     inputs = step_inputs(state, [row[8:] for row in ids], kind.hidden_layers, None)
-    if model.device.type == "cpu":
-        mark_sizes(inputs)
+    mark_sizes(inputs)
     with COMPILING, grouped_attention(model), compiler_settings():
         logits, _ = compiler(model.device)(*inputs)
     ours, theirs = logits[:, :count], torch.stack(expected)
@@ -411,6 +414,7 @@ def compile_step(model: PreTrainedModel, kind: StepKind) -> tuple[float, float]:
     def worst(others): return max(deviation(a[-1].float(), b[-1].float()) for a, b in zip(others, expected))
     return worst(logits[:, :count]), worst(perturbed)
 
+# %% ../nbs/02c_compiled_step.ipynb #f508be09
 def compile_steps(
     model: PreTrainedModel,
     kinds: Iterable[StepKind],
