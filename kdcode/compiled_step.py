@@ -25,7 +25,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
