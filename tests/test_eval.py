@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-SMALL = ["--eval.limit", 3, "--eval.lines", 2, "--eval.documents", 2, "--eval.max_new_tokens", 8,
+SMALL = ["--decode.compile", "off", "--eval.limit", 3, "--eval.lines", 2, "--eval.documents", 2,
+         "--eval.max_new_tokens", 8,
          "--eval.prompt", "plain", "--decode.problems", 1, "--decode.adaptive", "false", "--decode.max_new_tokens", 8]
 
 
