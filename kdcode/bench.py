@@ -43,7 +43,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 # %% ../nbs/09a_bench.ipynb #4fa39627
 from .cached_model import CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up
-from .compiled_step import compile_steps, CompiledModel, StaticModel, usual_kinds
+from .compiled_step import compile_steps, CompiledModel, print_progress, StaticModel, usual_kinds
 from .config import (
     Config, ConfigError, DecodeSettings, LossSettings, run_folder, TargetsSettings, TeacherSettings)
 from .data import Corpus, humaneval_problems
@@ -979,7 +979,7 @@ def _step_models(config: Config, teacher: Teacher, folder: Path) -> dict[str, Ca
     models[f"{config.teacher.dtype}, tuned kernels (kdcode)"] = CachedModel(teacher.model, capacity)
     models[f"{config.teacher.dtype}, static step"] = StaticModel(teacher.model, capacity)
     for dtype, model in {config.teacher.dtype: teacher.model, "bfloat16": variants["bfloat16"]}.items():
-        if config.decode.compile and compile_steps(model, usual_kinds(teacher.device), print):
+        if config.decode.compile and compile_steps(model, usual_kinds(teacher.device), print_progress):
             models[f"{dtype}, compiled step"] = CompiledModel(model, capacity)
     return models
 

@@ -203,11 +203,11 @@ def load_pair(
 
 def load_compiled_pair(config: Config, draft: str | None) -> tuple[Any, Any]:
     """Return teacher and student as `load_pair`, with compiled steps unless `decode.compile` is off."""
-    from kdcode.compiled_step import compile_steps
+    from kdcode.compiled_step import compile_steps, print_progress
     from kdcode.decode import decoder_graphs
     teacher, student = load_pair(config, draft)
     for model, kinds in decoder_graphs(teacher.model, student, config.decode).items():
-        compile_steps(model, kinds, lambda text: print(text, file=sys.stderr, flush=True))
+        compile_steps(model, kinds, print_progress)
     return teacher, student
 
 def run_generate(config: Config, options) -> None:

@@ -7,8 +7,8 @@ __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'R
            'transposed_rows_linear', 'transposed_dtypes', 'TransposedKernels', 'grouped_sdpa', 'grouped_attention',
            'static_step', 'round_up', 'padded_count', 'span_size', 'StepKind', 'step_kind', 'ready_kind',
            'use_compiler_cache', 'lasting_guards', 'compiler', 'run_step', 'StaticState', 'step_inputs', 'StaticModel',
-           'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step',
-           'compile_steps', 'usual_kinds', 'compile_in_background']
+           'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits',
+           'compile_step', 'compile_steps', 'usual_kinds', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import logging
@@ -318,6 +318,10 @@ class StaticModel(StaticState):
         return [row[end - n:end] for row, end, n in zip(logits, ends, keep)], rows
 
 # %% ../nbs/02c_compiled_step.ipynb #cce9f605
+def print_progress(text: str) -> None:
+    """Print what is being compiled, to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
 class CompiledModel(StaticModel):
     """A `CachedModel` whose calls over up to 16 tokens run as compiled graphs, where they are compiled."""
     stance = "eager_on_recompile"
@@ -339,7 +343,7 @@ class CompiledModel(StaticModel):
             return False
         kind = step_kind(tokens, hidden_layers, self.model.device)
         if self.compile is True and ready_kind(self.model, kind) is None and self.model not in REFUSED:
-            compile_steps(self.model, [kind], lambda text: print(text, file=sys.stderr))
+            compile_steps(self.model, [kind], print_progress)
         return ready_kind(self.model, kind) is not None
 
     def graph_layers(self, tokens: list[list[int]], hidden_layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -23,12 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria)
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cached_model import clock, is_int8
+from .cached_model import clock
 from .compiled_step import CompiledModel, StepKind, usual_kinds
 from .config import ConfigError, DecodeSettings
 from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
-    check_vocabularies, Draft, Drafter, drafting_model, estimates_for, is_adaptive, LatencyModel, make_drafter,
+    check_vocabularies, Draft, Drafter, drafts_in_int8, estimates_for, is_adaptive, LatencyModel, make_drafter,
     model_tokenizer, Sequence, StopCriteria)
 from .eagle import EagleStudent
 from .files import draft_folder
@@ -325,10 +325,10 @@ def decoder_graphs(
         return {}
     features = tuple(getattr(student.config, "feature_layers", None) or ())
     own = (-1,) if features else ()  # a head continues from its own last state
-    drafts = {} if settings.drafter == "ngram" else {
-        drafting_model(student, settings): usual_kinds(teacher.device, own, batches)}
-    return {teacher: usual_kinds(teacher.device, features, batches)} | {
-        model: kinds for model, kinds in drafts.items() if not is_int8(model)}
+    graphs = {teacher: usual_kinds(teacher.device, features, batches)}
+    if settings.drafter != "ngram" and not drafts_in_int8(student, settings):
+        graphs[student] = usual_kinds(teacher.device, own, batches)
+    return graphs
 
 # %% ../nbs/07c_decode.ipynb #331e615e
 def _check_input_ids(input_ids: Tensor | list, attention_mask: Tensor | None) -> None:
