@@ -42,7 +42,8 @@ from torch.nn import functional as F
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 # %% ../nbs/09a_bench.ipynb #4fa39627
-from .cached_model import CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up
+from .cached_model import (
+    CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up, without_cudnn_attention)
 from .compiled_step import compile_steps, CompiledModel, print_progress, StaticModel, usual_kinds
 from .config import (
     Config, ConfigError, DecodeSettings, LossSettings, run_folder, TargetsSettings, TeacherSettings)
@@ -86,10 +87,11 @@ def generate_baseline(
     ids = torch.tensor([prompt_ids(teacher, prompt)], device=teacher.device)
     torch.manual_seed(seed)
     criteria = StoppingCriteriaList([TimedSteps(teacher.device)])
-    output = teacher.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
-        pad_token_id=teacher.tokenizer.eos_token_id, stopping_criteria=criteria,
-        **_sampling_options(teacher, settings), **options)
+    with without_cudnn_attention(teacher.device):
+        output = teacher.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
+            pad_token_id=teacher.tokenizer.eos_token_id, stopping_criteria=criteria,
+            **_sampling_options(teacher, settings), **options)
     return output[0, ids.shape[1]:].tolist()
 
 # %% ../nbs/09a_bench.ipynb #f9c595fb

@@ -314,7 +314,7 @@ def generated(target, prompt, max_length, **options):
                            pad_token_id=0, **options)[0].tolist()
 
 
-@step_forms("static", "compiled")
+@step_forms("static", "replayed", "compiled")
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("options", [{"adaptive": False}, {"adaptive": True}, {"drafter": "hybrid"},
                                      {"drafter": "ngram"}, {"repetition_penalty": 1.5, "adaptive": False}])
@@ -327,7 +327,7 @@ def test_greedy_text_to_the_end_of_the_context(step, name, options):
         assert found.tokens == generated(target, prompt, 64, **penalty)[len(prompt):]
 
 
-@step_forms("static", "compiled")
+@step_forms("static", "replayed", "compiled")
 def test_eagle_head_drafts_the_same(step, monkeypatch):
     """Tokens and accepted drafts are those of the ordinary step, for three rows and for those that are left."""
     head = EagleStudent.from_teacher(TARGETS["full attention"], [1, -1], [0]).eval()
@@ -340,7 +340,7 @@ def test_eagle_head_drafts_the_same(step, monkeypatch):
     assert found == run()
 
 
-@step_forms("static", "compiled")
+@step_forms("static", "replayed", "compiled")
 def test_continuous_batching(step):
     """Sequences that join and leave at any time get the tokens of `generate`."""
     target, settings = TARGETS["sliding window"], DecodeSettings(
