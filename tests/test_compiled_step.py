@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kdcode import decode, drafters
 from kdcode.batching import Batch
@@ -159,6 +159,17 @@ def test_wrong_graph_is_refused(monkeypatch, wrong):
     model = tiny()
     with pytest.warns(UserWarning, match="runs without compiled steps: logits"):
         assert not compile_steps(model, [STEP])
+
+
+def test_4bit_weights(tmp_path):
+    """A model in NF4 is compiled as a whole, and a changed scale gives the changed model's logits."""
+    tiny(num_hidden_layers=1, hidden_size=64).save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                 bnb_4bit_compute_dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=options).eval()
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit" and compile_steps(model, [STEP])
+    state = model.model.layers[0].mlp.up_proj.weight.quant_state
+    check_change(model, lambda m: state.absmax.mul_(2))
 
 
 def double(module, inputs, output): return output * 2
