@@ -7,12 +7,15 @@ __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'R
            'FREE_LOCK', 'CUDA_GRAPHS', 'COMPILING', 'StaticCache', 'transposed_rows_linear', 'transposed_dtypes',
            'TransposedKernels', 'grouped_sdpa', 'grouped_attention', 'static_step', 'round_up', 'uses_cuda_graphs',
            'padded_count', 'span_size', 'storage_capacity', 'StepKind', 'step_kind', 'ready_kind', 'use_compiler_cache',
-           'lasting_guards', 'compiler', 'all_tensors', 'Storage', 'storage_kind', 'take_storage', 'free_storage',
-           'ReusedCache', 'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs', 'StaticModel',
-           'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits',
-           'compile_step', 'compile_steps', 'usual_kinds', 'compile_in_background']
+           'lasting_guards', 'compiler', 'graph_marker', 'is_on_disk', 'mark_on_disk', 'uncached_graphs', 'all_tensors',
+           'Storage', 'storage_kind', 'take_storage', 'free_storage', 'ReusedCache', 'share_cuda_graphs', 'run_step',
+           'StaticState', 'step_inputs', 'StaticModel', 'print_progress', 'CompiledModel', 'mark_sizes',
+           'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step', 'compile_steps', 'usual_kinds',
+           'load_steps', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
+import inspect
+import json
 import logging
 import os
 import sys
@@ -23,9 +26,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
@@ -36,9 +41,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cached_model import (
     additive_mask, CachedModel, deviation, feature_inputs, is_int8, Kernels, least_tolerance, NOISE_FACTOR, pad_tokens,
-    without_cudnn_attention)
+    tuned_kernels, without_cudnn_attention)
 from .config import cache_folder
-from .provenance import write_atomic
+from .provenance import processor, short_hash, write_atomic
 from .student import KVCache, Student
 from .threads import THREADS
 
@@ -247,6 +252,36 @@ def compiler(device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]
     return COMPILERS[device.type]
 
 COMPILERS: dict[str, Callable] = {}  # by type of device
+
+# %% ../nbs/02c_compiled_step.ipynb #fb1ce626
+def graph_marker(model: PreTrainedModel, kind: StepKind) -> Path:
+    """Return the file that exists if the code of a graph is on disk."""
+    use_compiler_cache()
+    fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    shapes = [(name, str(x.dtype), x.shape) for name, x in model.named_parameters()]
+    transposed = sorted(map(str, transposed_dtypes(tuned_kernels(model)[1])))
+    device = processor() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
+    source = [inspect.getsource(part) for part in (static_step, StaticCache.update, transposed_rows_linear, grouped_sdpa)]
+    known = [type(model).__qualname__, json.dumps(fields, sort_keys=True, default=str), shapes, transposed, str(kind),
+             kind.hidden_layers, device, torch.__version__, transformers.__version__, source]
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache_folder()/"compiled"))/"graphs"/short_hash(known)
+
+def is_on_disk(model: PreTrainedModel, kind: StepKind) -> bool:
+    """Return whether the code of a graph was compiled before, so that it can be loaded."""
+    return graph_marker(model, kind).is_file()
+
+def mark_on_disk(model: PreTrainedModel, kind: StepKind) -> None:
+    """Record that the code of a graph is on disk, unless the folder can't be written."""
+    marker = graph_marker(model, kind)
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(marker, "")
+    except OSError: pass
+
+def uncached_graphs() -> int:
+    """Return how many graphs the compiler could not keep on disk in this process."""
+    counters = torch._dynamo.utils.counters
+    return counters["inductor"]["fxgraph_cache_bypass"] + counters["aot_autograd"]["autograd_cache_bypass"]
 
 # %% ../nbs/02c_compiled_step.ipynb #06d2de0c
 KEPT_STORAGES = 2  # free ones that a model keeps, the largest
@@ -539,10 +574,12 @@ def compile_steps(
     missing = [kind for kind in kinds if kind not in READY.get(model, ())]
     try:
         for kind in missing:
-            progress(f"compiling {type(model).__name__}: {kind}")
+            progress(f"{'loading' if is_on_disk(model, kind) else 'compiling'} {type(model).__name__}: {kind}")
+            uncached = uncached_graphs()
             difference, noise = compile_step(model, kind)
             if difference > max(least_tolerance(model), NOISE_FACTOR * noise):
                 raise RuntimeError(f"logits differ by {difference:.2g} standard deviations")
+            if uncached_graphs() == uncached: mark_on_disk(model, kind)
     except Exception as error:  # of any layer of the compiler
         REFUSED[model] = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"{type(model).__name__} runs without compiled steps: {REFUSED[model]}", stacklevel=2)
@@ -559,6 +596,15 @@ def usual_kinds(
     """Return the kinds of calls of a decoder."""
     counts = PADDED_COUNTS if uses_cuda_graphs(device) else (1, 2)
     return [StepKind(rows, count, hidden_layers) for rows in (False, True)[:1 + batches] for count in counts]
+
+def load_steps(
+    models: dict[PreTrainedModel, list[StepKind]],
+    progress: Callable[[str], object] = lambda text: None,
+) -> None:
+    """Load the graphs of those models whose code is all on disk. Nothing is compiled."""
+    for model, kinds in models.items():
+        if all(is_on_disk(model, kind) for kind in kinds):
+            compile_steps(model, kinds, progress)
 
 def compile_in_background(
     models: dict[PreTrainedModel, list[StepKind]],
