@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'REFUSED', 'COMPILERS', 'KEPT_STORAGES', 'FREE',
-           'FREE_LOCK', 'CUDA_GRAPHS', 'COMPILING', 'StaticCache', 'transposed_rows_linear', 'transposed_dtypes',
-           'TransposedKernels', 'grouped_sdpa', 'grouped_attention', 'static_step', 'round_up', 'uses_cuda_graphs',
-           'padded_count', 'span_size', 'storage_capacity', 'StepKind', 'step_kind', 'ready_kind', 'use_compiler_cache',
-           'lasting_guards', 'compiler', 'graph_marker', 'is_on_disk', 'mark_on_disk', 'uncached_graphs', 'all_tensors',
-           'Storage', 'storage_kind', 'take_storage', 'free_storage', 'ReusedCache', 'share_cuda_graphs', 'run_step',
-           'StaticState', 'step_inputs', 'StaticModel', 'print_progress', 'CompiledModel', 'mark_sizes',
-           'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step', 'compile_steps', 'usual_kinds',
-           'load_steps', 'compile_in_background']
+           'FREE_LOCK', 'CUDA_GRAPHS', 'COMPILING', 'HOOKS', 'StaticCache', 'transposed_rows_linear',
+           'transposed_dtypes', 'TransposedKernels', 'grouped_sdpa', 'grouped_attention', 'static_step', 'round_up',
+           'uses_cuda_graphs', 'padded_count', 'span_size', 'storage_capacity', 'StepKind', 'step_kind', 'ready_kind',
+           'use_compiler_cache', 'lasting_guards', 'compiler', 'graph_marker', 'is_on_disk', 'mark_on_disk',
+           'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind', 'take_storage', 'free_storage', 'ReusedCache',
+           'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'hook_ids', 'print_progress',
+           'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step',
+           'compile_steps', 'usual_kinds', 'load_steps', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import inspect
@@ -465,6 +465,19 @@ class StaticModel(StaticState):
         return [row[end - n:end] for row, end, n in zip(logits, ends, keep)], rows
 
 # %% ../nbs/02c_compiled_step.ipynb #cce9f605
+def hook_ids(model: nn.Module) -> list[tuple[int, ...]]:
+    """Return the ids of the forward hooks of a module and its parts, without parts that have none."""
+    found, modules = [], [model]
+    while modules:
+        parts = vars(modules.pop())
+        if parts["_forward_pre_hooks"] or parts["_forward_hooks"]:
+            found.append((*parts["_forward_pre_hooks"], -1, *parts["_forward_hooks"]))
+        modules += filter(None, parts["_modules"].values())
+    return found
+
+HOOKS: weakref.WeakKeyDictionary[PreTrainedModel, dict[StepKind, list[tuple[int, ...]]]] = weakref.WeakKeyDictionary()
+
+# %% ../nbs/02c_compiled_step.ipynb #19be43f6
 def print_progress(text: str) -> None:
     """Print what is being compiled, to standard error."""
     print(text, file=sys.stderr, flush=True)
@@ -491,7 +504,8 @@ class CompiledModel(StaticModel):
         kind = step_kind(tokens, hidden_layers, self.model.device)
         if self.compile is True and ready_kind(self.model, kind) is None and self.model not in REFUSED:
             compile_steps(self.model, [kind], print_progress)
-        return ready_kind(self.model, kind) is not None
+        ready = ready_kind(self.model, kind)
+        return ready is not None and HOOKS.get(self.model, {}).get(ready, []) == hook_ids(self.model)
 
     def graph_layers(self, tokens: list[list[int]], hidden_layers: tuple[int, ...]) -> tuple[int, ...]:
         """Return the hidden states that the graph for a call returns."""
@@ -512,10 +526,9 @@ def mark_sizes(inputs: tuple) -> None:
 
 @contextmanager
 def compiler_settings() -> Iterator[None]:
-    """Set PyTorch's compiler: only marked sizes are dynamic, threads are counted at run time, graphs of many models,
-    and graphs that know of hooks."""
+    """Set PyTorch's compiler: only marked sizes are dynamic, threads are counted at run time, graphs of many models."""
     dynamo = torch._dynamo.config.patch(
-        automatic_dynamic_shapes=False, recompile_limit=256, skip_nnmodule_hook_guards=False)
+        automatic_dynamic_shapes=False, recompile_limit=256, skip_nnmodule_hook_guards=True)  # see `hook_ids`
     inductor = torch._inductor.config.patch({"cpp.dynamic_threads": True})
     with dynamo, inductor:
         yield
@@ -556,8 +569,9 @@ def compile_step(model: PreTrainedModel, kind: StepKind) -> tuple[float, float]:
     CachedModel.forward(state, [row[:8] for row in ids], [1] * rows, kind.hidden_layers or (-1,))
     inputs = step_inputs(state, [row[8:] for row in ids], kind.hidden_layers, None)
     mark_sizes(inputs)
-    with COMPILING, grouped_attention(model), without_cudnn_attention(model.device), compiler_settings():
-        logits, _ = compiler(model.device)(*inputs)
+    HOOKS.setdefault(model, {})[kind] = hook_ids(model)
+    with COMPILING, compiler_settings():
+        logits, _ = run_step(inputs, "default")
     ours, theirs = logits[:, :count], torch.stack(expected)
     if not torch.equal(ours.isfinite(), theirs.isfinite()):
         raise RuntimeError("logits are infinite or NaN where the model's are not")

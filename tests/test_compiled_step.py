@@ -2,6 +2,7 @@
 
 As a program: compile a graph and print what came of it.
 """
+import copy
 import json
 import os
 import resource
@@ -201,6 +202,8 @@ CHANGES = {
     "hook before the head": lambda m: m.lm_head.register_forward_pre_hook(double_input),
     "hook of a linear layer": lambda m: m.model.layers[1].mlp.up_proj.register_forward_hook(double),
     "hook of a container": lambda m: m.model.layers[0].mlp.register_forward_hook(double),
+    "hook of a new part": lambda m: [setattr(m.model.layers[0], "mlp", copy.deepcopy(m.model.layers[0].mlp)),
+                                     m.model.layers[0].mlp.register_forward_hook(double)],
     "two hooks": lambda m: [m.model.norm.register_forward_hook(double) for _ in range(2)]}
 
 
