@@ -7,11 +7,11 @@ __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'R
            'FREE_LOCK', 'CUDA_GRAPHS', 'COMPILING', 'HOOKS', 'StaticCache', 'transposed_rows_linear',
            'transposed_dtypes', 'TransposedKernels', 'grouped_sdpa', 'grouped_attention', 'static_step', 'round_up',
            'uses_cuda_graphs', 'padded_count', 'span_size', 'storage_capacity', 'StepKind', 'step_kind', 'ready_kind',
-           'use_compiler_cache', 'lasting_guards', 'compiler', 'graph_marker', 'is_on_disk', 'mark_on_disk',
-           'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind', 'take_storage', 'free_storage', 'ReusedCache',
-           'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'hook_ids', 'print_progress',
-           'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step',
-           'compile_steps', 'usual_kinds', 'load_steps', 'compile_in_background']
+           'code_folder', 'use_compiler_cache', 'lasting_guards', 'compiler', 'graph_marker', 'is_on_disk',
+           'mark_on_disk', 'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind', 'take_storage', 'free_storage',
+           'ReusedCache', 'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'hook_ids',
+           'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits',
+           'compile_step', 'compile_steps', 'usual_kinds', 'load_steps', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import inspect
@@ -221,16 +221,20 @@ def ready_kind(model: PreTrainedModel, kind: StepKind) -> StepKind | None:
     return next((other for other in ready if replace(other, hidden_layers=()) == kind), None)
 
 # %% ../nbs/02c_compiled_step.ipynb #6aff1aca
-def use_compiler_cache() -> None:
-    """Let the compiler keep its code in the user's cache, unless the environment names a folder."""
+def code_folder() -> Path:
+    """Return the folder of compiled code: in the user's cache, unless the environment names another one."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported late: it takes long
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    return cache_folder()/"compiled" if named == default_cache_dir() else Path(named)
+
+def use_compiler_cache() -> None:
+    """Let the compiler keep its code in `code_folder`."""
     folder = cache_folder()/"compiled"
     logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)  # no traceback of a damaged entry
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder/"writable", "")
-        if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code_folder())
     except OSError as error:
         warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})", stacklevel=2)
 
@@ -256,7 +260,6 @@ COMPILERS: dict[str, Callable] = {}  # by type of device
 # %% ../nbs/02c_compiled_step.ipynb #fb1ce626
 def graph_marker(model: PreTrainedModel, kind: StepKind) -> Path:
     """Return the file that exists if the code of a graph is on disk."""
-    use_compiler_cache()
     fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
     shapes = [(name, str(x.dtype), x.shape) for name, x in model.named_parameters()]
     transposed = sorted(map(str, transposed_dtypes(tuned_kernels(model)[1])))
@@ -264,7 +267,7 @@ def graph_marker(model: PreTrainedModel, kind: StepKind) -> Path:
     source = [inspect.getsource(part) for part in (static_step, StaticCache.update, transposed_rows_linear, grouped_sdpa)]
     known = [type(model).__qualname__, json.dumps(fields, sort_keys=True, default=str), shapes, transposed, str(kind),
              kind.hidden_layers, device, torch.__version__, transformers.__version__, source]
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache_folder()/"compiled"))/"graphs"/short_hash(known)
+    return code_folder()/"graphs"/short_hash(known)
 
 def is_on_disk(model: PreTrainedModel, kind: StepKind) -> bool:
     """Return whether the code of a graph was compiled before, so that it can be loaded."""
