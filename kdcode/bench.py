@@ -994,7 +994,6 @@ def graph_seconds(
 
 def compile_figures(settings: TeacherSettings) -> tuple[dict[str, float], list[str]]:
     """Return the seconds of all graphs in a first and in a second process, and a note; both empty without graphs."""
-    print_progress("measuring the compiler in two new processes")
     with tempfile.TemporaryDirectory() as folder:
         times = {"compile_seconds": graph_seconds(settings, Path(folder)),
                  "load_seconds": graph_seconds(settings, Path(folder))}
@@ -1053,7 +1052,10 @@ def bench_steps(
     command: str,    # the command line
 ) -> Report:
     """Measure t(n) of the variants of a target, and compare it with the roofline of the machine."""
-    compiling, about_compiling = compile_figures(config.teacher) if config.decode.compile else ({}, [])
+    compiling, about_compiling = {}, []
+    if config.decode.compile:
+        print_progress("measuring the compiler in two new processes")
+        compiling, about_compiling = compile_figures(config.teacher)
     with tempfile.TemporaryDirectory() as copy:
         models = _step_models(config, teacher, Path(copy))
     warm = {name: _warm_up_seconds(model) for name, model in models.items()}

@@ -264,7 +264,8 @@ def graph_marker(model: PreTrainedModel, kind: StepKind) -> Path:
     shapes = [(name, str(x.dtype), x.shape) for name, x in model.named_parameters()]
     transposed = sorted(map(str, transposed_dtypes(tuned_kernels(model)[1])))
     device = processor() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
-    source = [inspect.getsource(part) for part in (static_step, StaticCache.update, transposed_rows_linear, grouped_sdpa)]
+    parts = (static_step, StaticCache.update, transposed_rows_linear, grouped_sdpa)
+    source = [inspect.getsource(part) for part in parts]
     known = [type(model).__qualname__, json.dumps(fields, sort_keys=True, default=str), shapes, transposed, str(kind),
              kind.hidden_layers, device, torch.__version__, transformers.__version__, source]
     return code_folder()/"graphs"/short_hash(known)
