@@ -36,7 +36,7 @@ from .cached_model import (
     pad_tokens, plain_linears)
 from .config import cache_folder
 from .provenance import write_atomic
-from .student import Student
+from .student import Student, to_device
 from .threads import THREADS
 
 # %% ../nbs/02c_compiled_step.ipynb #71078fb7
@@ -286,10 +286,10 @@ def step_inputs(state: StaticState, tokens: list[list[int]], hidden_layers: tupl
     device, count = state.model.device, padded_count(max(map(len, tokens)), state.model.device)
     if device.type == "cuda":  # a CUDA graph writes to fixed addresses; it is recorded again for another storage
         for x in [x for layer in state.cache.layers for x in layer]: torch._dynamo.mark_static_address(x)
-    padded = [row + [0] * (count - len(row)) for row in tokens]
-    extra = feature_inputs(state.model, padded, features)
+    input_ids, extra = pad_tokens(tokens, device), feature_inputs(state.model, tokens, features)
+    input_ids = F.pad(input_ids, (0, count - input_ids.shape[1]))
     extra = {name: F.pad(x, (0, 0, 0, count - x.shape[1])) for name, x in extra.items()}
-    return (state.model, state.cache.layers, pad_tokens(padded, device), torch.tensor(state.lengths, device=device),
+    return (state.model, state.cache.layers, input_ids, to_device(state.lengths, device),
             torch.arange(state.span(tokens), device=device), hidden_layers, state.kernels, state.limits, extra)
 
 class StaticModel(StaticState):
