@@ -89,7 +89,7 @@ def rounds(decoder, sequences):
 
 def decoded(name, prompts, **options):
     """Return the rounds of a decoder with a draft model."""
-    options = DecodeSettings(**dict(gamma=3, max_new_tokens=16, student_weights="plain", drafter="student") | options)
+    options = DecodeSettings(**dict(gamma=3, max_new_tokens=12, student_weights="plain", drafter="student") | options)
     sequences = make_sequences(prompts, options, 0, {47}, None, TARGET.device)
     return rounds(make_decoder(TARGET, STUDENTS[name], sequences, options), sequences)
 
@@ -99,11 +99,11 @@ GREEDY, SAMPLED = {}, {"temperature": 1.3, "top_k": 30, "top_p": .95, "min_p": .
 
 @step_forms("ordinary", "static")
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, SAMPLED | {"draft_sampling": "greedy"}])
-@pytest.mark.parametrize("drafter", ["student", "hybrid", "ngram"])
-@pytest.mark.parametrize("name", STUDENTS)
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
-def test_a_round_waits_once(step, name, drafter, sampling, prompts):
-    for adaptive in (False, True):
+@pytest.mark.parametrize("name, drafter", [
+    ("student", "student"), ("smaller vocabulary", "student"), ("head", "student"), ("student", "hybrid"),
+    ("head", "hybrid"), ("student", "ngram")])
+def test_a_round_waits_once(step, name, drafter, sampling):
+    for prompts, adaptive in ((PROMPTS[:1], True), (PROMPTS[:1], False), (PROMPTS, False)):
         found, drafted = decoded(name, prompts, drafter=drafter, adaptive=adaptive, **sampling)
         assert found == [["tolist"]] * len(found)
         assert drafter == "ngram" or adaptive or max(drafted) == 3
