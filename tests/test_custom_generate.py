@@ -86,7 +86,7 @@ def eagle(): return EagleDrafter(EagleStudent.from_teacher(TEACHER, [1, -1]).eva
 
 
 @step_forms("ordinary", "static")
-@pytest.mark.parametrize("drafter", [lambda: NGramDrafter(), lambda: ModelDrafter(STUDENT), eagle, hybrid, adaptive,
+@pytest.mark.parametrize("drafter", [NGramDrafter, lambda: ModelDrafter(STUDENT), eagle, hybrid, adaptive,
                                      lambda: HybridDrafter(NGramDrafter(), eagle())])
 def test_batch_with_a_drafter_object(step, drafter):
     settings = DecodeSettings(gamma=3, max_new_tokens=12, adaptive=False)
