@@ -169,6 +169,15 @@ def transformers_methods(
     assisted[f"{label}, dynamic"] = assisted_method(teacher, student, settings, seed)
     return assisted | lookup
 
+# %% ../nbs/09a_bench.ipynb #263ae1b5
+@torch.no_grad()
+def random_copy(student: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a student with random weights, which is as fast and whose draft tokens are not accepted."""
+    copied, generator = copy.deepcopy(student), torch.Generator(student.device).manual_seed(0)
+    for weight in copied.parameters():
+        if weight.dim() > 1 and weight.is_floating_point(): weight.normal_(std=.02, generator=generator)
+    return copied
+
 # %% ../nbs/09a_bench.ipynb #2426bac2
 def _drafter_variants(settings: DecodeSettings, with_int8: bool) -> dict[str, DecodeSettings]:
     """Return the settings of the other drafters and of the student with fixed γ, by label."""
@@ -179,14 +188,6 @@ def _drafter_variants(settings: DecodeSettings, with_int8: bool) -> dict[str, De
     if with_int8:
         fixed[f"{fixed_gamma_name(2)}, int8"] = replace(student, gamma=2, student_weights="int8")
     return others | fixed
-
-@torch.no_grad()
-def random_copy(student: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a student with random weights, which is as fast and whose draft tokens are not accepted."""
-    copied, generator = copy.deepcopy(student), torch.Generator(student.device).manual_seed(0)
-    for weight in copied.parameters():
-        if weight.dim() > 1 and weight.is_floating_point(): weight.normal_(std=.02, generator=generator)
-    return copied
 
 def decode_methods(
     teacher: Teacher,

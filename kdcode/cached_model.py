@@ -304,10 +304,7 @@ def check_positions(config, capacity: int) -> None:
 
 # %% ../nbs/02b_cached_model.ipynb #2beaa0b1
 def pad_tokens(tokens: list[list[int] | Tensor], device: torch.device | str = "cpu") -> Tensor:
-    """Return the tokens of all rows, padded on the right with 0: (batch, longest).
-
-    A row is a list on the host, or a tensor (tokens,) on the device.
-    """
+    """Return the tokens of all rows, lists or tensors (tokens,) on the device, padded with 0: (batch, longest)."""
     if not any(isinstance(row, Tensor) for row in tokens):
         longest = max(map(len, tokens))
         return to_device([row + [0] * (longest - len(row)) for row in tokens], device)

@@ -7,9 +7,9 @@ __all__ = ['MIN_NGRAM', 'MAX_NGRAM', 'HYBRID_MIN_NGRAM', 'PROBE_SHARE', 'PROBE_R
            'TOKENIZERS', 'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'Drafter', 'cache_capacity',
            'CachedDrafter', 'DraftRow', 'ProcessedRow', 'ModelDrafter', 'EagleRow', 'EagleDrafter', 'NGramIndex',
            'NGramDrafter', 'CompositeDrafter', 'HybridDrafter', 'LatencyModel', 'Timestamp', 'ProbeSchedule',
-           'AcceptanceEstimate', 'best_gamma', 'GammaController', 'AdaptiveDrafter', 'ModelEstimates', 'estimates_for',
-           'model_tokenizer', 'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8', 'drafting_model',
-           'make_drafter']
+           'AcceptanceEstimate', 'best_gamma', 'charge_probe', 'GammaController', 'AdaptiveDrafter', 'ModelEstimates',
+           'estimates_for', 'model_tokenizer', 'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8',
+           'drafting_model', 'make_drafter']
 
 # %% ../nbs/07b_drafters.ipynb #08145117
 import statistics
@@ -199,8 +199,7 @@ class DraftRow:
 
     def draft(self) -> Draft:
         """Return the draft."""
-        tokens = torch.cat(self.tokens) if self.tokens else []
-        return Draft(tokens, torch.cat(self.probs) if self.probs else None)
+        return Draft(torch.cat(self.tokens) if self.tokens else [], torch.cat(self.probs) if self.probs else None)
 
 # %% ../nbs/07b_drafters.ipynb #ac5046a4
 class ProcessedRow(DraftRow):
@@ -541,6 +540,23 @@ def best_gamma(
               / (gamma * draft_seconds + latency.seconds(batch_size * (gamma + 1))) for gamma in range(max_gamma + 1)]
     return speeds.index(max(speeds))
 
+# %% ../nbs/07b_drafters.ipynb #a1e9fc8f
+def charge_probe(
+    estimate: AcceptanceEstimate,
+    latency: LatencyModel,  # of target calls, by the number of tokens
+    batch_size: int,
+    longest: int,           # draft tokens of the longest row; 0: a plain round
+    seconds: float,         # of drafting
+) -> None:
+    """Add a round in which drafting was not expected to pay to the probes of an estimate."""
+    plain = latency.seconds(batch_size)
+    if longest:
+        verification = latency.seconds(batch_size * (longest + 1)) - plain
+        drafting = max(seconds, longest * estimate.steps.seconds(batch_size))
+        estimate.probes.add_draft(drafting + max(verification, 0.))
+    else:
+        estimate.probes.add_plain(plain)
+
 # %% ../nbs/07b_drafters.ipynb #5ea87154
 class GammaController:
     """Chooses γ for each round from running estimates, and updates them."""
@@ -575,19 +591,10 @@ class GammaController:
         if longest and self.caught_up:  # otherwise it had to process the tokens of plain rounds first
             self.estimate.steps.add(len(drafts), seconds / longest)
         self.caught_up = longest > 0
-        if not self.pays and self.latency.medians: self.charge(len(drafts), longest, seconds)
+        if not self.pays and self.latency.medians:
+            charge_probe(self.estimate, self.latency, len(drafts), longest, seconds)
         for draft in drafts:
             for rate in draft.acceptance: self.estimate.update(rate, self.memory)
-
-    def charge(self, batch_size: int, longest: int, seconds: float) -> None:
-        """Add a round in which drafting was not expected to pay to the probes."""
-        plain, probes = self.latency.seconds(batch_size), self.estimate.probes
-        if longest == 0:
-            probes.add_plain(plain)
-        else:
-            verification = self.latency.seconds(batch_size * (longest + 1)) - plain
-            drafting = max(seconds, longest * self.estimate.steps.seconds(batch_size))
-            probes.add_draft(drafting + max(verification, 0.))
 
 # %% ../nbs/07b_drafters.ipynb #1733c43e
 class AdaptiveDrafter(CompositeDrafter):
@@ -622,9 +629,7 @@ class AdaptiveDrafter(CompositeDrafter):
         return self.drafts
 
     def update(self, lengths: list[int], features: list[Tensor] | None) -> None:
-        """Record times and acceptance of the last drafts: the device has reached this point."""
-        if self.drafts:
-            self.controller.record(self.drafts, self.ended.since(self.began))
+        if self.drafts: self.controller.record(self.drafts, self.ended.since(self.began))
         self.drafts = []
         super().update(lengths, features)
 
