@@ -28,7 +28,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -687,7 +687,7 @@ def _default(name: str) -> Any:
 def _description(name: str) -> str:
     """Return the documentation of a setting with its default, for `argparse`."""
     section, _, field = name.rpartition(".")
-    owner = getattr(Config(), section) if section else Config()
+    owner: Settings = getattr(Config(), section) if section else Config()
     default = _default(name)
     shown = f" (default: {default})" if default not in (None, []) else ""
     return f"{field_docs(type(owner)).get(field, '')}{shown}".replace("%", "%%")
@@ -735,7 +735,7 @@ def option_names(command: str) -> list[str]:
     own = [name for name in OPTIONS.get(command, {}) if name.startswith("--")]
     if command in WITHOUT_SETTINGS:
         return own
-    sections = {f.name: f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)}
+    sections = {name: part for name, part in vars(Config()).items() if isinstance(part, Settings)}
     top = [f"--{f.name}" for f in fields(Config) if f.name not in sections]
     used = sorted(sections, key=lambda name: name not in SECTIONS[command])
     settings = [f"--{section}.{f.name}" for section in used for f in fields(sections[section])]
@@ -743,12 +743,12 @@ def option_names(command: str) -> list[str]:
 
 def suggest_option(name: str, command: str) -> str:
     """Return a hint for an unknown option, with or without its dashes."""
-    known = [option.removeprefix("--") for option in option_names(command)]
+    given, known = name.lstrip("-"), [option.removeprefix("--") for option in option_names(command)]
     by_field = {option.rpartition(".")[2]: option for option in reversed(known)}  # the first section has the field
     names = by_field | {option: option for option in known}
-    given = name.lstrip("-")
-    similar = difflib.get_close_matches(given, names, n=1) or [name for name in names if given and name.startswith(given)]
-    return f"did you mean --{names[similar[0]]}?" if similar else f"kdcode {command} --help-all lists all options"
+    similar = [names[near] for near in difflib.get_close_matches(given, names, n=1)]
+    similar = similar or [option for option in known if given and option.startswith(given)]
+    return f"did you mean --{similar[0]}?" if similar else f"kdcode {command} --help-all lists all options"
 
 # %% ../nbs/12_cli.ipynb #77764b30
 MISSING = {  # argument -> how to give it

@@ -660,7 +660,7 @@ def stream(
     return (piece for piece, _ in pieces)
 
 # %% ../nbs/07c_decode.ipynb #2e0facf9
-FEWEST_CALLS = 3  # target calls over one token that an estimate needs
+FEWEST_CALLS = 2  # target calls over one token that an estimate needs
 
 def estimate_speedup(streamed: TextStream) -> tuple[float, int]:
     """Return the speedup over decoding without drafting after the first step, and how many calls it is based on.
