@@ -687,10 +687,10 @@ def _default(name: str) -> Any:
 def _description(name: str) -> str:
     """Return the documentation of a setting with its default, for `argparse`."""
     section, _, field = name.rpartition(".")
-    owner = type(getattr(Config(), section) if section else Config())
+    owner: Any = getattr(Config(), section) if section else Config()
     default = _default(name)
     shown = f" (default: {default})" if default not in (None, []) else ""
-    return f"{field_docs(owner).get(field, '')}{shown}".replace("%", "%%")
+    return f"{field_docs(type(owner)).get(field, '')}{shown}".replace("%", "%%")
 
 def short_help(command: str) -> str:
     """Return the help of a command with the options that people use, and examples."""
