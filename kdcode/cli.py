@@ -7,7 +7,7 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'EXPORT_OPTIONS', 'OPTIONS', 'CORPUS_SETTINGS', 'DECODING_SETTINGS', 'COMMON_SETTINGS', 'SECTIONS',
            'EXAMPLES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps', 'ProgressBar', 'display_path',
            'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'next_command',
-           'print_report', 'train_student', 'run_distill', 'run_targets', 'print_trial', 'run_tune', 'default_draft',
+           'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune', 'default_draft',
            'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate', 'shipped_student',
            'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_profile', 'bench_steps',
            'bench_loss', 'bench_targets', 'record_command', 'run_bench', 'run_eval', 'run_experiment', 'run_record',
@@ -25,10 +25,12 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,10 +182,20 @@ def run_targets(config: Config, options) -> None:
     print("next: " + options.command_line.replace("targets", "distill", 1))
 
 # %% ../nbs/12_cli.ipynb #510976b7
-def print_trial(study, trial) -> None:
-    """Print the result of a trial to standard error."""
-    value = "no value" if trial.value is None else f"{trial.value:.4f}"
-    print(f"trial {trial.number}: {value}, {trial.state.name.lower()}, {trial.params}", file=sys.stderr, flush=True)
+class TrialProgress:
+    """Print the result of each trial to standard error, with an estimate of the time to go."""
+
+    def __init__(self, trials: int):
+        self.trials, self.began, self.done = trials, time.monotonic(), 0
+
+    def __call__(self, study, trial) -> None:
+        """Print the result of a trial."""
+        self.done += 1
+        value = "no value" if trial.value is None else f"{trial.value:.4f}"
+        left = max(0, self.trials - trial.number - 1)
+        rest = timedelta(seconds=round((time.monotonic() - self.began) / self.done * left))
+        print(f"trial {trial.number}: {value}, {trial.state.name.lower()}, {trial.params}; about {rest} to go",
+              file=sys.stderr, flush=True)
 
 def run_tune(config: Config, options) -> None:
     """Run `kdcode tune`: search for the best settings."""
@@ -196,7 +208,8 @@ def run_tune(config: Config, options) -> None:
     steps(f"search over {', '.join(space)}: {options.trials} trials, including those of earlier calls")
     by_speedup = options.objective == "speedup"
     objective = speedup_objective(teacher.model, config.decode.gamma) if by_speedup else acceptance_objective
-    study = tune(config, space, options.trials, labelling_teacher, corpus, folder, objective, print_trial)
+    study = tune(config, space, options.trials, labelling_teacher, corpus, folder, objective,
+                 TrialProgress(options.trials))
     report = report_search(study, space, config, folder, options.command_line)
     print_report(report, f"best configuration: {display_path(folder/'best.yaml')}",
                  f"history and importances: {display_path(folder/'tuning.png')}",
@@ -678,19 +691,14 @@ def main_help() -> str:
         "kdcode --version           the version"])
 
 # %% ../nbs/12_cli.ipynb #f111aabb
-def _default(name: str) -> Any:
-    """Return the default of a setting, such as `loss.alpha`."""
-    value = Config()
-    for part in name.split("."): value = getattr(value, part)
-    return value
-
 def _description(name: str) -> str:
     """Return the documentation of a setting with its default, for `argparse`."""
     section, _, field = name.rpartition(".")
-    owner: Any = getattr(Config(), section) if section else Config()
-    default = _default(name)
+    owner = getattr(Config(), section) if section else Config()
+    docs = field_docs(type(owner))  # type: ignore[arg-type]  # mypy: a class of dataclasses is not hashable
+    default = getattr(owner, field)
     shown = f" (default: {default})" if default not in (None, []) else ""
-    return f"{field_docs(type(owner)).get(field, '')}{shown}".replace("%", "%%")
+    return f"{docs.get(field, '')}{shown}".replace("%", "%%")
 
 def short_help(command: str) -> str:
     """Return the help of a command with the options that people use, and examples."""
