@@ -6,16 +6,16 @@
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'DECODING_OPTIONS',
            'EXPORT_OPTIONS', 'OPTIONS', 'CORPUS_SETTINGS', 'DECODING_SETTINGS', 'COMMON_SETTINGS', 'SECTIONS',
            'EXAMPLES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps', 'ProgressBar', 'display_path',
-           'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'next_command',
-           'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune', 'default_draft',
-           'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate', 'shipped_student',
-           'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_profile', 'bench_steps',
-           'bench_loss', 'bench_targets', 'record_command', 'run_bench', 'run_eval', 'run_experiment', 'run_record',
-           'write_student', 'grow_student', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage',
-           'make_parser', 'main_help', 'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option',
-           'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt',
-           'choose_draft', 'check_export', 'check_corpus', 'check_targets', 'check_training', 'check_models',
-           'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
+           'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_next',
+           'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune',
+           'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
+           'shipped_student', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_profile',
+           'bench_steps', 'bench_loss', 'bench_targets', 'record_command', 'run_bench', 'run_eval', 'run_experiment',
+           'run_record', 'write_student', 'grow_student', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve',
+           'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text', 'option_names',
+           'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse',
+           'read_prompt', 'choose_draft', 'check_export', 'check_corpus', 'check_targets', 'check_training',
+           'check_models', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -132,11 +132,15 @@ def load_corpus_and_teachers(config: Config, folder: Path, steps: Steps, loaded:
     return load_corpus(config, folder, steps, labelling_teacher), teacher, labelling_teacher
 
 # %% ../nbs/12_cli.ipynb #aa5424fc
-def next_command(config: Config, *words: str) -> str:
-    """Return the line that names the command to continue with, for the same teacher."""
+def print_next(command: str) -> None:
+    """Print the command to continue with to standard error."""
+    print(f"next: {command}", file=sys.stderr)
+
+def with_teacher(config: Config, *words: str) -> str:
+    """Return a command line for the same teacher."""
     same = config.teacher.name == Config().teacher.name
     teacher = [] if same else ["--teacher.name", config.teacher.name]
-    return f"next: {shlex.join(['kdcode', *words, *teacher])}"
+    return shlex.join(["kdcode", *words, *teacher])
 
 def print_report(report, *lines: str) -> None:
     """Print a report's table and notes, then further lines."""
@@ -166,8 +170,8 @@ def run_distill(config: Config, options) -> None:
         report = report_training(config, folder, options.command_line)
         files = {"student": "student", "loss curves": "loss.png", "report": "report.md"}
         student = display_path(folder/"student")
-        print_report(report, *[f"{name}: {display_path(folder/file)}" for name, file in files.items()],
-                     next_command(config, "generate", SHORT_PROMPT, "--draft", student))
+        print_report(report, *[f"{name}: {display_path(folder/file)}" for name, file in files.items()])
+        print_next(with_teacher(config, "generate", SHORT_PROMPT, "--draft", student))
 
 # %% ../nbs/12_cli.ipynb #0bed3529
 def run_targets(config: Config, options) -> None:
@@ -179,7 +183,7 @@ def run_targets(config: Config, options) -> None:
     cache = make_targets(config, labelling_teacher, corpus, folder)
     size = f"{cache.tokens:,} tokens, {cache.bytes / cache.tokens:.1f} bytes per token"
     print(f"targets: {display_path(cache.folder)} ({size})")
-    print("next: " + options.command_line.replace("targets", "distill", 1))
+    print_next(options.command_line.replace("targets", "distill", 1))
 
 # %% ../nbs/12_cli.ipynb #510976b7
 class TrialProgress:
@@ -212,8 +216,8 @@ def run_tune(config: Config, options) -> None:
                  TrialProgress(options.trials))
     report = report_search(study, space, config, folder, options.command_line)
     print_report(report, f"best configuration: {display_path(folder/'best.yaml')}",
-                 f"history and importances: {display_path(folder/'tuning.png')}",
-                 f"next: kdcode distill --config {shlex.quote(display_path(folder/'best.yaml'))}")
+                 f"history and importances: {display_path(folder/'tuning.png')}")
+    print_next(f"kdcode distill --config {shlex.quote(display_path(folder/'best.yaml'))}")
 
 # %% ../nbs/12_cli.ipynb #d2b8df62
 def default_draft(
@@ -306,8 +310,8 @@ def run_demo(config: Config, options) -> None:
     report = bench_decode(teacher, student, problems, config, folder, options.command_line, ProgressBar("prompt"),
                           others=shipped_student(teacher, config))
     files = "report.md, loss.png, acceptance.png, tensorboard, student"
-    print_report(report, f"run folder: {display_path(folder)} ({files})",
-                 next_command(config, "generate", SHORT_PROMPT, "--draft", display_path(folder/"student")))
+    print_report(report, f"run folder: {display_path(folder)} ({files})")
+    print_next(with_teacher(config, "generate", SHORT_PROMPT, "--draft", display_path(folder/"student")))
 
 # %% ../nbs/12_cli.ipynb #1db609ad
 def bench_decode(config: Config, folder: Path, options):
@@ -374,15 +378,16 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
 }
 
 def record_command(folder: Path) -> str:
-    """Return the line that names the command to keep a report."""
-    return f"next: kdcode record {shlex.quote(display_path(folder))} NAME"
+    """Return the command that keeps a report."""
+    return f"kdcode record {shlex.quote(display_path(folder))} NAME"
 
 def run_bench(config: Config, options) -> None:
     """Run `kdcode bench NAME`: measure, and write a report."""
     folder = run_folder(config)/f"bench-{options.benchmark}"
     folder.mkdir(exist_ok=True)
     report = BENCHMARKS[options.benchmark][0](config, folder, options)
-    print_report(report, f"report: {display_path(folder/'report.md')}", record_command(folder))
+    print_report(report, f"report: {display_path(folder/'report.md')}")
+    print_next(record_command(folder))
 
 # %% ../nbs/12_cli.ipynb #9164bee1
 def run_eval(config: Config, options) -> None:
@@ -400,7 +405,8 @@ def run_eval(config: Config, options) -> None:
     folder.mkdir(exist_ok=True)
     report = compare_models(
         teacher, names, options.draft, config, isolation, folder, options.command_line, ProgressBar)
-    print_report(report, f"report: {display_path(folder/'report.md')}", record_command(folder))
+    print_report(report, f"report: {display_path(folder/'report.md')}")
+    print_next(record_command(folder))
 
 # %% ../nbs/12_cli.ipynb #6c43e1d3
 def run_experiment(config: Config, options) -> None:
@@ -419,8 +425,8 @@ def run_experiment(config: Config, options) -> None:
 
     report = experiment.run_experiment(
         options.experiment, prepare, folder, options.command_line, ProgressBar("run"))
-    written = f"report: {display_path(folder/'report.md')}\n{record_command(folder)}"
-    print("\n\n".join([*report.notes, markdown_table(report.rows), written]))
+    print("\n\n".join([*report.notes, markdown_table(report.rows), f"report: {display_path(folder/'report.md')}"]))
+    print_next(record_command(folder))
 
 def run_record(config: Config, options) -> None:
     """Run `kdcode record FOLDER NAME`: copy a report to the results and add its figures to their history."""
@@ -429,7 +435,7 @@ def run_record(config: Config, options) -> None:
     added = record(Path(options.folder), results, options.result)
     print(f"report: {display_path(results/options.result)}")
     print(f"{added} new rows in {display_path(results/'history.csv')}")
-    print(f"next: git add {shlex.quote(display_path(results))}")
+    print_next(f"git add {shlex.quote(display_path(results))}")
 
 # %% ../nbs/12_cli.ipynb #dbc9e863
 def write_student(
@@ -471,7 +477,7 @@ def push_student(config: Config, options) -> None:
                         options.report, options.license, options.private)
     if options.dry_run:
         print(f"dry run, nothing was pushed: {display_path(pushed)}")
-        print("next: " + options.command_line.replace(" --dry-run", ""))
+        print_next(options.command_line.replace(" --dry-run", ""))
     else:
         print(f"pushed: {pushed}")
 
@@ -484,7 +490,7 @@ def run_export(config: Config, options) -> None:
     print(f"student: {display_path(path)}")
     following = ["bench", "engines"] if options.to == "gguf" else ["generate", SHORT_PROMPT]
     draft = options.model if options.to == "gguf" else display_path(path)
-    print(next_command(config, *following, "--draft", draft))
+    print_next(with_teacher(config, *following, "--draft", draft))
 
 # %% ../nbs/12_cli.ipynb #0beec085
 def serve_with_vllm(config: Config, draft: str | None, key: str | None, arguments: list[str]) -> None:

@@ -32,7 +32,7 @@ from .drafters import (
     check_vocabularies, Draft, Drafter, drafts_in_int8, estimates_for, is_adaptive, LatencyModel, make_drafter,
     model_tokenizer, Sequence, StopCriteria)
 from .eagle import EagleStudent
-from .files import draft_folder
+from .files import draft_folder, other_tokenizer
 from .result import incremental_text, SpeculativeResult
 from .sampling import SamplingParams, verify
 from .teacher import eos_token_ids, Teacher
@@ -520,8 +520,7 @@ def check_student(
     """Raise `ConfigError` if the student was distilled for another teacher, or its vocabulary differs."""
     fingerprint = getattr(student.config, "tokenizer_fingerprint", "")
     if fingerprint and fingerprint != tokenizer_fingerprint(teacher.tokenizer):
-        raise ConfigError(f"the student was made for teacher {student.config.teacher}, whose tokenizer differs from "
-                          f"that of {teacher.name}; distil one for {teacher.name}")
+        raise other_tokenizer(student.config.teacher, teacher.name)
     if not fingerprint:  # not made by kdcode
         try:
             check_vocabularies(teacher.tokenizer, model_tokenizer(student))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'RESULT_NEUTRAL', 'embedded_teacher', 'did_you_mean', 'is_hub_id', 'hub_problem',
            'check_teacher_name', 'model_source', 'shipped_drafts', 'shipped_draft', 'draft_folder',
-           'teacher_fingerprint', 'check_draft', 'changed_fields', 'check_same_run', 'check_run', 'check_search',
-           'check_writable', 'source_folder', 'is_loopback', 'api_key', 'bind_socket']
+           'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'changed_fields', 'check_same_run', 'check_run',
+           'check_search', 'check_writable', 'source_folder', 'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -53,7 +53,7 @@ def hub_problem(name: str) -> str:
     return "" if cached.is_dir() or not constants.HF_HUB_OFFLINE else "HF_HUB_OFFLINE is set, and it is not cached"
 
 # %% ../nbs/00c_files.ipynb #e66db1a2
-EXPECTED_TEACHER = "give smollm2, a hub id, a folder with a model, or a .gguf file"
+EXPECTED_TEACHER = "give the path of a .gguf file, a folder or a hub id"
 
 def check_teacher_name(name: str) -> None:
     """Raise `ConfigError` if a name is that of no teacher, as far as this machine knows without asking the hub."""
@@ -130,9 +130,21 @@ def teacher_fingerprint(name: str) -> str:
     if not file.is_file():
         return ""
     from tokenizers import Tokenizer
-    try: vocabulary = Tokenizer.from_file(str(file)).get_vocab()
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab()
+        settings = json.loads((file.parent/"tokenizer_config.json").read_text())
+        added = {token["content"]: int(index) for index, token in settings.get("added_tokens_decoder", {}).items()}
     except Exception: return ""  # `tokenizers` raises no other class; loading the teacher reports it
+    vocabulary |= added
     return short_hash(sorted((index, token) for token, index in vocabulary.items() if token != f"[PAD{index}]"))
+
+def other_tokenizer(
+    made_for: str | None,  # the teacher of the student
+    teacher: str,
+) -> ConfigError:
+    """Return the error that a student was made for a teacher with another tokenizer."""
+    return ConfigError(f"the student was made for teacher {made_for}, whose tokenizer differs from that of {teacher}; "
+                       f"distil one for {teacher}")
 
 def check_draft(
     draft: str,    # as in `draft_folder`
@@ -145,8 +157,7 @@ def check_draft(
     except ValueError: raise ConfigError(f"{folder/'config.json'} is damaged; give another student") from None
     made, known = config.get("tokenizer_fingerprint"), teacher_fingerprint(teacher)
     if made and known and made != known:
-        raise ConfigError(f"the student in {draft} was made for teacher {config.get('teacher')}, whose tokenizer "
-                          f"differs from that of {teacher}; distil one for {teacher}, or give --teacher.name")
+        raise other_tokenizer(config.get("teacher"), teacher)
 
 # %% ../nbs/00c_files.ipynb #11b99ced
 RESULT_NEUTRAL = {  # fields and sections of a configuration that may change when a run is resumed

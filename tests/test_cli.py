@@ -30,7 +30,7 @@ def test_demo_writes_all_files(kdcode, tiny_teacher, tmp_path):
     assert [f"[{i}/4]" in done.stderr for i in range(1, 5)] == [True] * 4
     assert "kdcode, student draft" in done.stdout and "Warning" not in done.stderr
     assert done.stderr.startswith(f"kdcode demo: teacher {tiny_teacher}, run folder runs/trial")
-    *_, written, following = done.stdout.splitlines()
+    written, following = done.stdout.splitlines()[-1], done.stderr.splitlines()[-1]
     assert written.startswith("run folder: runs/trial") and following.startswith("next: kdcode generate")
     assert f"--draft runs/trial/student --teacher.name {tiny_teacher}" in following
     run = tmp_path/"runs"/"trial"
