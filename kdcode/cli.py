@@ -142,6 +142,7 @@ def with_teacher(config: Config, *words: str) -> str:
     teacher = [] if same else ["--teacher.name", config.teacher.name]
     return shlex.join(["kdcode", *words, *teacher])
 
+# %% ../nbs/12_cli.ipynb #69d4b5c3
 def print_report(report, *lines: str) -> None:
     """Print a report's table and notes, then further lines."""
     from kdcode.report import markdown_table
