@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from .config import cache_folder, ConfigError
 from .eagle import SharedModule
 from .provenance import processor, short_hash, write_atomic
-from .student import KVCache, Student
+from .student import KVCache, Student, to_device
 from .threads import THREADS
 
 # %% ../nbs/02b_cached_model.ipynb #06e59ab3
@@ -306,10 +306,13 @@ def check_positions(config, capacity: int) -> None:
                           "keep prompt and text shorter")
 
 # %% ../nbs/02b_cached_model.ipynb #2beaa0b1
-def pad_tokens(tokens: list[list[int]], device: torch.device | str = "cpu") -> Tensor:
-    """Return the tokens of all rows, padded on the right with 0: (batch, longest)."""
-    longest = max(map(len, tokens))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
+def pad_tokens(tokens: list[list[int] | Tensor], device: torch.device | str = "cpu") -> Tensor:
+    """Return the tokens of all rows, lists or tensors (tokens,) on the device, padded with 0: (batch, longest)."""
+    if not any(isinstance(row, Tensor) for row in tokens):
+        longest = max(map(len, tokens))
+        return to_device([row + [0] * (longest - len(row)) for row in tokens], device)
+    rows = [row if isinstance(row, Tensor) else to_device(row, device) for row in tokens]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 def wanted_positions(tokens: list[list[int]], keep: list[int]) -> list[int]:
     """Return the positions in a call that are among the last `keep` of some row, ascending."""
@@ -322,7 +325,7 @@ def logits_to_keep(
 ) -> int | Tensor:
     """Return the argument `logits_to_keep` of a model: a number if these are the last positions, else the positions."""
     is_end = wanted == list(range(new - len(wanted), new))
-    return len(wanted) if is_end else torch.tensor(wanted, device=device)
+    return len(wanted) if is_end else to_device(wanted, device)
 
 def split_logits(
     logits: Tensor,            # (batch, wanted, vocab)
@@ -516,7 +519,7 @@ class CachedModel(RaggedModel):
 
     def forward(
         self,
-        tokens: list[list[int]],              # the next tokens of each row; may be empty
+        tokens: list[list[int] | Tensor],     # the next tokens of each row, as `pad_tokens` takes them; may be empty
         keep: list[int],                      # number of last positions of each row whose logits are returned
         hidden_layers: tuple[int, ...] = (),  # hidden states to return, as transformers counts them: −1 is the last
         features: list[Tensor] | None = None, # (tokens, hidden) per row, for an `EagleStudent`

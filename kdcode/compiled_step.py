@@ -44,7 +44,7 @@ from .cached_model import (
     tuned_kernels, without_cudnn_attention)
 from .config import cache_folder
 from .provenance import processor, short_hash, write_atomic
-from .student import KVCache, Student
+from .student import KVCache, Student, to_device
 from .threads import THREADS
 
 # %% ../nbs/02c_compiled_step.ipynb #71078fb7
@@ -437,10 +437,10 @@ def step_inputs(state: StaticState, tokens: list[list[int]], hidden_layers: tupl
     device, count = state.model.device, padded_count(max(map(len, tokens)), state.model.device)
     if isinstance(state.cache, ReusedCache):
         state.cache.settle()
-    padded = [row + [0] * (count - len(row)) for row in tokens]
-    extra = feature_inputs(state.model, padded, features)
+    input_ids, extra = pad_tokens(tokens, device), feature_inputs(state.model, tokens, features)
+    input_ids = F.pad(input_ids, (0, count - input_ids.shape[1]))
     extra = {name: F.pad(x, (0, 0, 0, count - x.shape[1])) for name, x in extra.items()}
-    return (state.model, state.cache.layers, pad_tokens(padded, device), torch.tensor(state.lengths, device=device),
+    return (state.model, state.cache.layers, input_ids, to_device(state.lengths, device),
             torch.arange(state.span(tokens), device=device), hidden_layers, state.transposed, state.limits, extra)
 
 class StaticModel(StaticState):

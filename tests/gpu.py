@@ -73,8 +73,7 @@ from kdcode.compiled_step import CompiledModel, compile_steps, REFUSED, StepKind
 from kdcode.config import Config, ConfigError, DecodeSettings, load_config, with_overrides
 from kdcode.data import Corpus
 from kdcode.decode import make_sequences, SpeculativeDecoder
-from kdcode.drafters import (
-    AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, EagleDrafter, empty_draft, LatencyModel, one_hot_draft)
+from kdcode.drafters import AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, EagleDrafter, LatencyModel
 from kdcode.eagle import EagleStudent
 from kdcode.report import markdown_table, Report
 from kdcode.result import Statistics
@@ -237,11 +236,9 @@ def draft_head(shape: Shape, model: LlamaForCausalLM) -> EagleStudent:
 class NoDrafts(Drafter):
     """Never drafts."""
 
-    def __init__(self, device: torch.device): self.device = device
-
     def propose(self, sequences, budgets) -> list[Draft]:
         """Return an empty draft for each sequence."""
-        return [empty_draft(self.device)] * len(sequences)
+        return [Draft([]) for _ in sequences]
 
 
 class SimulatedDrafter(EagleDrafter):
@@ -261,7 +258,7 @@ class SimulatedDrafter(EagleDrafter):
         wrong = torch.rand(count, generator=self.random) >= self.rate
         tokens = [(token + error) % self.vocabulary_size
                   for token, error in zip(self.text[start:start + count], wrong.tolist())]
-        return one_hot_draft(tokens, self.vocabulary_size, self.model.device)
+        return Draft(tokens)
 
 
 # Parts
@@ -402,7 +399,7 @@ class ModelParts:
         """Return the ways of decoding by label; each takes a number of new tokens."""
         drafted = {f"kdcode, head, α = {rate}": partial(self.drafted, rate) for rate in RATES}
         return {"generate": self.generate,
-                "kdcode without drafting": partial(self.decode, NoDrafts(self.device), 0)} | drafted
+                "kdcode without drafting": partial(self.decode, NoDrafts(), 0)} | drafted
 
     def decoding(self) -> None:
         """Measure tokens/s of each method, interleaved, and check their text; three rounds if the time allows."""
