@@ -561,7 +561,8 @@ def usage(command: str) -> str:
     return " ".join(["kdcode", command, *positional, *optional, *settings])
 
 def make_parser(
-    command: str,  # the command that gets options for the settings
+    command: str,            # the command that gets options for the settings
+    with_help: bool = True,  # whether they have descriptions
 ) -> ArgumentParser:
     """Return the parser of all commands."""
     parser = ArgumentParser(
@@ -577,7 +578,7 @@ def make_parser(
         for option, arguments in OPTIONS.get(name, {}).items():
             subparser.add_argument(option, **arguments)
         if name == command and name not in WITHOUT_SETTINGS:
-            add_config(subparser)
+            add_config(subparser, with_help)
         commands.add_subcommand(name, subparser, help=summary)
     return parser
 
@@ -601,7 +602,7 @@ def parse(
     for option, value in zip(arguments, arguments[1:]):
         if option == "--config":
             check_keys(read_yaml(value))
-    parser = make_parser(arguments[0])
+    parser = make_parser(arguments[0], any(word.startswith(("-h", "--h")) for word in arguments))
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
