@@ -122,12 +122,12 @@ def test_two_processes_compile_at_once(processes):
 
 
 def test_damaged_cache(processes, forks):
-    """Half of the entries are cut, half are overwritten: of the index, of the C++ code and of what it compiled to."""
-    files = [file for file in processes[0].rglob("*") if file.is_file() and file.suffix != ".py"]
+    """Half of the entries are cut, half are overwritten: graphs are compiled again, or the model decodes without."""
+    files = [file for file in processes[0].rglob("*") if file.is_file()]
     for i, file in enumerate(sorted(files)):
         file.write_bytes(b"junk" * 20 if i % 2 else file.read_bytes()[:file.stat().st_size // 2])
     found = result(process(forks, processes[0]))
-    assert found["compiled"] and found["difference"] < 1e-4 and not found["lines"]
+    assert falls_back(found, "") or found["compiled"] and found["difference"] < 1e-4 and not found["lines"]
 
 
 def test_unwritable_cache_folder(monkeypatch, tmp_path):
