@@ -83,8 +83,9 @@ def forks():
 @pytest.fixture
 def start(forks, tmp_path):
     """Start the command in an empty working folder, without waiting for it."""
-    def starting(*words, **variables):
-        return Forked(forks, words, tmp_path, os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables)
+    def starting(*words, program="kdcode.cli:main", **variables):
+        environment = os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables
+        return Forked(forks, words, tmp_path, environment, program)
     return starting
 
 
