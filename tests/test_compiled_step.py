@@ -1,4 +1,4 @@
-"""The compiled step: failures of the compiler, processes and threads, changed models, and exact decoding with graphs."""
+"""The compiled step: failures of the compiler, processes and threads, changed models, exact decoding with graphs."""
 import json
 import os
 import resource
