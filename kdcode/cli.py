@@ -677,13 +677,16 @@ def usage(command: str) -> str:
     settings = [] if command in WITHOUT_SETTINGS else ["[--config FILE] [--SECTION.FIELD VALUE ...]"]
     return " ".join(["kdcode", command, *positional, *optional, *settings])
 
-def make_parser(command: str) -> ArgumentParser:
+def make_parser(
+    command: str,
+    with_help: bool = True,  # whether the settings have descriptions
+) -> ArgumentParser:
     """Return the parser of a command's own options, and of the settings if it has any."""
     parser = ArgumentParser(prog=f"kdcode {command}", exit_on_error=False, allow_abbrev=False, usage=usage(command))
     for option, arguments in OPTIONS.get(command, {}).items():
         parser.add_argument(option, **arguments)
     if command not in WITHOUT_SETTINGS:
-        add_config(parser)
+        add_config(parser, with_help)
     return parser
 
 # %% ../nbs/12_cli.ipynb #03834b06
@@ -843,7 +846,7 @@ def parse(
     for option, value in zip([*words, ""], [*words[1:], "", ""]):
         if option == "--config" and value or option.startswith("--config="):
             check_keys(read_config_file(option.partition("=")[2] or value))
-    parser = make_parser(command)
+    parser = make_parser(command, with_help=False)
     try:
         options = parser.parse_args(words)
     except ArgumentError as error:

@@ -547,12 +547,12 @@ def config_html(config: "Config") -> str:
     return "".join(parts)
 
 # %% ../nbs/00a_config.ipynb #999465af
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 def add_config(
     parser: ArgumentParser,
+    with_help: bool = False,  # whether options have descriptions; reading them from the source takes most of the time
 ) -> None:
     """Add `--config FILE` and one option for each field of `Config`, such as `--loss.alpha`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=with_help)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(Config)
 

@@ -277,13 +277,10 @@ def test_merge_of_two_exports_has_no_conflict(tmp_path):
         assert "first_function" in text and "last_function" in text
 
 
-def test_library_runs_without_nbdev_fastcore_and_ipython():
+def test_library_requires_neither_nbdev_nor_fastcore():
+    """That all modules can be imported without is tested in test_display.py."""
     seen = installed_requirements("kdcode")
     assert {"torch", "transformers"} <= seen and not {"nbdev", "fastcore", "execnb", "ghapi"} & seen
-    modules = [path.stem for path in (ROOT/"kdcode").glob("*.py") if path.stem not in ("_modidx", "__init__")]
-    block = "import sys; sys.modules |= {'nbdev': None, 'fastcore': None, 'IPython': None}"
-    subprocess.run([sys.executable, "-c", "; ".join([block, *(f"import kdcode.{module}" for module in modules)])],
-                   check=True, cwd=ROOT)
 
 
 def test_no_pickled_weights():
