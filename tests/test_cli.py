@@ -49,11 +49,11 @@ def test_tensorboard_has_curves_and_text(kdcode, tiny_teacher, tmp_path):
 
 def test_generate_streams_the_output_of_the_teacher(kdcode, tiny_teacher, tmp_path):
     assert kdcode("distill", "--name", "pair", *settings(tiny_teacher)).returncode == 0
-    words = ("generate", "def quicksort(arr):", "--name", "pair", "--teacher.name", tiny_teacher,
+    words = ("generate", "def is_palindrome(s):", "--name", "pair", "--teacher.name", tiny_teacher,
              "--decode.max_new_tokens", 16)
     drafted, without_draft = kdcode(*words), kdcode(*words, "--decode.gamma", 0)
     assert drafted.returncode == 0, drafted.stderr
-    assert drafted.stdout.startswith("def quicksort(arr):")
+    assert drafted.stdout.startswith("def is_palindrome(s):")
     assert drafted.stdout == without_draft.stdout
     measured = kdcode("bench", "decode", "--name", "pair", "--teacher.name", tiny_teacher,
                       "--decode.problems", 2, "--decode.max_new_tokens", 12)
