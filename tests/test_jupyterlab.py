@@ -41,7 +41,7 @@ distill(config, teacher, corpus, "run")
 """
 CONFIG = """\
 teacher: {{name: '{teacher}', dtype: float32, device: cpu}}
-data: {{source: folder, path: '{code}', tokens: 4096, validation_tokens: 512, block_size: 64}}
+data: {{source: stdlib, tokens: 4096, validation_tokens: 512, block_size: 64}}
 student: {{layers: [0], draft_vocabulary: 0}}
 targets: {{kind: online}}
 train: {{epochs: 4000, eval_steps: 4000, batch_size: 2}}
@@ -58,7 +58,7 @@ def folder(tmp_path_factory, tiny_teacher):
     for page in PAGES: shutil.copy(ROOT/"nbs"/f"{page}.ipynb", folder)
     plots = [cell for page in PAGES for cell in nbformat.read(ROOT/"nbs"/f"{page}.ipynb", 4).cells if has_image(cell)]
     nbformat.write(nbformat.v4.new_notebook(cells=plots), folder/"plots.ipynb")
-    (folder/"config.yaml").write_text(CONFIG.format(teacher=tiny_teacher, code=ROOT/"kdcode"))
+    (folder/"config.yaml").write_text(CONFIG.format(teacher=tiny_teacher))
     cell = nbformat.v4.new_code_cell(TRAINING)
     kernel = {"name": "python3", "language": "python", "display_name": "python3"}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), folder/"training.ipynb")
@@ -179,13 +179,12 @@ def test_a_stopped_training_leaves_one_line(visit, lab, folder):
     page = visit("training")
     page.evaluate(PROGRESS)
     page.locator(".jp-Notebook .jp-Cell").first.click()
-    expect(page.locator(".jp-NotebookPanel-toolbar")).to_contain_text("python3")
+    expect(page.locator(".jp-NotebookPanel-toolbar")).to_contain_text("Kernel status: Idle")
     page.keyboard.press("Control+Enter")
     output = page.locator(".jp-Cell .jp-OutputArea")
     expect(output).to_contain_text(re.compile(r"step [1-9]\d* of \d+"))  # the training runs
     page.keyboard.press("Escape")
-    page.locator("jp-button[data-command='notebook:interrupt-kernel'], "
-                 "button[data-command='notebook:interrupt-kernel']").first.click()
+    page.get_by_role("button", name="Interrupt the kernel").click()
     expect(output).to_contain_text("a checkpoint is saved")
     text = output.inner_text().strip()
     lines = [line for line in text.splitlines() if line.strip()]
