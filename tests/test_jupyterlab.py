@@ -1,4 +1,7 @@
-"""Pages in JupyterLab, in a real browser: what a reader sees first, plots in both themes, a training that is stopped."""
+"""Pages in JupyterLab, in a real browser: what a reader sees first, plots in both themes, a training that is stopped.
+
+JupyterLab takes long to start, so `make docs` runs these tests.
+"""
 import base64
 import io
 import json
@@ -19,7 +22,7 @@ from conftest import OFFLINE, wait_until
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+pytestmark = [pytest.mark.docs, pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")]
 ROOT = Path(__file__).parent.parent
 PAGES = ("tutorials/01_speculative_decoding", "tutorials/02_first_student", "03_loss")
 FIRST = 6  # cells, at the top of a page
