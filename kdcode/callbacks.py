@@ -228,14 +228,25 @@ class TerminalProgress(ProgressCallback):
             self.training_bar.set_postfix(self.newest)
 
 class LineProgress(TrainerCallback):
-    """Print a line to stderr at each validation."""
+    """Print a line to stderr at each validation, with an estimate of the time to go."""
 
-    def __init__(self): self.newest = {}
+    def __init__(self):
+        self.newest: dict[str, str] = {}
+        self.began, self.first_step = 0., -1  # unknown
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.newest |= latest_metrics(logs)
         if "eval_acceptance_rate" in logs:
-            print(progress_line(state, self.newest), file=sys.stderr, flush=True)
+            print(progress_line(state, self.newest) + self.time_to_go(state), file=sys.stderr, flush=True)
+
+    def time_to_go(self, state: TrainerState) -> str:
+        """Return the estimated rest of the time, from the steps since the training began or was resumed."""
+        done, left = state.global_step - self.first_step, state.max_steps - state.global_step
+        if self.first_step < 0 or not done or not left: return ""
+        return f", {timedelta(seconds=round((time.monotonic() - self.began) / done * left))} to go"
 
 # %% ../nbs/06a_callbacks.ipynb #1caca65e
 PLOTTING_SHARE = .05  # the largest share of the time that goes into plotting

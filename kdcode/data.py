@@ -42,6 +42,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError, DataSettings, SourceSettings
+from .files import source_folder
 from .notebook import watched_bar
 from .provenance import short_hash
 
@@ -131,12 +132,7 @@ def packages_documents(settings: DataSettings, seed: int) -> Iterator[Document]:
 
 def folder_documents(settings: DataSettings, seed: int) -> Iterator[Document]:
     """Yield the files of the folder `settings.path`. Raise `ConfigError` if it is not a folder."""
-    if settings.path is None:
-        raise ConfigError("data.path is None; source folder needs the folder to read, for example --data.path my/code")
-    root = Path(settings.path).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"data.path is {settings.path!r}, which is not a folder; give a folder with files to read")
-    return file_documents(root, settings, seed)
+    return file_documents(source_folder(settings.path), settings, seed)
 
 # %% ../nbs/01_data.ipynb #60e49b5f
 def _column(row: dict, column: str) -> str:

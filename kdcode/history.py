@@ -307,8 +307,9 @@ def headline(
     """
     from kdcode.report import markdown_table
     reports = {label: read_report(results, name) for label, name in names.items()}
-    cells = {label: _headline_row(report["rows"]) for label, report in reports.items()}
-    table = [{"teacher and draft": label} | {name: row[name] for name in columns or row} for label, row in cells.items()]
+    found = {label: _headline_row(report["rows"]) for label, report in reports.items()}
+    table = [{"teacher and draft": label} | {name: row[name] for name in columns or row}
+             for label, row in found.items()]
     sources = [f"* {label} ([report]({results}/{names[label]}/report.md)): {_prompts_and_machine(report)}: "
                f"`{report['command']}`" for label, report in reports.items()]
     return "\n\n".join([markdown_table(table), "\n".join(sources)])

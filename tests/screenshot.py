@@ -77,7 +77,8 @@ def playground(folder):
 def decode_picture(folder):
     """Write a picture of a result as a notebook shows it, and a report with its statistics."""
     teacher = load_teacher("smollm2")
-    config = Config(name="decode-picture", decode=DecodeSettings(max_new_tokens=TOKENS, gamma=4, adaptive=False, stop=["\n\n"]))
+    settings = DecodeSettings(max_new_tokens=TOKENS, gamma=4, adaptive=False, stop=["\n\n"])
+    config = Config(name="decode-picture", decode=settings)
     result = complete(teacher, load_draft("smollm2", teacher), EXAMPLE_PROMPT, config.decode)
     with browser() as chromium:
         page = chromium.new_page(viewport={"width": 420, "height": 700}, device_scale_factor=2)
@@ -86,8 +87,8 @@ def decode_picture(folder):
     statistics, accepted = result.statistics, sum(result.drafted)
     figures = {"acceptance_rate": statistics.acceptance_rate, "tokens_per_call": statistics.tokens_per_call,
                "drafted_share": accepted / statistics.tokens}
-    rows = [{"prompt": EXAMPLE_PROMPT.splitlines()[0], "new tokens": statistics.tokens, "accepted draft tokens": accepted,
-             "target calls": statistics.calls, "tokens per target call": statistics.tokens_per_call,
+    rows = [{"prompt": EXAMPLE_PROMPT.splitlines()[0], "new tokens": statistics.tokens,
+             "accepted draft tokens": accepted, "target calls": statistics.calls, "tokens per target call": statistics.tokens_per_call,
              "acceptance rate α": statistics.acceptance_rate}]
     note = "Greedy decoding of SmolLM2 with γ = 4 draft tokens of its shipped student, and the origin of each token."
     Report("python tests/screenshot.py decode-picture", config, figures, rows, [note], ("decode.png",)).save(folder)

@@ -132,7 +132,7 @@ def test_a_page_begins_with_its_idea(visit, file):
     cells = page.locator(".jp-Notebook .jp-Cell").all()[:FIRST]
     texts = [cell.inner_text() for cell in cells]
     assert "\n#| hide" not in "".join(texts) and "set_up_page" not in "".join(texts), texts
-    sources = ["".join(cell["source"]) for cell in json.loads((ROOT/"nbs"/f"{file}.ipynb").read_text())["cells"][:FIRST]]
+    sources = [cell.source for cell in nbformat.read(ROOT/"nbs"/f"{file}.ipynb", 4).cells[:FIRST]]
     collapsed = [cell.locator(".jp-InputPlaceholder").count() for cell in cells]
     assert collapsed == [int("#| hide" in source) for source in sources] and any(collapsed)
 

@@ -538,12 +538,12 @@ def test_examples_are_those_of_the_library(visit, stub):
     assert stub.requests[0]["prompt"] == EXAMPLE_PROMPT
 
 
-@pytest.mark.parametrize("prompt", ["x" * 50_000, "x\n" * 25_000, "\n" * 50_000], ids=["a line", "lines", "empty lines"])
+@pytest.mark.parametrize("prompt", ["x" * 50_000, "x\n" * 25_000, "\n" * 50_000], ids=["line", "lines", "empty lines"])
 def test_a_long_prompt_is_shown_shortened(visit, stub, console, prompt):
     """Refused or not: the page stays short, and the request has the whole prompt."""
     page = visit()
     stub.error = (400, f"the prompt is too long: {prompt}")
-    page.get_by_label("Prompt").evaluate("(element, text) => { element.value = text }", prompt)  # typed, it takes minutes
+    page.get_by_label("Prompt").evaluate("(element, text) => { element.value = text }", prompt)  # typing takes minutes
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_role("alert")).to_contain_text("not shown")
     expect(page.locator("#text")).to_contain_text("characters not shown")
