@@ -53,7 +53,7 @@ from .drafters import drafting_model, drafts_in_int8
 from .eagle import EagleStudent
 from .files import model_source
 from .loss import chunked_distillation_loss
-from .notebook import PLOT_STYLE
+from .notebook import plot_style
 from .provenance import available_cpus
 from .report import bootstrap_interval, markdown_table, Report
 from .result import SpeculativeResult, Statistics
@@ -393,7 +393,7 @@ def explain_speed(figures: dict[str, float], gamma: int) -> str:
                    f"{figures['outside_share']:.1%} was spent in neither model.")
 
 # %% ../nbs/09a_bench.ipynb #3fe9b5df
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_acceptance(
     statistics: Statistics,
     gamma: int,
@@ -412,7 +412,7 @@ def plot_acceptance(
     return figure
 
 # %% ../nbs/09a_bench.ipynb #87542f18
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_speedup(
     decoded: dict[str, Decoded],
     costs: StepCosts,
@@ -622,7 +622,7 @@ def task_row(task: str, decoded: dict[str, Decoded], greedy: bool) -> dict[str, 
     return row | {"identical outputs": f"{least:.0%}" if greedy else None}
 
 # %% ../nbs/09a_bench.ipynb #bfb67e43
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_tasks(rows: list[dict[str, Any]]) -> Figure:
     """Plot the speedup over `generate` by task and drafter."""
     labels = {column: label for label, column in BY_TASK.items() if column != "generate"}
@@ -960,7 +960,7 @@ def llama_cpp_times(file: str, threads: int) -> dict[int, float] | None:
     return {result["n_prompt"]: result["avg_ns"] / 1e6 for result in results}
 
 # %% ../nbs/09a_bench.ipynb #025df932
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_steps(
     times: dict[str, dict[int, float]],  # milliseconds by variant and tokens
     least: dict[int, float],             # roofline, milliseconds by tokens

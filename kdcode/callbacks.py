@@ -42,7 +42,7 @@ from transformers.utils import flatten_dict, is_in_notebook
 
 from .config import Config, ConfigError
 from .data import text_after
-from .notebook import Interrupted, LiveOutput, PLOT_STYLE, progress_html, time_text, UPDATE_SECONDS
+from .notebook import Interrupted, LiveOutput, plot_style, progress_html, time_text, UPDATE_SECONDS
 from .teacher import Teacher
 from .validate import ValidationSet
 
@@ -120,7 +120,7 @@ def _plot_losses(axes: Axes, train: pd.DataFrame, held_out: pd.DataFrame) -> Non
     if len(train):
         axes.legend(frameon=False, fontsize=8)
 
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_history(history: list[dict]) -> Figure:
     """Return a figure of the losses (left) and the acceptance rate on held-out text (right) against optimizer steps."""
     train, held_out = pd.DataFrame([entry for entry in history if "loss" in entry]), history_table(history)

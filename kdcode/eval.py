@@ -39,7 +39,7 @@ from .data import (
 from .decode import complete, load_draft, prompt_ids, speculative_generate
 from .draft_eval import top1_agreement
 from .eagle import EagleStudent
-from .notebook import PLOT_STYLE
+from .notebook import plot_style
 from .provenance import machine, short_hash, write_atomic
 from .report import cached_figures, Report
 from .sandbox import Limits, run_programs
@@ -388,7 +388,7 @@ def _plot_bars(ax: Axes, names: list[str], values: list[float], label: str) -> N
     ax.set_xlabel(label, fontsize=8)
     ax.tick_params(axis="x", labelsize=7)
 
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_models(
     figures: dict[str, dict[str, Any]],  # by model
     k: int,                              # of pass@k

@@ -27,7 +27,7 @@ from .config import Config, DecodeSettings, Experiment
 from .data import Corpus
 from .draft_eval import evaluation_texts, first_draft_acceptance, PromptTexts, replay, task_prompts
 from .files import check_run
-from .notebook import PLOT_STYLE
+from .notebook import plot_style
 from .provenance import machine, write_atomic
 from .report import cached_figures, METRICS, Report
 from .student import Student
@@ -132,7 +132,7 @@ def _plot_figure(ax: Axes, runs: pd.DataFrame, variants: list[str], name: str) -
     ax.tick_params(axis="x", labelsize=8)
     ax.grid(axis="x", alpha=.3)
 
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_runs(
     runs: pd.DataFrame,
     names: Iterable[str] | None = None,  # of figures; None: the main figures of the comparison

@@ -24,7 +24,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .config import ConfigError
-from .notebook import COLORS, PLOT_STYLE
+from .notebook import COLORS, plot_style
 from .provenance import write_atomic
 
 # %% ../nbs/09d_history.ipynb #0546e99f
@@ -207,7 +207,7 @@ def _figure_rows(history: pd.DataFrame, figure: str, results: list[str] | None) 
     return rows.assign(machine=rows.apply(machine_name, axis=1), position=pd.factorize(rows["commit"])[0])
 
 # %% ../nbs/09d_history.ipynb #e419e2a6
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_measurements(
     history: pd.DataFrame,
     figure: str,                       # its name, such as speedup

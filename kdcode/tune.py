@@ -34,7 +34,7 @@ from transformers import TrainerCallback
 from .config import check_search_space, Config, ConfigError, save_config, SearchSpace, with_overrides
 from .data import Corpus
 from .files import check_search
-from .notebook import PLOT_STYLE
+from .notebook import plot_style
 from .provenance import write_atomic
 from .student import Student
 from .targets import with_shared_targets
@@ -246,7 +246,7 @@ def _plot_trials(axes: Axes, table: pd.DataFrame) -> None:
     axes.set(xlabel="trial", ylabel="objective", title="History")
     axes.legend(frameon=False, fontsize=8)
 
-@plt.rc_context(PLOT_STYLE)
+@plot_style
 def plot_search(study: optuna.Study, space: SearchSpace) -> Figure:
     """Return a figure of the objective of each trial (left) and the importance of each field (right)."""
     table = trials_table(study, space).sort_index()

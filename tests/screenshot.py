@@ -88,7 +88,8 @@ def decode_picture(folder):
     figures = {"acceptance_rate": statistics.acceptance_rate, "tokens_per_call": statistics.tokens_per_call,
                "drafted_share": accepted / statistics.tokens}
     rows = [{"prompt": EXAMPLE_PROMPT.splitlines()[0], "new tokens": statistics.tokens,
-             "accepted draft tokens": accepted, "target calls": statistics.calls, "tokens per target call": statistics.tokens_per_call,
+             "accepted draft tokens": accepted, "target calls": statistics.calls,
+             "tokens per target call": statistics.tokens_per_call,
              "acceptance rate α": statistics.acceptance_rate}]
     note = "Greedy decoding of SmolLM2 with γ = 4 draft tokens of its shipped student, and the origin of each token."
     Report("python tests/screenshot.py decode-picture", config, figures, rows, [note], ("decode.png",)).save(folder)

@@ -198,7 +198,7 @@ def plot_functions():
 
 def test_every_plot_has_the_style_of_all_plots():
     functions = list(plot_functions())
-    styled = [name for name, node in functions if "plt.rc_context(PLOT_STYLE)" in map(ast.unparse, node.decorator_list)]
+    styled = [name for name, node in functions if "plot_style" in map(ast.unparse, node.decorator_list)]
     assert len(functions) > 7 and styled == [name for name, _ in functions]
 
 
