@@ -227,6 +227,7 @@ class TerminalProgress(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.newest)
 
+# %% ../nbs/06a_callbacks.ipynb #0bc6c673
 class LineProgress(TrainerCallback):
     """Print a line to stderr at each validation, with an estimate of the time to go."""
 

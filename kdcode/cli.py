@@ -142,6 +142,7 @@ def with_teacher(config: Config, *words: str) -> str:
     teacher = [] if same else ["--teacher.name", config.teacher.name]
     return shlex.join(["kdcode", *words, *teacher])
 
+# %% ../nbs/12_cli.ipynb #69d4b5c3
 def print_report(report, *lines: str) -> None:
     """Print a report's table and notes, then further lines."""
     from kdcode.report import markdown_table
@@ -823,6 +824,7 @@ def read_config_file(name: str) -> Any:
         raise ConfigError(f"--config is {name}, but there is no such file; {hint}")
     return read_yaml(name)
 
+# %% ../nbs/12_cli.ipynb #58f8d688
 def parse(
     arguments: list[str],  # without the program's name
 ):                         # the command's function, its `Config`, and its own options
@@ -948,6 +950,7 @@ def print_error(message: object) -> None:
     """Print an error message in one line to standard error."""
     print(f"kdcode: {message}", file=sys.stderr)
 
+# %% ../nbs/12_cli.ipynb #5e485ea7
 def announce(config: Config, options) -> None:
     """Print what a command works with to standard error, before libraries are loaded."""
     if options.command == "record" or options.get("plain") or os.environ.get("RANK", "0") != "0":

@@ -429,5 +429,5 @@ def commands_to_copy() -> list[str]:
 def test_command_to_copy_parses(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(command, comments=True)
-    if arguments[-1] == "--help": arguments.pop()
+    if arguments[-1] in ("--help", "--help-all"): arguments.pop()
     parse(arguments)
