@@ -43,6 +43,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError, DataSettings, SourceSettings
 from .files import source_folder
+from .notebook import watched_bar
 from .provenance import short_hash
 
 # %% ../nbs/01_data.ipynb #eb4e0532
@@ -711,11 +712,11 @@ def build_corpus(
         return corpus
     settings_by_source(settings)  # raises before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    with (FileLock(folder.parent/f".{folder.name}.lock"),
+    with (FileLock(folder.parent/f".{folder.name}.lock"), watched_bar("corpus", "tokens") as bar,
           tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished):
         if corpus := load_corpus(folder, recipe):  # another process has built it in the meantime
             return corpus
-        statistics = write_splits(settings, tokenizer, Path(unfinished), seed, progress, documents)
+        statistics = write_splits(settings, tokenizer, Path(unfinished), seed, progress or bar, documents)
         _install(Path(unfinished), folder, recipe, statistics)
     return load_corpus(folder, recipe)
 

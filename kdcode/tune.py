@@ -34,6 +34,7 @@ from transformers import TrainerCallback
 from .config import check_search_space, Config, ConfigError, save_config, SearchSpace, with_overrides
 from .data import Corpus
 from .files import check_search
+from .notebook import plot_style
 from .provenance import write_atomic
 from .student import Student
 from .targets import with_shared_targets
@@ -239,12 +240,13 @@ def trials_table(study: optuna.Study, space: SearchSpace) -> pd.DataFrame:
 def _plot_trials(axes: Axes, table: pd.DataFrame) -> None:
     """Plot the objective of each trial, and the best one so far."""
     complete, pruned = table[~table["pruned"]], table[table["pruned"]]
-    axes.plot(complete.index, complete["objective"], "o", color="tab:green", ms=4, label="complete")
-    axes.plot(pruned.index, pruned["objective"], "x", color="gray", ms=5, label="pruned")
+    axes.plot(complete.index, complete["objective"], "o", color="C2", ms=4, label="complete")
+    axes.plot(pruned.index, pruned["objective"], "x", color="C7", ms=5, label="pruned")
     axes.step(complete.index, complete["objective"].cummax(), where="post", color="black", lw=1, label="best so far")
     axes.set(xlabel="trial", ylabel="objective", title="History")
     axes.legend(frameon=False, fontsize=8)
 
+@plot_style
 def plot_search(study: optuna.Study, space: SearchSpace) -> Figure:
     """Return a figure of the objective of each trial (left) and the importance of each field (right)."""
     table = trials_table(study, space).sort_index()
@@ -252,7 +254,7 @@ def plot_search(study: optuna.Study, space: SearchSpace) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     _plot_trials(left, table)
     importances = optuna.importance.get_param_importances(study) if objectives.nunique() > 1 else {}
-    right.barh(list(importances)[::-1], list(importances.values())[::-1], color="tab:green", alpha=.7)
+    right.barh(list(importances)[::-1], list(importances.values())[::-1], color="C2")
     right.set(xlabel="share of the objective's variance", xlim=(0, 1), title="Importance")
     return figure
 

@@ -190,3 +190,34 @@ def test_markdown_without_styles_is_readable(page):
     assert len(shown.find_all("table")) == 13  # ten of the configuration, corpus, statistics, report
     assert len(resources["outputs"]) == 2  # plots of the training and of the report
     assert "█" in shown.text or "░" in shown.text
+
+
+def plot_functions():
+    """The functions of the library that make a figure."""
+    for path in sorted((ROOT/"kdcode").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "plt.subplots" in ast.unparse(node): yield path.stem, node
+
+
+def test_every_plot_has_the_style_of_all_plots():
+    functions = list(plot_functions())
+    styled = [name for name, node in functions if "plot_style" in map(ast.unparse, node.decorator_list)]
+    assert len(functions) > 7 and styled == [name for name, _ in functions]
+
+
+def test_a_plot_is_the_same_in_a_dark_session():
+    """A notebook with a dark style of its own gets the light, opaque plots of the library."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_hex
+    from kdcode.callbacks import plot_history
+    from kdcode.notebook import COLORS
+    names = ("loss", "ce", "kl", "agreement", "acceptance_rate", "perplexity")
+    history = [{"step": 0} | {f"eval_{name}": .5 for name in names}, {"step": 4, "loss": 2., "ce": 2.}]
+    with plt.style.context("dark_background"):
+        assert plt.rcParams["figure.facecolor"] == "black"
+        figure = plot_history(history)
+        assert plt.rcParams["figure.facecolor"] == "black"  # only the plot is changed
+    lines = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
+    assert to_hex(figure.get_facecolor()) == "#ffffff" and lines & set(COLORS)
+    assert to_hex(figure.axes[0].xaxis.label.get_color()) == "#1d232b"
+    plt.close(figure)

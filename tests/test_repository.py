@@ -94,19 +94,32 @@ def test_notebook_is_healthy(path):
     assert notebook["cells"][0]["cell_type"] == "markdown" and first[0].startswith("# ") and first[2].startswith("> ")
     for cell in code_cells(path):
         check_import_cell(cell, path)
+        check_collapsed(cell, path)
         for output in cell["outputs"]: check_output(output, path)
 
 
 def check_import_cell(cell, path):
     """A cell with a top-level import holds only imports, because a docs build executes import cells.
 
-    A cell that sets an environment variable before its imports is the exception.
+    A cell that sets up the page, or sets an environment variable, before other imports is the exception.
     """
-    if "os.environ" in source(cell) and "import os" in source(cell): return
+    if "\nset_up_page(" in source(cell) or "os.environ" in source(cell) and "import os" in source(cell): return
     statements = ast.parse(source(cell)).body
     body = [node for node in statements if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
     assert all(imports) or not any(imports), f"{path.name}: {source(cell)[:80]}"
+
+
+def is_hidden(cell):
+    """Whether the site leaves the cell out: set-up and tests that are not part of what the page explains."""
+    directives = re.match(r"(#\|.*\n?)*", source(cell))[0].splitlines()
+    return "#| hide" in directives or any(line.startswith("#| default_exp") for line in directives)
+
+
+def check_collapsed(cell, path):
+    """JupyterLab collapses exactly the cells that the site hides (View > Collapse Selected Code)."""
+    expected = {"jupyter": {"source_hidden": True}} if is_hidden(cell) else {}
+    assert cell["metadata"] == expected, f"{path.name}: {source(cell)[:80]}"
 
 
 def check_output(output, path):
