@@ -14,7 +14,7 @@ __all__ = ['ASSISTANT_OPTIONS', 'Method', 'GENERATE', 'STUDENT_DRAFT', 'NO_DRAFT
            'prompt_speedups', 'task_row', 'plot_tasks', 'bench_tasks', 'busy_processes', 'busy_row', 'bench_busy',
            'loss_tensors', 'plain_distillation_loss', 'loss_step', 'peak_memory', 'largest_batches', 'bench_loss',
            'train_step', 'step_seconds', 'bench_targets', 'teacher_variants', 'llama_cpp_times', 'plot_steps',
-           'bench_steps', 'bench_profile']
+           'time_graphs', 'graph_seconds', 'compile_figures', 'bench_steps', 'bench_profile']
 
 # %% ../nbs/09a_bench.ipynb #65218b79
 import copy
@@ -22,6 +22,7 @@ import functools
 import json
 import math
 import operator
+import os
 import shutil
 import statistics
 import subprocess
@@ -29,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,8 @@ from torch.nn import functional as F
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 # %% ../nbs/09a_bench.ipynb #4fa39627
-from .cached_model import CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up
+from .cached_model import (
+    CachedModel, call_times, int8, machine_limits, profile_call, roofline_ms, timed, warm_up, without_cudnn_attention)
 from .compiled_step import compile_steps, CompiledModel, print_progress, StaticModel, usual_kinds
 from .config import (
     Config, ConfigError, DecodeSettings, LossSettings, run_folder, TargetsSettings, TeacherSettings)
@@ -87,10 +89,11 @@ def generate_baseline(
     ids = torch.tensor([prompt_ids(teacher, prompt)], device=teacher.device)
     torch.manual_seed(seed)
     criteria = StoppingCriteriaList([TimedSteps(teacher.device)])
-    output = teacher.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
-        pad_token_id=teacher.tokenizer.eos_token_id, stopping_criteria=criteria,
-        **_sampling_options(teacher, settings), **options)
+    with without_cudnn_attention(teacher.device):
+        output = teacher.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
+            pad_token_id=teacher.tokenizer.eos_token_id, stopping_criteria=criteria,
+            **_sampling_options(teacher, settings), **options)
     return output[0, ids.shape[1]:].tolist()
 
 # %% ../nbs/09a_bench.ipynb #f9c595fb
@@ -986,6 +989,37 @@ def plot_steps(
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
+# %% ../nbs/09a_bench.ipynb #240638cb
+def time_graphs(settings: dict[str, Any]) -> None:
+    """Print the seconds in which this process compiles or loads each graph of a target, as JSON on the last line."""
+    teacher, seconds = load_teacher(TeacherSettings(**settings)), []
+    for kind in usual_kinds(teacher.device):
+        compiled, spent = timed(functools.partial(compile_steps, teacher.model, [kind]), teacher.device)
+        seconds += [spent] if compiled else []
+    print(f"\n{json.dumps(seconds)}")
+
+def graph_seconds(
+    settings: TeacherSettings,
+    folder: Path,   # for compiled code
+) -> list[float]:   # for one token, and for more; shorter if a graph does not compile
+    """Return the seconds that a new process needs for each graph of a target."""
+    program = "import json, sys; from kdcode.bench import time_graphs; time_graphs(json.loads(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(asdict(settings))], stdout=subprocess.PIPE,
+                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)}, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
+
+def compile_figures(settings: TeacherSettings) -> tuple[dict[str, float], list[str]]:
+    """Return the seconds of all graphs in a first and in a second process, and a note; both empty without graphs."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = {"compile_seconds": graph_seconds(settings, Path(folder)),
+                 "load_seconds": graph_seconds(settings, Path(folder))}
+    if not all(times.values()):
+        return {}, []
+    first, second = (" + ".join(f"{part:.0f}" for part in parts) for parts in times.values())
+    return {name: sum(parts) for name, parts in times.items()}, [
+        f"A first process compiles the graphs for one token and for more in {first} s, the next one loads them in "
+        f"{second} s."]
+
 # %% ../nbs/09a_bench.ipynb #f59370fe
 def _step_models(config: Config, teacher: Teacher, folder: Path) -> dict[str, CachedModel]:
     """Return the variants of a target by label, each with a KV cache that is long enough."""
@@ -1034,6 +1068,10 @@ def bench_steps(
     command: str,    # the command line
 ) -> Report:
     """Measure t(n) of the variants of a target, and compare it with the roofline of the machine."""
+    compiling, about_compiling = {}, []
+    if config.decode.compile:
+        print_progress("measuring the compiler in two new processes")
+        compiling, about_compiling = compile_figures(config.teacher)
     with tempfile.TemporaryDirectory() as copy:
         models = _step_models(config, teacher, Path(copy))
     warm = {name: _warm_up_seconds(model) for name, model in models.items()}
@@ -1048,10 +1086,10 @@ def bench_steps(
              "medians; llama.cpp runs alone afterwards and reports means. Warm-up is the time of the first calls of "
              f"all {len(TOKEN_COUNTS)} sizes, after compilation.",
              f"This machine reads {bandwidth / 1e9:.0f} GB/s and computes {speed / 1e9:.0f} GFLOP/s in {dtype}. A call "
-             f"is memory-bound up to {ridge:.0f} tokens and compute-bound beyond."]
+             f"is memory-bound up to {ridge:.0f} tokens and compute-bound beyond.", *about_compiling]
     images = save_plots(folder, {"steps.png": plot_steps(times, roofline, dtype)})
     figures = {"ridge_point": ridge} | {f"v, {name}": calls[5] / calls[1] for name, calls in times.items()}
-    figures |= _step_figures(times, dtype, roofline[1])
+    figures |= _step_figures(times, dtype, roofline[1]) | compiling
     report = Report(command, config, figures, rows, notes, images)
     report.save(folder)
     return report

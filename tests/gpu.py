@@ -67,7 +67,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from kdcode.cached_model import CachedModel, call_times, clock, deviation, machine_limits, rounding_noise, timed
+from kdcode.cached_model import (
+    CachedModel, call_times, clock, deviation, machine_limits, rounding_noise, timed, without_cudnn_attention)
 from kdcode.compiled_step import CompiledModel, compile_steps, REFUSED, StepKind, usual_kinds
 from kdcode.config import Config, ConfigError, DecodeSettings, load_config, with_overrides
 from kdcode.data import Corpus
@@ -306,7 +307,7 @@ class ModelParts:
         """Return the models with the kinds of calls to compile, the most important ones first."""
         features = tuple(self.head.config.feature_layers)
         target, draft = usual_kinds(self.device, features), usual_kinds(self.device, (-1,))
-        if self.is_small: target, draft = target[:0 if self.shape.nf4 else 2], []
+        if self.is_small: target, draft = target[1:2] if self.shape.nf4 else target[:1], []
         pairs = [(self.model, kind) for kind in target] + [(self.head, kind) for kind in draft if kind.tokens < 16]
         return sorted(pairs, key=lambda pair: FIRST_COUNTS.index(pair[1].tokens))
 
@@ -389,7 +390,9 @@ class ModelParts:
     def generate(self, new_tokens: int) -> tuple[list[int], None]:
         """Return the new tokens of `generate`."""
         ids = torch.tensor([self.prompt], device=self.device)
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "do_sample": False}
+        with without_cudnn_attention(self.device):  # it plans anew for every length
+            out = self.model.generate(ids, **options)
         return out[0, len(self.prompt):].tolist(), None
 
     def methods(self) -> dict[str, Callable]:
@@ -401,7 +404,8 @@ class ModelParts:
     def decoding(self) -> None:
         """Measure tokens/s of each method, interleaved, and check their text; three rounds if the time allows."""
         methods, times, longest = self.methods(), {}, 0.
-        for method in methods.values(): method(16)
+        for name, method in methods.items():  # to the end, because a CUDA graph is recorded for each span
+            method(16 if name == "generate" else self.shape.new_tokens)
         reset_peak(self.device)
         for _ in range(1 if self.is_small else 3):
             if times and time.monotonic() + longest > self.found.deadline: break
@@ -584,7 +588,6 @@ def main(words: list[str]) -> int:
     except ConfigError:
         sys.exit(f"test-gpu: PyTorch finds no {options.device} device, so nothing was measured; run it on a machine "
                  "with a GPU, or with --device cpu --small to test the script")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which slows the eager steps down
     options.out.mkdir(parents=True, exist_ok=True)
     config = with_overrides(load_config(ROOT/"configs"/"codellama.yaml"), {"name": "gpu"})
     found = Measurements(shlex.join(["python3", "tests/gpu.py", *words]), config, options.out)
