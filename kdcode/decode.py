@@ -179,11 +179,10 @@ def _check_drafts(
         if draft.probs is not None and len(draft.probs) != len(draft.tokens):
             raise ValueError(f"a draft has {len(draft.tokens)} tokens and {len(draft.probs)} distributions; "
                              f"give the distribution that each token was sampled from")
-        on_host = draft.tokens if isinstance(draft.tokens, list) else []
-        unknown = [token for token in on_host if not 0 <= token < vocabulary_size]
+        known = draft.tokens if isinstance(draft.tokens, list) else []
+        unknown = [token for token in known if not 0 <= token < vocabulary_size]
         if unknown:
-            raise ValueError(f"a draft contains the id {unknown[0]}, but the target's ids are 0 to "
-                             f"{vocabulary_size - 1}")
+            raise ValueError(f"a draft contains the id {unknown[0]}, but the target's ids end at {vocabulary_size - 1}")
         draft.tokens, draft.probs = draft.tokens[:budget], None if draft.probs is None else draft.probs[:budget]
     return drafts
 
