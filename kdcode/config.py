@@ -81,6 +81,8 @@ class Settings:
                 key = f"{self.section}.{name}" if self.section else name
                 raise ConfigError(f"{key} is {value!r}; it should be {_expected(error)}") from None
 
+    added_later = ()  # fields that the stored settings of earlier versions lack
+
     @property
     def section(self) -> str:
         """Name of the section in YAML and on the command line, for example `loss`."""
@@ -90,6 +92,15 @@ class Settings:
         """Return the fields that differ from their defaults."""
         defaults = vars(type(self)())
         return {name: value for name, value in vars(self).items() if value != defaults[name]}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields for comparison with stored ones; a field in `added_later` only if it is set.
+
+        So files of earlier versions stay valid.
+        """
+        changed = self.changed()
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if name in changed or name not in self.added_later}
 
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.changed().items())})"
@@ -184,10 +195,34 @@ class DataSettings(_MixableSource):
     """fraction of the documents held out for validation, selected by a hash of their text"""
     block_size: int = bounded(default=256, ge=2)
     """tokens per training block"""
+    block_sizes: list[int] = list_field()
+    """several block lengths instead of block_size, such as [256, 1024, 4096]"""
+    block_shares: list[float] = list_field()
+    """relative shares of the tokens in blocks of each length in block_sizes; empty: equal shares"""
+    fim_share: float = bounded(default=0.0, ge=0, le=1)
+    """fraction of the documents rearranged for filling in the middle, for a teacher with the tokens for it"""
     min_characters: int = bounded(default=200, ge=1)
     """minimum document length in characters; shorter documents are left out"""
     max_characters: int = bounded(default=100_000, ge=1)
     """maximum document length in characters; longer documents are left out"""
+
+    added_later = ("block_sizes", "block_shares", "fim_share")
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes, shares = self.block_sizes, self.block_shares
+        if len(set(sizes)) < len(sizes) or min(sizes, default=2) < 2:
+            raise ConfigError(f"data.block_sizes is {sizes}; give different lengths of at least 2 tokens")
+        if shares and (len(shares) != len(sizes) or not all(0 < share < math.inf for share in shares)):
+            raise ConfigError(f"data.block_shares is {shares} and data.block_sizes is {sizes}; give one number above 0 "
+                              "for each length")
+
+    @property
+    def token_shares(self) -> dict[int, float]:
+        """Fraction of the tokens in blocks of each length."""
+        sizes = self.block_sizes or [self.block_size]
+        shares = self.block_shares or [1.] * len(sizes)
+        return {size: share / sum(shares) for size, share in zip(sizes, shares)}
 
 # %% ../nbs/00a_config.ipynb #76cd72d4
 @dataclass(repr=False)
@@ -424,10 +459,13 @@ class ServeSettings(Settings):
 
 # %% ../nbs/00a_config.ipynb #990fabdd
 def _check_run(config: "Config") -> None:
-    """Raise `ConfigError` if targets and loss do not fit together, or threads or the run's name is not valid."""
+    """Raise `ConfigError` if sections do not fit together, or threads or the run's name is not valid."""
     if config.targets.kind == "sampled" and config.loss.divergence != "forward_kl":
         raise ConfigError(f"loss.divergence is {config.loss.divergence!r}, but targets.kind sampled supports only "
                           "forward_kl; use targets.kind top_k or online")
+    if config.data.block_sizes and config.train.auto_batch_size:
+        raise ConfigError("train.auto_batch_size is true, but data.block_sizes fixes the batches; set it to false, and "
+                          "give a train.batch_size that fits")
     if config.threads != "auto" and config.threads < 1:
         raise ConfigError(f"threads is {config.threads}; give a number of at least 1, or auto")
     if not re.fullmatch(r"\w[\w.-]*", config.name):

@@ -9,14 +9,17 @@ __all__ = ['LANGUAGE_OVERRIDES', 'RETRY_DELAYS', 'logger', 'SOURCES', 'GENERATED
            'hub_rows', 'stack_rows', 'read_source', 'humaneval_problems', 'evaluation_lines', 'reject_reason',
            'text_hash', 'usable_documents', 'split_of', 'tokenizer_fingerprint', 'different_tokens', 'describe_tokens',
            'check_same_tokenizer', 'text_ids', 'text_after', 'end_of_text_id', 'encode', 'FimTokens', 'FimIds',
-           'fim_ids', 'check_fim', 'fim_prompt', 'Packer', 'SplitWriter', 'settings_by_source', 'write_splits',
-           'Corpus', 'load_corpus', 'build_corpus', 'collate', 'count_ids', 'most_frequent_ids']
+           'fim_ids', 'check_fim', 'fim_prompt', 'fim_text', 'encode_infilling', 'encode_some_infilling', 'Packer',
+           'blocks_by_size', 'BlockSizes', 'SplitWriter', 'settings_by_source', 'write_splits', 'Corpus', 'load_corpus',
+           'build_corpus', 'collate', 'block_lengths', 'longest_block', 'length_batches', 'count_ids',
+           'most_frequent_ids']
 
 # %% ../nbs/01_data.ipynb #0415152c
 import functools
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -27,12 +30,13 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
@@ -477,7 +481,7 @@ def _part_encoding(
     starts_document: bool,
 ) -> tuple[list[int], list[int]]:  # ids, and the first character of each token in `text`
     """Return the tokens of a part of a document, without special tokens."""
-    feed = tokenizer(["\n"], add_special_tokens=False, verbose=False)["input_ids"][0]
+    feed = text_ids(tokenizer, "\n", add_special_tokens=False)
     before = "\n" if len(feed) > 1 and not starts_document else ""  # more than one token: a space was added
     encoded = tokenizer([before + text], add_special_tokens=False, return_offsets_mapping=True,
                         split_special_tokens=True, verbose=False)
@@ -510,12 +514,59 @@ def fim_prompt(
         return [*start, fim.prefix, fim.suffix, *after, fim.middle, *before]
     return [*start, fim.prefix, *before, fim.suffix, *after, fim.middle]
 
+def fim_text(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str) -> str:
+    """Return the text whose `text_ids` are `fim_prompt` in PSM form, if the parts spell no special tokens.
+
+    Raises `ConfigError` if the tokenizer has no FIM tokens.
+    """
+    fim = check_fim(tokenizer)
+    pre, suf, mid = tokenizer.convert_ids_to_tokens([fim.prefix, fim.suffix, fim.middle])
+    space = " " if len(text_ids(tokenizer, "\n", add_special_tokens=False)) > 1 else ""  # SentencePiece
+    return f"{pre}{space}{prefix}{suf}{suffix}{mid}"
+
+# %% ../nbs/01_data.ipynb #fba43c57
+def encode_infilling(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,  # with FIM tokens
+    rng: random.Random,  # chooses the two split points and the order
+) -> tuple[list[int], list[int]]:  # ids and labels, of equal length
+    """Return the token ids and labels of a document whose middle comes last (Bavarian et al. 2022).
+
+    Labels are -100 for tokens of the prompt, for FIM tokens, and for the end of a middle that was cut. Raises
+    `ConfigError` if the tokenizer has no FIM tokens.
+    """
+    fim, whole = check_fim(tokenizer), document.prompt + document.text
+    cuts = sorted(rng.randint(len(document.prompt), len(whole)) for _ in range(2))
+    parts = []
+    for first, last in zip([0, *cuts], [*cuts, len(whole)]):
+        ids, starts = _part_encoding(tokenizer, whole[first:last], first == 0)
+        parts.append([(id, id if first + start >= len(document.prompt) else -100) for id, start in zip(ids, starts)])
+    prefix, middle, suffix = parts
+    pre, suf, mid = ([(id, -100)] for id in (fim.prefix, fim.suffix, fim.middle))
+    psm, spm = pre + prefix + suf + suffix + mid, pre + suf + suffix + mid + prefix
+    end = (fim.end, fim.end if document.finished or cuts[1] < len(whole) else -100)
+    start = [(id, -100) for id in text_ids(tokenizer, "")]
+    ids, labels = zip(*start, *rng.choice((psm, spm)), *middle, end)
+    return list(ids), list(labels)
+
+def encode_some_infilling(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    share: float,  # fraction of the documents to transform, 0 to 1
+    seed: int,
+) -> tuple[Document, list[int], list[int]]:  # the document, with another language if it is transformed; ids; labels
+    """Return `encode_infilling` of a `share` of the documents, and `encode` of the others."""
+    rng = random.Random(f"{seed} {text_hash(document.prompt + document.text).hex()}")
+    if rng.random() >= share:
+        return document, *encode(document, tokenizer)
+    language = f"{document.language} infilling".strip()
+    return replace(document, language=language), *encode_infilling(document, tokenizer, rng)
+
 # %% ../nbs/01_data.ipynb #3e4cbdc7
 class Packer:
-    """Packs documents into blocks of exactly `block_size` tokens. Keeps less than one block between calls."""
+    """Packs documents into blocks, without padding."""
 
-    def __init__(self, block_size: int):
-        self.block_size = block_size
+    def __init__(self):
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.origins: list[str] = []  # of each token
@@ -525,23 +576,60 @@ class Packer:
         ids: list[int],
         labels: list[int],  # as many as ids
         origin: str,        # of the document
-    ) -> list[dict]:        # with `input_ids`, `labels` and `origin`
-        """Append a document and return the blocks that are now full."""
+    ) -> None:
+        """Append a document."""
         self.ids += ids
         self.labels += labels
         self.origins += [origin] * len(ids)
-        full = len(self.ids) // self.block_size * self.block_size
-        blocks = [self._block(start) for start in range(0, full, self.block_size)]
-        for tokens in (self.ids, self.labels, self.origins):
-            del tokens[:full]
-        return blocks
 
-    def _block(self, start: int) -> dict:
-        """Return the block that starts at position `start`."""
-        part = slice(start, start + self.block_size)
-        first, last = self.origins[part][0], self.origins[part][-1]
+    def take(
+        self,
+        size: int,
+    ) -> dict | None:  # with `input_ids`, `labels` and `origin`; None: there are fewer tokens
+        """Remove the first `size` tokens and return them as a block."""
+        if len(self.ids) < size:
+            return None
+        first, last = self.origins[0], self.origins[size - 1]
         origin = first if first == last else f"{first} … {last}"
-        return {"input_ids": self.ids[part], "labels": self.labels[part], "origin": origin}
+        block = {"input_ids": self.ids[:size], "labels": self.labels[:size], "origin": origin}
+        for tokens in (self.ids, self.labels, self.origins):
+            del tokens[:size]
+        return block
+
+# %% ../nbs/01_data.ipynb #158fed0c
+def blocks_by_size(
+    tokens: int,               # of a split
+    shares: dict[int, float],  # fraction of the tokens by block length; `DataSettings.token_shares`
+) -> dict[int, int]:
+    """Return the number of blocks of each length, at least one."""
+    return {size: max(1, int(tokens * share / size)) for size, share in shares.items()}
+
+class BlockSizes:
+    """Lengths of successive blocks, until there are enough of each.
+
+    The length changes only after as many tokens as the longest block has, so blocks of one length are neighbours.
+    """
+
+    def __init__(
+        self,
+        wanted: dict[int, int],  # number of blocks by length
+    ):
+        self.wanted, self.left = wanted, dict(wanted)
+        self.size, self.run = 0, 0  # length of the next block; tokens until it may change
+        self._choose()
+
+    def _choose(self) -> None:
+        """Continue with the length of which the largest fraction is missing; 0 if there are enough blocks."""
+        left = [size for size, count in self.left.items() if count]
+        self.size = max(left, key=lambda size: self.left[size] / self.wanted[size], default=0)
+        self.run = max(self.wanted, default=0)
+
+    def step(self) -> None:
+        """Count a block of the length `size`."""
+        self.left[self.size] -= 1
+        self.run -= self.size
+        if self.run <= 0 or not self.left[self.size]:
+            self._choose()
 
 # %% ../nbs/01_data.ipynb #a4e7506a
 class _SplitStatistics:
@@ -551,6 +639,7 @@ class _SplitStatistics:
         self.documents = 0
         self.bytes = 0
         self.languages: Counter = Counter()  # blocks by language
+        self.tokens: Counter = Counter()     # tokens by language
         self.hash = hashlib.sha256()
 
     @property
@@ -563,16 +652,18 @@ class _SplitStatistics:
 
     def add_block(self, input_ids: list[int], language: str) -> None:
         self.languages[language] += 1
+        self.tokens[language] += len(input_ids)
         self.hash.update(np.array(input_ids, dtype="<i4").tobytes())
 
-    def summary(self, block_size: int) -> dict:
-        """Return documents, bytes (UTF-8), tokens, blocks, blocks by language, and the hash of the ids."""
+    def summary(self) -> dict:
+        """Return documents, bytes (UTF-8), tokens, blocks, both by language, and the hash of the ids."""
         return {
             "documents": self.documents,
             "bytes": self.bytes,
-            "tokens": self.blocks * block_size,
+            "tokens": self.tokens.total(),
             "blocks": self.blocks,
             "languages": dict(self.languages),
+            "language_tokens": dict(self.tokens),
             "sha256": self.hash.hexdigest()[:16],
         }
 
@@ -583,37 +674,38 @@ class SplitWriter:
     def __init__(
         self,
         path: Path,
-        block_size: int,  # tokens per block
+        shares: dict[int, float],  # fraction of the tokens by block length
     ):
-        ids = List(Value("int32"), length=block_size)
+        ids = List(Value("int32"), length=next(iter(shares)) if len(shares) == 1 else -1)
         features = Features(input_ids=ids, labels=ids, origin=Value("string"), language=Value("string"))
         self.file = ArrowWriter(features=features, path=str(path), writer_batch_size=64)
-        self.block_size, self.statistics = block_size, _SplitStatistics()
-        self.begin(0)
+        self.shares, self.statistics, self.sizes = shares, _SplitStatistics(), BlockSizes({})
 
     def begin(self, tokens: int) -> None:
         """Start a source that contributes `tokens` tokens, in whole blocks; drop incomplete blocks of the last one."""
-        self.packers: dict[str, Packer] = defaultdict(lambda: Packer(self.block_size))
+        self.packers: dict[str, Packer] = defaultdict(Packer)
         self.first_document, self.first_block = self.statistics.documents, self.statistics.blocks
-        self.wanted = self.first_block + tokens // self.block_size
+        self.sizes = BlockSizes(blocks_by_size(tokens, self.shares))
 
     @property
     def full(self) -> bool:
         """Whether all wanted blocks are written."""
-        return self.statistics.blocks >= self.wanted
+        return not self.sizes.size
 
     def add(self, document: Document, ids: list[int], labels: list[int]) -> None:
         """Pack a tokenized document and write the blocks that it completes."""
         self.statistics.add_document(document)
-        blocks = self.packers[document.language].add(ids, labels, document.origin)
-        for block in blocks[:self.wanted - self.statistics.blocks]:
+        packer = self.packers[document.language]
+        packer.add(ids, labels, document.origin)
+        while not self.full and (block := packer.take(self.sizes.size)):
             self.file.write(block | {"language": document.language})
             self.statistics.add_block(block["input_ids"], document.language)
+            self.sizes.step()
 
     def close(self) -> dict:
         """Finish the file and return the statistics of the split."""
         self.file.finalize()
-        return self.statistics.summary(self.block_size)
+        return self.statistics.summary()
 
 # %% ../nbs/01_data.ipynb #1ad3518a
 def settings_by_source(
@@ -621,17 +713,19 @@ def settings_by_source(
 ) -> list[DataSettings]:  # one source each, with its part of `tokens` and `validation_tokens`
     """Return the settings of each source. Raise `ConfigError` if there are fewer blocks than sources."""
     mixture = settings.source if isinstance(settings.source, list) else [SourceSettings()]
+    sizes = list(settings.token_shares)
+    unit = sum(sizes)
     for key in ("tokens", "validation_tokens"):
-        tokens, minimum = getattr(settings, key), settings.block_size * len(mixture)
+        tokens, minimum = getattr(settings, key), unit * len(mixture)
         if tokens < minimum:
-            raise ConfigError(f"data.{key} is {tokens}, less than one block of {settings.block_size} tokens for each "
-                              f"source; give at least {minimum}")
+            raise ConfigError(f"data.{key} is {tokens}, less than one block of {' and one of '.join(map(str, sizes))} "
+                              f"tokens for each source; give at least {minimum}")
     if isinstance(settings.source, str):
         return [settings]
     weights = sum(part.weight for part in mixture)
 
     def tokens_of(part, tokens):
-        return max(1, round(tokens / settings.block_size * part.weight / weights)) * settings.block_size
+        return max(1, round(tokens / unit * part.weight / weights)) * unit
 
     return [replace(
         settings, source=part.source, path=part.path, suffixes=part.suffixes, language=part.language,
@@ -657,8 +751,8 @@ def _check_splits(settings: DataSettings, writers: dict[str, SplitWriter], rejec
         hint = f" (data.validation_share is {settings.validation_share}; with so few documents, give a larger share)"
     raise ConfigError(
         f"data source {source} has {_shortage(settings, train + validation, rejected)}: {train} training and "
-        f"{validation} validation documents (left out: {left_out}); each split needs a block of {settings.block_size} "
-        f"tokens, so give more text, or a smaller data.block_size{hint}")
+        f"{validation} validation documents (left out: {left_out}); each split needs a block of "
+        f"{max(settings.token_shares)} tokens, so give more text, or a smaller data.block_size{hint}")
 
 # %% ../nbs/01_data.ipynb #e87e91ca
 def _until_mostly_rejected(documents: Iterable[Document], rejected: Counter) -> Iterator[Document]:
@@ -676,6 +770,7 @@ def _write_source(
     rejected: Counter,                 # counts the rejected documents of this source
     seen: set[bytes],                  # digests of the texts of all sources so far
     report: Callable[[], None],        # called after each document
+    seed: int,                         # of the choice of documents for filling in the middle
 ) -> None:
     """Write the documents of one source until both splits are full. Raise `ConfigError` if one gets no block."""
     writers["train"].begin(settings.tokens)
@@ -684,7 +779,7 @@ def _write_source(
         writer = writers[split_of(document.family or document.text, settings.validation_share)]
         if writer.full:
             continue
-        writer.add(document, *encode(document, tokenizer))
+        writer.add(*encode_some_infilling(document, tokenizer, settings.fim_share, seed))
         report()
         if all(writer.full for writer in writers.values()):
             break
@@ -703,27 +798,28 @@ def write_splits(
 
     Raises `ConfigError` if a split gets no block from a source.
     """
-    block_size, sources = settings.block_size, settings_by_source(settings)
-    total = sum(part.tokens // block_size + part.validation_tokens // block_size for part in sources) * block_size
-    writers = {split: SplitWriter(folder/f"{split}.arrow", block_size) for split in ("train", "validation")}
+    sources, shares = settings_by_source(settings), settings.token_shares
+    wanted = [blocks_by_size(tokens, shares) for part in sources for tokens in (part.tokens, part.validation_tokens)]
+    total = sum(size * count for counts in wanted for size, count in counts.items())
+    writers = {split: SplitWriter(folder/f"{split}.arrow", shares) for split in ("train", "validation")}
 
     def report():
         if progress:
-            progress(sum(writer.statistics.blocks for writer in writers.values()) * block_size, total)
+            progress(sum(writer.statistics.tokens.total() for writer in writers.values()), total)
 
     rejected, seen = Counter(), set()
     for part in sources:
         of_part = Counter()
         generated = part.source == "teacher" and documents is not None
         found = _until_mostly_rejected(documents, of_part) if generated else read_source(part, seed)
-        _write_source(part, tokenizer, writers, found, of_part, seen, report)
+        _write_source(part, tokenizer, writers, found, of_part, seen, report, seed)
         rejected += of_part
     return {split: writer.close() for split, writer in writers.items()} | {"rejected": dict(rejected)}
 
 # %% ../nbs/01_data.ipynb #6082d099
 @dataclass(repr=False)
 class Corpus:
-    """Training and validation blocks: `input_ids` and `labels` (block_size,), not shifted, `origin` and `language`."""
+    """Training and validation blocks: `input_ids` and `labels` (time,), not shifted, `origin` and `language`."""
     train: Dataset
     validation: Dataset
     statistics: dict
@@ -735,8 +831,8 @@ class Corpus:
             statistics = self.statistics[split]
             rows[split] = {key: statistics[key] for key in ("documents", "bytes", "tokens", "blocks")}
             if len(statistics["languages"]) > 1:
-                block_size = statistics["tokens"] // statistics["blocks"]
-                rows |= {f"{split}: {language}": {"tokens": block_size * blocks, "blocks": blocks}
+                tokens = statistics.get("language_tokens", {})  # an older corpus has none
+                rows |= {f"{split}: {language}": {"tokens": tokens.get(language, ""), "blocks": blocks}
                          for language, blocks in statistics["languages"].items()}
         for reason, count in sorted(self.statistics["rejected"].items()):
             rows[f"left out: {reason}"] = {"documents": count}
@@ -786,15 +882,17 @@ def build_corpus(
     """Build a corpus in `folder`, or load it if it was built before with the same settings, seed and tokenizer.
 
     Raises `ConfigError` if a source cannot be read, if it has less than one block of text for either split, or if the
-    tokenizer has no end-of-text token.
+    tokenizer has no end-of-text token, or no FIM tokens for a `fim_share`.
     """
     folder = Path(folder)
-    recipe = {"settings": asdict(settings), "columns": 5, "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    recipe = {"settings": settings.identity(), "columns": 5, "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
     if author:
         recipe |= {"author": author, "end_of_cut_text": "without label"}
     if corpus := load_corpus(folder, recipe):
         return corpus
     settings_by_source(settings)  # raises before anything is written
+    if settings.fim_share:
+        check_fim(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     with (FileLock(folder.parent/f".{folder.name}.lock"),
           tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished):
@@ -819,6 +917,27 @@ def collate(
         "language": [row["language"] for row in rows],
     }
 
+# %% ../nbs/01_data.ipynb #5cb0bce7
+def block_lengths(blocks: Dataset) -> list[int]:
+    """Return the number of tokens of each block."""
+    batches = blocks.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    return [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
+
+def longest_block(corpus: Corpus) -> int:
+    """Return the number of tokens of the longest training block."""
+    return max(block_lengths(corpus.train))
+
+def length_batches(
+    lengths: Sequence[int],  # of all blocks
+    batch_size: int,         # blocks of the shortest length in a batch
+    order: Iterable[int] | None = None,  # block numbers; None: all blocks in their order
+) -> Iterator[list[int]]:
+    """Yield batches of successive block numbers with the same length, at least one in each batch."""
+    shortest = min(lengths, default=0)
+    for length, numbers in itertools.groupby(range(len(lengths)) if order is None else order, lengths.__getitem__):
+        same, size = list(numbers), max(1, batch_size * shortest // length)
+        yield from (same[start:start + size] for start in range(0, len(same), size))
+
 # %% ../nbs/01_data.ipynb #1129753b
 def count_ids(
     blocks: Dataset,       # of a corpus
@@ -826,8 +945,8 @@ def count_ids(
 ) -> Tensor:               # (vocab,), int64
     """Return how often each token id occurs. Raise `ValueError` for an id outside the vocabulary."""
     counts = torch.zeros(vocabulary_size, dtype=torch.int64)
-    for batch in blocks.select_columns("input_ids").with_format("torch").iter(batch_size=1000):
-        ids = batch["input_ids"].flatten()
+    for batch in blocks.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        ids = torch.from_numpy(batch["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int64))
         if ids.max() >= vocabulary_size:
             raise ValueError(f"token id {ids.max()} is outside a vocabulary of {vocabulary_size}; "
                              "use the tokenizer that the blocks were made with")

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data import collate
+from .data import block_lengths, collate, length_batches
 from .eagle import EagleStudent
 from .loss import acceptance_probability, drop_padding_rows, forward_kl, log_probs
 from .student import Student
@@ -40,41 +40,56 @@ def apply_head(
 # %% ../nbs/06_validate.ipynb #077e026f
 @dataclass
 class ValidationSet:
-    """Held-out blocks with the teacher's hidden states for them."""
-    input_ids: Tensor
-    """(blocks, time)"""
-    labels: Tensor
-    """(blocks, time), the id that follows each position; −100 is ignored"""
-    hidden: Tensor
-    """(blocks, time, hidden), the teacher's last hidden states"""
+    """Held-out blocks with the teacher's hidden states for them, one tensor per block."""
+    input_ids: list[Tensor]
+    """(time,)"""
+    labels: list[Tensor]
+    """(time,), the id that follows each position; −100 is ignored"""
+    hidden: list[Tensor]
+    """(time, hidden), the teacher's last hidden states"""
     languages: list[str]
-    """one per block"""
-    features: Tensor
-    """(blocks, time, feature layers × hidden), the teacher's hidden states for an `EagleStudent`"""
+    """language of each block"""
+    features: list[Tensor]
+    """(time, feature layers × hidden), the teacher's hidden states for an `EagleStudent`"""
 
     @classmethod
     def of(
         cls,
         blocks: Dataset,      # held-out blocks of a corpus
         teacher: Teacher,
-        batch_size: int = 8,  # blocks per forward pass of the teacher
+        batch_size: int = 8,  # blocks per forward pass of the teacher, as in `length_batches`
         feature_layers: Sequence[int] = (),  # of the student; empty for a plain `Student`
     ) -> "ValidationSet":     # on the CPU
         """Return the set, after one forward pass of the teacher over each block. Raises as `check_head` does."""
         check_head(teacher, teacher.head)
-        batch = collate(list(blocks))
         no_ids = torch.empty(0, dtype=torch.long)  # we need no logits
         labels = TeacherLabels(teacher, no_ids, list(feature_layers))
-        parts = zip(*(labels.hidden_and_features(part) for part in batch["input_ids"].split(batch_size)))
-        hidden, features = (torch.cat(part).unflatten(0, batch["input_ids"].shape).cpu() for part in parts)
-        return cls(batch["input_ids"], batch["labels"], hidden, batch["language"], features)
+        found = cls([], [], [], [], [])
+        for numbers in length_batches(block_lengths(blocks), batch_size):
+            batch = collate([blocks[number] for number in numbers])
+            states = (part.unflatten(0, batch["input_ids"].shape).cpu()
+                      for part in labels.hidden_and_features(batch["input_ids"]))
+            hidden, features = states
+            found.input_ids += batch["input_ids"]
+            found.labels += batch["labels"]
+            found.hidden += hidden
+            found.languages += batch["language"]
+            found.features += features
+        return found
 
-    def by_language(self, batch_size: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield a language and the indices of up to `batch_size` of its blocks, language by language."""
+    def by_language(self, batch_size: int) -> Iterator[tuple[str, list[int]]]:
+        """Yield a language and the numbers of some of its blocks of one length, language by language."""
+        lengths = [len(ids) for ids in self.input_ids]
         for language in dict.fromkeys(self.languages):
-            indices = torch.tensor([i for i, other in enumerate(self.languages) if other == language])
-            for part in indices.split(batch_size):
+            numbers = [i for i, other in enumerate(self.languages) if other == language]
+            for part in length_batches(lengths, batch_size, sorted(numbers, key=lengths.__getitem__)):
                 yield language, part
+
+    def batch(self, numbers: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return input ids, labels, hidden states and features of blocks of one length, (blocks, time, ...)."""
+        parts = self.input_ids, self.labels, self.hidden, self.features
+        ids, labels, hidden, features = (torch.stack([part[i] for i in numbers]).to(device) for part in parts)
+        return ids, labels, hidden, features
 
 # %% ../nbs/06_validate.ipynb #cd626f34
 def teacher_log_probs(
@@ -164,11 +179,10 @@ def validate(
     `step_2_agreement`, .... Puts the student in eval mode.
     """
     student.eval()
-    tensors = validation.input_ids, validation.labels, validation.hidden, validation.features
     zeros = torch.zeros(steps, 6, dtype=torch.double, device=student.device)
     sums = {language: zeros.clone() for language in validation.languages}
     wrapped = student if model is None else model
     for language, part in validation.by_language(batch_size):
-        batch = tuple(tensor[part].to(student.device) for tensor in tensors)
+        batch = validation.batch(part, student.device)
         sums[language] += _batch_metrics(student, teacher, wrapped, batch, chunk_size, steps)
     return _named_metrics(sums)
