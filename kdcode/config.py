@@ -113,7 +113,9 @@ class Settings:
 class TeacherSettings(Settings):
     """Teacher (target model)."""
     name: str = "smollm2"
-    """smollm2 (embedded), a Hugging Face Hub id, a folder with safetensors, or a .gguf file"""
+    """smollm2 (embedded), a Hub id, a folder with safetensors, a .gguf file, or the URL of a server: http://host:8000/v1"""
+    tokenizer: str | None = None
+    """folder or Hub id with the tokenizer of a teacher on a server; only for a URL"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype for decoding; in float32, greedy output is identical with and without a draft"""
     label_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -122,6 +124,22 @@ class TeacherSettings(Settings):
     """weight quantization; nf4: 4-bit (bitsandbytes), packed: keep the quantized blocks of a .gguf file"""
     device: str = "auto"
     """auto (a GPU if available), cpu, cuda, cuda:1, ..."""
+
+    added_later = ("tokenizer",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.is_served and not self.tokenizer:
+            raise ConfigError(f"teacher.name is {self.name}, a server, so teacher.tokenizer is needed: a folder or Hub id "
+                              "with the tokenizer of the model that it serves")
+        if self.tokenizer and not self.is_served:
+            raise ConfigError(f"teacher.tokenizer is {self.tokenizer}, but teacher.name is {self.name}, which has its own; "
+                              "remove teacher.tokenizer, or give the URL of a server as teacher.name")
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher runs on a server."""
+        return self.name.startswith(("http://", "https://"))
 
 # %% ../nbs/00a_config.ipynb #daa94b21
 Sources = Literal["stdlib", "packages", "folder", "humanized", "ds-coder", "the-stack", "teacher"]
@@ -463,6 +481,9 @@ def _check_run(config: "Config") -> None:
     if config.targets.kind == "sampled" and config.loss.divergence != "forward_kl":
         raise ConfigError(f"loss.divergence is {config.loss.divergence!r}, but targets.kind sampled supports only "
                           "forward_kl; use targets.kind top_k or online")
+    if config.teacher.is_served and config.student.feature_layers:
+        raise ConfigError(f"student.feature_layers is {config.student.feature_layers}, but a server gives no hidden states; "
+                          "an independent student works: student.feature_layers []")
     if config.data.block_sizes and config.train.auto_batch_size:
         raise ConfigError("train.auto_batch_size is true, but data.block_sizes fixes the batches; set it to false, and "
                           "give a train.batch_size that fits")

@@ -36,6 +36,7 @@ from .data import (
 from .eagle import load_student
 from .loss import log_probs, SparseTargets
 from .provenance import short_hash, write_atomic
+from .served import CONCURRENT_REQUESTS, ServedTeacher
 from .student import dense_weight, Student
 from .teacher import Teacher, teacher_identity
 
@@ -50,16 +51,12 @@ class TeacherLabels:
         feature_layers: list[int] = (),   # the teacher's hidden states that are features of the student
     ):
         self.rows = slice(teacher.vocabulary_size) if draft_ids is None else draft_ids.to(teacher.device)
-        self.teacher = teacher
+        self.size = teacher.vocabulary_size if draft_ids is None else len(draft_ids)  # ids that the logits cover
+        self.teacher, self.feature_layers = teacher, tuple(feature_layers)
+        if isinstance(teacher, ServedTeacher): return
         bias, dtype = getattr(teacher.head, "bias", None), teacher.model.dtype
         self.weight = dense_weight(teacher.head)[self.rows].to(dtype)
         self.bias = None if bias is None else bias.detach()[self.rows].to(dtype)
-        self.feature_layers = tuple(feature_layers)
-
-    @property
-    def size(self) -> int:
-        """Number of ids that the logits cover."""
-        return len(self.weight)
 
     def hidden_and_features(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last hidden states (batch × time, hidden) and the features (batch × time, layers × hidden).
@@ -72,6 +69,7 @@ class TeacherLabels:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (tokens, ids) of hidden states (tokens, hidden)."""
+        if isinstance(self.teacher, ServedTeacher): return self.teacher.head(hidden, self.rows)
         return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
 # %% ../nbs/05_targets.ipynb #d659b53a
@@ -479,9 +477,10 @@ def make_targets(
     fingerprint = targets_fingerprint(config, teacher, draft_ids, corpus)
     folder = Path(config.targets.folder).expanduser() if config.targets.folder else run/"targets"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    batch_size = CONCURRENT_REQUESTS if isinstance(teacher, ServedTeacher) else config.train.batch_size
     bar_options = {"total": len(corpus.train), "unit": "block", "desc": "targets", "leave": False,
                    "file": NotebookLine() if is_in_notebook() else None, "disable": not progress}
     with FileLock(folder.parent/f".{folder.name}.lock"), tqdm(**bar_options) as bar:
         write_targets(labels, corpus.train, config.targets, config.loss.temperature, folder, fingerprint, config.seed,
-                      lambda done, total: bar.update(done - bar.n), config.train.batch_size)
+                      lambda done, total: bar.update(done - bar.n), batch_size)
     return TargetCache(folder, fingerprint)

@@ -45,6 +45,7 @@ from .data import block_lengths, collate, Corpus, length_batches, tokenizer_fing
 from .eagle import EagleStudent, load_student
 from .loss import Chunk, chunked_distillation_loss, LossSums
 from .provenance import provenance, write_atomic
+from .served import ServedTeacher
 from .student import pack_weights, Student
 from .targets import (
     check_corpus, check_labels, draft_vocabulary, load_start_student, make_targets, TargetCache, TeacherLabels)
@@ -64,6 +65,9 @@ def make_student(
     """
     s = config.student
     if s.start: return load_start_student(config, teacher)
+    if isinstance(teacher, ServedTeacher):
+        raise ConfigError(f"teacher {teacher.name} is on a server, so a student can't start from its weights; give "
+                          "student.start a student of a local model with the same tokenizer")
     options = {"layers": s.layers, "architecture": s.architecture, "width": s.width, "feed_forward": s.feed_forward,
                "draft_ids": draft_vocabulary(config, teacher, corpus), "teacher_name": teacher.name,
                "tokenizer_fingerprint": tokenizer_fingerprint(teacher.tokenizer), "seed": config.seed}
