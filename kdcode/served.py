@@ -127,7 +127,8 @@ class ServedHead(nn.Module):
         places = torch.arange(self.vocabulary_size, device=hidden.device)[rows]
         column = ids.new_full((self.vocabulary_size + 1,), len(places))  # of other ids and of padding: the last one
         column[places] = torch.arange(len(places), device=hidden.device)
-        tail = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL) / max(self.vocabulary_size - k, 1)
+        others = (self.vocabulary_size - (ids >= 0).sum(-1, keepdim=True)).clamp(min=1)
+        tail = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL) / others
         logits = tail.log().repeat(*[1] * (hidden.ndim - 1), len(places) + 1)
         return logits.scatter(-1, column[ids], log_p)[..., :-1]
 
