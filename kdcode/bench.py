@@ -889,10 +889,7 @@ def bench_targets(
     folder: Path,      # gets both training runs, report.json and report.md
     command: str,      # the command line
 ) -> Report:
-    """Compare cached with online targets: bytes per token, speed of a training step, acceptance rate.
-
-    Raises `ConfigError` for blocks of several lengths.
-    """
+    """Compare cached with online targets: size, speed and acceptance. Raises `ConfigError` for `data.block_sizes`."""
     if config.data.block_sizes:
         raise ConfigError(f"data.block_sizes is {config.data.block_sizes}, but this benchmark times steps with blocks "
                           "of one length; use data.block_size")

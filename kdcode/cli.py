@@ -85,13 +85,12 @@ def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tup
     """Return the teacher in its decoding dtype and in its labelling dtype; store both in `loaded`."""
     with garbage_collection_paused():
         import torch
-        from kdcode.served import open_served
-        from kdcode.teacher import fastest_dtype, load_teacher
+        from kdcode.served import open_teacher
+        from kdcode.teacher import fastest_dtype
     steps(f"teacher: {config.teacher.name}")
-    served = config.teacher.is_served
-    key = repr([config.teacher, config.targets.k if served else None])
+    key = repr([config.teacher, config.targets.k if config.teacher.is_served else None])
     if key not in loaded:
-        teacher = open_served(config.teacher, config.targets.k) if served else load_teacher(config.teacher)
+        teacher = open_teacher(config.teacher, config.targets.k)
         name = config.teacher.label_dtype
         label_dtype = fastest_dtype(teacher.device) if name == "auto" else getattr(torch, name)
         loaded[key] = teacher, teacher.to_dtype(label_dtype)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'SearchSpace', 'ConfigError', 'bounded', 'list_field', 'Settings',
-           'TeacherSettings', 'SourceSettings', 'DataSettings', 'StudentSettings', 'TargetsSettings', 'LossSettings',
-           'OptimizerSettings', 'TrainSettings', 'GenerationSettings', 'DecodeSettings', 'EvalSettings',
-           'ServeSettings', 'Config', 'html_table', 'field_docs', 'settings_html', 'config_html', 'add_config',
-           'one_line_error', 'check_keys', 'UniqueKeyLoader', 'read_yaml', 'config_parser', 'resolve', 'make_config',
-           'load_config', 'save_config', 'with_overrides', 'Experiment', 'read_experiment', 'check_search_space',
-           'home', 'cache_folder', 'run_path', 'generated_text_folder', 'run_folder']
+           'TeacherSettings', 'SourceSettings', 'SourceAndPromptSettings', 'BlockSettings', 'DataSettings',
+           'StudentSettings', 'TargetsSettings', 'LossSettings', 'OptimizerSettings', 'TrainSettings',
+           'GenerationSettings', 'DecodeSettings', 'EvalSettings', 'ServeSettings', 'Config', 'html_table',
+           'field_docs', 'settings_html', 'config_html', 'add_config', 'one_line_error', 'check_keys',
+           'UniqueKeyLoader', 'read_yaml', 'config_parser', 'resolve', 'make_config', 'load_config', 'save_config',
+           'with_overrides', 'Experiment', 'read_experiment', 'check_search_space', 'home', 'cache_folder', 'run_path',
+           'generated_text_folder', 'run_folder']
 
 # %% ../nbs/00a_config.ipynb #bbd05458
 import copy
@@ -94,10 +95,7 @@ class Settings:
         return {name: value for name, value in vars(self).items() if value != defaults[name]}
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields for comparison with stored ones; a field in `added_later` only if it is set.
-
-        So files of earlier versions stay valid.
-        """
+        """Return the fields; those in `added_later` only if they are set, so files of earlier versions stay valid."""
         changed = self.changed()
         return {name: value for name, value in dataclasses.asdict(self).items()
                 if name in changed or name not in self.added_later}
@@ -113,7 +111,7 @@ class Settings:
 class TeacherSettings(Settings):
     """Teacher (target model)."""
     name: str = "smollm2"
-    """smollm2 (embedded), a Hub id, a folder with safetensors, a .gguf file, or the URL of a server: http://host:8000/v1"""
+    """smollm2 (embedded), a Hub id, a folder with safetensors, a .gguf file, or a server's URL: http://host:8000/v1"""
     tokenizer: str | None = None
     """folder or Hub id with the tokenizer of a teacher on a server; only for a URL"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -130,11 +128,11 @@ class TeacherSettings(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.is_served and not self.tokenizer:
-            raise ConfigError(f"teacher.name is {self.name}, a server, so teacher.tokenizer is needed: a folder or Hub id "
-                              "with the tokenizer of the model that it serves")
+            raise ConfigError(f"teacher.name is {self.name}, a server, so teacher.tokenizer is needed: a folder or "
+                              "Hub id with the tokenizer of the model that it serves")
         if self.tokenizer and not self.is_served:
-            raise ConfigError(f"teacher.tokenizer is {self.tokenizer}, but teacher.name is {self.name}, which has its own; "
-                              "remove teacher.tokenizer, or give the URL of a server as teacher.name")
+            raise ConfigError(f"teacher.tokenizer is {self.tokenizer}, but teacher.name is {self.name}, which has its "
+                              "own; remove teacher.tokenizer, or give the URL of a server as teacher.name")
 
     @property
     def is_served(self) -> bool:
@@ -181,8 +179,8 @@ class _MixableSource(Settings):
 
 # %% ../nbs/00a_config.ipynb #1a9a1841
 @dataclass(repr=False)
-class DataSettings(_MixableSource):
-    """Training corpus."""
+class SourceAndPromptSettings(_MixableSource):
+    """Sources of a corpus, and how the teacher generates text."""
     source: Sources | list[SourceSettings] = "stdlib"
     """stdlib, packages (installed), folder, humanized, ds-coder, the-stack, teacher, or a weighted list of sources"""
     prompt_source: Literal["stdlib", "packages", "folder", "humanized", "the-stack"] = "stdlib"
@@ -199,32 +197,17 @@ class DataSettings(_MixableSource):
     """fraction of teacher-generated texts decoded greedily, whatever the temperature"""
     generation_batch_size: int = bounded(default=64, ge=1)
     """sequences that the teacher generates in one batch; on a GPU, use several hundred"""
-    path: str | None = None
-    """folder to read, for source folder"""
-    suffixes: list[str] = list_field(".py")
-    """file name endings to read, for sources stdlib, packages and folder"""
-    language: str = "python"
-    """programming language to select, for sources humanized and the-stack"""
-    tokens: int = bounded(default=160_000, ge=1)
-    """maximum number of training tokens"""
-    validation_tokens: int = bounded(default=16_384, ge=1)
-    """maximum number of validation tokens"""
-    validation_share: float = bounded(default=0.1, gt=0, le=0.5)
-    """fraction of the documents held out for validation, selected by a hash of their text"""
+
+# %% ../nbs/00a_config.ipynb #217a567d
+@dataclass(repr=False)
+class BlockSettings(SourceAndPromptSettings):
+    """Length of the training blocks."""
     block_size: int = bounded(default=256, ge=2)
     """tokens per training block"""
     block_sizes: list[int] = list_field()
     """several block lengths instead of block_size, such as [256, 1024, 4096]"""
     block_shares: list[float] = list_field()
     """relative shares of the tokens in blocks of each length in block_sizes; empty: equal shares"""
-    fim_share: float = bounded(default=0.0, ge=0, le=1)
-    """fraction of the documents rearranged for filling in the middle, for a teacher with the tokens for it"""
-    min_characters: int = bounded(default=200, ge=1)
-    """minimum document length in characters; shorter documents are left out"""
-    max_characters: int = bounded(default=100_000, ge=1)
-    """maximum document length in characters; longer documents are left out"""
-
-    added_later = ("block_sizes", "block_shares", "fim_share")
 
     def __post_init__(self):
         super().__post_init__()
@@ -241,6 +224,31 @@ class DataSettings(_MixableSource):
         sizes = self.block_sizes or [self.block_size]
         shares = self.block_shares or [1.] * len(sizes)
         return {size: share / sum(shares) for size, share in zip(sizes, shares)}
+
+# %% ../nbs/00a_config.ipynb #01712760
+@dataclass(repr=False)
+class DataSettings(BlockSettings):
+    """Training corpus."""
+    path: str | None = None
+    """folder to read, for source folder"""
+    suffixes: list[str] = list_field(".py")
+    """file name endings to read, for sources stdlib, packages and folder"""
+    language: str = "python"
+    """programming language to select, for sources humanized and the-stack"""
+    tokens: int = bounded(default=160_000, ge=1)
+    """maximum number of training tokens"""
+    validation_tokens: int = bounded(default=16_384, ge=1)
+    """maximum number of validation tokens"""
+    validation_share: float = bounded(default=0.1, gt=0, le=0.5)
+    """fraction of the documents held out for validation, selected by a hash of their text"""
+    fim_share: float = bounded(default=0.0, ge=0, le=1)
+    """fraction of the documents rearranged for filling in the middle, for a teacher with the tokens for it"""
+    min_characters: int = bounded(default=200, ge=1)
+    """minimum document length in characters; shorter documents are left out"""
+    max_characters: int = bounded(default=100_000, ge=1)
+    """maximum document length in characters; longer documents are left out"""
+
+    added_later = ("block_sizes", "block_shares", "fim_share")
 
 # %% ../nbs/00a_config.ipynb #76cd72d4
 @dataclass(repr=False)
@@ -482,8 +490,8 @@ def _check_run(config: "Config") -> None:
         raise ConfigError(f"loss.divergence is {config.loss.divergence!r}, but targets.kind sampled supports only "
                           "forward_kl; use targets.kind top_k or online")
     if config.teacher.is_served and config.student.feature_layers:
-        raise ConfigError(f"student.feature_layers is {config.student.feature_layers}, but a server gives no hidden states; "
-                          "an independent student works: student.feature_layers []")
+        raise ConfigError(f"student.feature_layers is {config.student.feature_layers}, but a server gives no hidden "
+                          "states; an independent student works: student.feature_layers []")
     if config.data.block_sizes and config.train.auto_batch_size:
         raise ConfigError("train.auto_batch_size is true, but data.block_sizes fixes the batches; set it to false, and "
                           "give a train.batch_size that fits")

@@ -10,8 +10,8 @@ __all__ = ['LANGUAGE_OVERRIDES', 'RETRY_DELAYS', 'logger', 'SOURCES', 'GENERATED
            'text_hash', 'usable_documents', 'split_of', 'tokenizer_fingerprint', 'different_tokens', 'describe_tokens',
            'check_same_tokenizer', 'text_ids', 'text_after', 'end_of_text_id', 'encode', 'FimTokens', 'FimIds',
            'fim_ids', 'check_fim', 'fim_prompt', 'fim_text', 'encode_infilling', 'encode_some_infilling', 'Packer',
-           'blocks_by_size', 'BlockSizes', 'SplitWriter', 'settings_by_source', 'write_splits', 'Corpus', 'load_corpus',
-           'build_corpus', 'collate', 'block_lengths', 'longest_block', 'length_batches', 'count_ids',
+           'blocks_by_size', 'BlockSizes', 'block_lengths', 'SplitWriter', 'settings_by_source', 'write_splits',
+           'Corpus', 'load_corpus', 'build_corpus', 'collate', 'longest_block', 'length_batches', 'count_ids',
            'most_frequent_ids']
 
 # %% ../nbs/01_data.ipynb #0415152c
@@ -498,6 +498,9 @@ def check_fim(tokenizer: PreTrainedTokenizerBase, name: str = "", vocabulary_siz
                           "Qwen2.5-Coder, StarCoder2 or CodeLlama")
     return found
 
+
+
+# %% ../nbs/01_data.ipynb #df12857a
 def fim_prompt(
     tokenizer: PreTrainedTokenizerBase,  # with FIM tokens
     prefix: str,
@@ -630,6 +633,11 @@ class BlockSizes:
         self.run -= self.size
         if self.run <= 0 or not self.left[self.size]:
             self._choose()
+
+def block_lengths(blocks: Dataset) -> list[int]:
+    """Return the number of tokens of each block."""
+    batches = blocks.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    return [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
 
 # %% ../nbs/01_data.ipynb #a4e7506a
 class _SplitStatistics:
@@ -885,7 +893,8 @@ def build_corpus(
     tokenizer has no end-of-text token, or no FIM tokens for a `fim_share`.
     """
     folder = Path(folder)
-    recipe = {"settings": settings.identity(), "columns": 5, "seed": seed, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    recipe = {"settings": settings.identity(), "columns": 5, "seed": seed,
+              "tokenizer": tokenizer_fingerprint(tokenizer)}
     if author:
         recipe |= {"author": author, "end_of_cut_text": "without label"}
     if corpus := load_corpus(folder, recipe):
@@ -918,11 +927,6 @@ def collate(
     }
 
 # %% ../nbs/01_data.ipynb #5cb0bce7
-def block_lengths(blocks: Dataset) -> list[int]:
-    """Return the number of tokens of each block."""
-    batches = blocks.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
-    return [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
-
 def longest_block(corpus: Corpus) -> int:
     """Return the number of tokens of the longest training block."""
     return max(block_lengths(corpus.train))

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['RETRY_DELAYS', 'TIMEOUT', 'MIN_TAIL', 'CONCURRENT_REQUESTS', 'SAMPLE', 'Server', 'logprobs_request', 'read_logprobs',
-           'pack_position', 'ServedHead', 'ServedModel', 'ServedTeacher', 'check_served_tokenizer', 'open_served']
+           'pack_position', 'ServedHead', 'concurrently', 'complete_text', 'ServedModel', 'TextTeacher',
+           'ServedTeacher', 'check_served_tokenizer', 'open_served', 'open_teacher']
 
 # %% ../nbs/04a_served.ipynb #f58d23ed
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -20,7 +22,7 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreT
 
 from .config import ConfigError, TeacherSettings
 from .data import text_ids, tokenizer_fingerprint
-from .teacher import load_error, load_source, pick_device, Teacher
+from .teacher import load_error, load_source, load_teacher, pick_device, Teacher
 
 # %% ../nbs/04a_served.ipynb #026f6ba0
 RETRY_DELAYS = (1., 3., 10., 30., 60.)  # seconds before each repetition
@@ -35,6 +37,9 @@ def _error_text(response: httpx.Response) -> str:
         message = response.text
     return " ".join(str(message).split())[:300]
 
+
+
+# %% ../nbs/04a_served.ipynb #9f4b5a65
 class Server:
     """A client of an OpenAI-compatible server."""
 
@@ -64,16 +69,16 @@ class Server:
             response, reason = self._send(url, body)
             if response is not None:
                 return response
-        raise ConnectionError(f"teacher {self.url} doesn't answer ({reason}); start its server, and run the command again")
+        raise ConnectionError(f"teacher {self.url} doesn't answer ({reason}); start its server, and run the "
+                              "command again")
 
     def call(self, path: str, body: dict | None = None) -> dict[str, Any]:
         """Return the JSON of a response. Raises `ConfigError` if the server refuses the request."""
         response = self.request(f"{self.url}{path}", body)
         if response.is_success:
             return response.json()
-        hint = ("; set KDCODE_TEACHER_API_KEY to a key of the server" if response.status_code in (401, 403) else "")
-        raise ConfigError(f"teacher {self.url} refuses {path} with status {response.status_code}: "
-                          f"{_error_text(response)}{hint}")
+        hint = "; set KDCODE_TEACHER_API_KEY to a key of the server" if response.status_code in (401, 403) else ""
+        raise ConfigError(f"teacher {self.url} refuses {path} ({response.status_code}): {_error_text(response)}{hint}")
 
 # %% ../nbs/04a_served.ipynb #cbfcb906
 def _by_id(position: dict[str, Any]) -> dict[int, float]:
@@ -89,7 +94,7 @@ def logprobs_request(model: str, ids: list[int], k: int, echo: bool) -> dict[str
     return body | {"prompt_logprobs": k}
 
 def read_logprobs(choice: dict[str, Any], length: int) -> list[dict[int, float]]:
-    """Return the log-probabilities by id at each position of a prompt but the first; an empty list if there are none."""
+    """Return the log-probabilities by id at each position of a prompt but the first; an empty list if it has none."""
     found = choice.get("prompt_logprobs") or (choice.get("logprobs") or {}).get("top_logprobs") or []
     try:
         positions = [_by_id(position) for position in found[1:length]]
@@ -124,17 +129,32 @@ class ServedHead(nn.Module):
         """Return the logits of `rows`."""
         k = hidden.shape[-1] // 2
         ids, log_p = hidden[..., :k].long(), hidden[..., k:]
-        places = torch.arange(self.vocabulary_size, device=hidden.device)[rows]
-        column = ids.new_full((self.vocabulary_size + 1,), len(places))  # of other ids and of padding: the last one
-        column[places] = torch.arange(len(places), device=hidden.device)
+        chosen = torch.arange(self.vocabulary_size, device=hidden.device)[rows]
+        column = ids.new_full((self.vocabulary_size + 1,), len(chosen))  # of other ids and of padding: the last one
+        column[chosen] = torch.arange(len(chosen), device=hidden.device)
         others = (self.vocabulary_size - (ids >= 0).sum(-1, keepdim=True)).clamp(min=1)
         tail = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=MIN_TAIL) / others
-        logits = tail.log().repeat(*[1] * (hidden.ndim - 1), len(places) + 1)
+        logits = tail.log().repeat(*[1] * (hidden.ndim - 1), len(chosen) + 1)
         return logits.scatter(-1, column[ids], log_p)[..., :-1]
 
 # %% ../nbs/04a_served.ipynb #32453ccb
 CONCURRENT_REQUESTS = 32
 
+def concurrently(function: Callable, *items: list) -> list:
+    """Return the results of a function for all items, like `map`; after an error or Ctrl+C nothing more is sent."""
+    pool = ThreadPoolExecutor(CONCURRENT_REQUESTS)
+    try: return list(pool.map(function, *items))
+    finally: pool.shutdown(wait=False, cancel_futures=True)
+
+def complete_text(
+    server: Server, model: str, max_new_tokens: int, temperature: float, ids: list[int], seed: int
+) -> tuple[str, bool]:
+    """Return the text after the prompt `ids`, and whether the model ended it."""
+    body = {"model": model, "prompt": ids, "max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    choice = server.call("/completions", body)["choices"][0]
+    return choice["text"], choice["finish_reason"] == "stop"
+
+# %% ../nbs/04a_served.ipynb #df632bce
 class ServedModel(nn.Module):
     """What the library asks a teacher's model for, without weights."""
 
@@ -148,37 +168,47 @@ class ServedModel(nn.Module):
         """Return the head."""
         return self.head
 
-class ServedTeacher(Teacher):
-    """A teacher on an OpenAI-compatible server."""
+# %% ../nbs/04a_served.ipynb #7b83d2b7
+class TextTeacher(Teacher):
+    """A teacher on an OpenAI-compatible server that writes text."""
 
     def __init__(
         self,
         server: Server,
         tokenizer: PreTrainedTokenizerBase,
-        name: str,           # of the model on the server
-        context_size: int,   # positions
-        k: int,              # log-probabilities for each position
+        name: str,          # of the model on the server
+        context_size: int,  # positions
         device: torch.device = torch.device("cpu"),  # of the results
     ):
         super().__init__(ServedModel(len(tokenizer), context_size, device), tokenizer, name)
-        self.server, self.k, self.echo = server, k, False
+        self.server = server
 
-    def to_dtype(self, dtype: torch.dtype) -> "ServedTeacher":
+    def to_dtype(self, dtype: torch.dtype) -> "TextTeacher":
         """Return the teacher itself, whose dtype the server chooses."""
         return self
 
     def identity(self) -> dict[str, str]:
         """Return what stored texts and targets depend on; the server's weights are known by their name only."""
-        return {"teacher": self.name, "dtype": "served", "weights": f"served, {self.k} log-probabilities",
-                "quantization": "served", "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        return {"teacher": self.name, "dtype": "served", "weights": "served", "quantization": "served",
+                "tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
     def __repr__(self):
         return f"teacher {self.name} at {self.server.url}, {self.vocabulary_size:,} tokens"
 
-    def _together(self, function: Callable, items: list) -> list:
-        """Return the results of a function for all items, computed concurrently."""
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            return list(pool.map(function, items))
+    def continuations(
+        self, prompts: list[str], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
+        batch_size: int = 16,  # not used: all prompts are sent
+    ) -> list[tuple[str, bool]]:
+        """Return the text after each prompt, and whether the teacher ended it."""
+        ids = [text_ids(self.tokenizer, prompt) for prompt in prompts]
+        complete = partial(complete_text, self.server, self.name, max_new_tokens, temperature)
+        return concurrently(complete, ids, [seed + number for number in range(len(ids))])
+
+# %% ../nbs/04a_served.ipynb #83d661ea
+class ServedTeacher(TextTeacher):
+    """A teacher on an OpenAI-compatible server that writes text and labels it."""
+
+    k, echo = 64, False  # log-probabilities for each position; whether the server has the older form
 
     def _positions(self, ids: list[int]) -> list[dict[int, float]]:
         """Return the log-probabilities of a prompt. Raises `ConfigError` if the server has none."""
@@ -187,8 +217,8 @@ class ServedTeacher(Teacher):
             if positions := read_logprobs(self.server.call("/completions", body)["choices"][0], len(ids)):
                 self.echo = echo
                 return positions
-        raise ConfigError(f"teacher {self.server.url} answers without log-probabilities of the prompt by token id, which "
-                          "targets need; serve it with vLLM (llama.cpp has none)")
+        raise ConfigError(f"teacher {self.server.url} answers without log-probabilities of the prompt by token id, "
+                          "which targets need; serve it with vLLM (llama.cpp has none)")
 
     def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
         """Return the log-probabilities after each token of `input_ids` (batch, time) for `head`: (batch, time, 2k).
@@ -197,28 +227,15 @@ class ServedTeacher(Teacher):
         """
         if tuple(which) != (-1,):
             raise ConfigError(f"an EAGLE head needs the hidden states {list(which[:-1])} of its teacher, which "
-                              f"{self.server.url} doesn't give; an independent student works: student.feature_layers []")
+                              f"{self.server.url} doesn't give; an independent student works: student.feature_layers "
+                              "[]")
         rows = [[pack_position(position, self.k) for position in [*positions, {}]]
-                for positions in self._together(self._positions, input_ids.tolist())]
+                for positions in concurrently(self._positions, input_ids.tolist())]
         return torch.tensor(rows, device=self.device)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Return the logits (batch, time, ids) at each position of `input_ids` (batch, time)."""
         return self.head(self.hidden_states(input_ids))
-
-    def continuations(
-        self, prompts: list[str], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
-        batch_size: int = 16,  # not used: all prompts are sent
-    ) -> list[tuple[str, bool]]:
-        """Return the text after each prompt, and whether the teacher ended it."""
-        def complete(numbered: tuple[int, str]) -> tuple[str, bool]:
-            number, prompt = numbered
-            body = {"model": self.name, "prompt": text_ids(self.tokenizer, prompt), "max_tokens": max_new_tokens,
-                    "temperature": temperature, "seed": seed + number}
-            choice = self.server.call("/completions", body)["choices"][0]
-            return choice["text"], choice["finish_reason"] == "stop"
-
-        return self._together(complete, list(enumerate(prompts)))
 
 # %% ../nbs/04a_served.ipynb #d32eab44
 SAMPLE = "def área(r: float):\n    \"\"\"π·r²\"\"\"\n    return 3.14159 * r ** 2  # 面积\n"
@@ -242,28 +259,39 @@ def check_served_tokenizer(teacher: ServedTeacher) -> None:
     if theirs is None:
         shown = _shown_tokens(teacher, ours)
         if not shown:
-            raise ConfigError(f"teacher {server.url} shows no tokens, so its tokenizer can't be checked; use a server with "
-                              "/tokenize or prompt_logprobs, such as vLLM")
+            raise ConfigError(f"teacher {server.url} shows no tokens, so its tokenizer can't be checked; use a "
+                              "server with /tokenize or prompt_logprobs, such as vLLM")
         different = [id for id, text in shown.items() if text.strip() not in ("", tokenizer.decode([id]).strip())
                      and "\ufffd" not in text]
     else:
-        different = [pair for pair in zip(ours, theirs) if pair[0] != pair[1]] or [None] * abs(len(ours) - len(theirs))
+        different = [] if ours == theirs else theirs
     if different:
-        raise ConfigError(f"teacher.tokenizer is {tokenizer.name_or_path}, but the model {teacher.name} at {server.url} has "
-                          "another tokenizer; give the one of that model")
+        raise ConfigError(f"teacher.tokenizer is {tokenizer.name_or_path}, but the model {teacher.name} at "
+                          f"{server.url} has another tokenizer; give the one of that model")
 
+
+
+# %% ../nbs/04a_served.ipynb #6c861b44
 def open_served(
     settings: TeacherSettings,  # its name is a URL
     k: int = 64,                # log-probabilities for each position; `targets.k`
     transport: httpx.BaseTransport | None = None,
 ) -> ServedTeacher:
-    """Return the teacher of a server. Raises `ConfigError` if it has another tokenizer, `ConnectionError` if it is down."""
+    """Return the teacher of a server.
+
+    Raises `ConfigError` if the server has another tokenizer, `ConnectionError` if it doesn't answer.
+    """
     source, options = load_source(settings.tokenizer)
     try: tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error: raise load_error(settings.tokenizer, error) from None
     server = Server(settings.name, transport)
     model = server.call("/models")["data"][0]
     context = model.get("max_model_len") or 2**20  # other servers do not tell
-    teacher = ServedTeacher(server, tokenizer, model["id"], context, k, pick_device(settings.device))
+    teacher = ServedTeacher(server, tokenizer, model["id"], context, pick_device(settings.device))
+    teacher.k = k
     check_served_tokenizer(teacher)
     return teacher
+
+def open_teacher(settings: TeacherSettings, k: int) -> Teacher:
+    """Return a teacher on a server (as `open_served`) or on this machine (as `load_teacher`)."""
+    return open_served(settings, k) if settings.is_served else load_teacher(settings)

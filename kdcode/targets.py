@@ -450,11 +450,11 @@ def check_block_size(corpus: Corpus, teacher: Teacher) -> None:
     """Raise `ConfigError` if the blocks of a corpus are longer than the teacher's context."""
     size, limit = longest_block(corpus), teacher.context_size
     if size > limit:
-        raise ConfigError(f"data has blocks of {size} tokens (data.block_size, data.block_sizes), but the context of teacher {teacher.name} has {limit} "
-                          f"positions; give at most {limit}")
+        raise ConfigError(f"data has blocks of {size} tokens (data.block_size, data.block_sizes), but the context of "
+                          f"teacher {teacher.name} has {limit} positions; give at most {limit}")
 
 def check_corpus(config: Config, corpus: Corpus, teacher: Teacher) -> None:
-    """Raise `ConfigError` if the teacher can't process a corpus: its blocks are too long, or have unknown FIM tokens."""
+    """Raise `ConfigError` if the teacher can't process a corpus: blocks are too long, or have unknown FIM tokens."""
     check_block_size(corpus, teacher)
     if config.data.fim_share:
         check_fim(teacher.tokenizer, teacher.name, teacher.vocabulary_size)

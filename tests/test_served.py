@@ -195,10 +195,13 @@ def test_retries_and_resuming(fake, folder, corpus, tmp_path):
 def test_texts_are_cut_resumed_and_greedy_ones_those_of_the_local_model(fake, local, folder, tmp_path):
     from kdcode.config import DataSettings
     from kdcode.teacher import teacher_documents
-    settings = DataSettings(source="teacher", prompt_tokens=8, max_new_tokens=6, generation_batch_size=4, temperature=0.)
+    settings = DataSettings(
+        source="teacher", prompt_tokens=8, max_new_tokens=6, generation_batch_size=4, temperature=0.)
     teacher = opened(configuration(fake, folder))
 
-    def first(teacher, n, name): return list(itertools.islice(teacher_documents(teacher, settings, 0, tmp_path/name), n))
+    def first(teacher, n, name):
+        return list(itertools.islice(teacher_documents(teacher, settings, 0, tmp_path/name), n))
+
     documents = first(teacher, 8, "served")
     assert [d.text for d in documents] == [d.text for d in first(local, 8, "local")]
     lengths = [len(local.tokenizer(d.prompt).input_ids) for d in documents]
