@@ -306,8 +306,9 @@ def long_files(tokenizer: PreTrainedTokenizerBase, config: Config, tokens: int, 
     """Return the first `tokens` tokens of up to `n` held-out files of the standard library that are so long."""
     settings, found = replace(config.data, source="stdlib"), []
     for document in usable_documents(read_source(settings, config.seed), settings, Counter()):
+        if len(found) == n: break
         held_out = split_of(document.text, settings.validation_share) == "validation"
-        if len(found) < n and held_out and len(document.text) > tokens:  # a token has more than one character
+        if held_out and len(document.text) > tokens:  # a token has more than one character
             ids = text_ids(tokenizer, document.text, add_special_tokens=False)
             found += [ids[:tokens]] if len(ids) >= tokens else []
     return found
