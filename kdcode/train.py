@@ -35,7 +35,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ExportableState
 
-# %% ../nbs/06b_train.ipynb #273111c9
+# %% ../nbs/06b_train.ipynb #f893b95d
 from .callbacks import (
     checkpoint_step, damaged_file, find_checkpoint, FSDP_WEIGHTS, is_whole, mlflow_enabled, MLflowTracking,
     plot_history, progress_callback, remote_folder, SampleText, StopIfEnded, StopOnSignal, StopRequested, Uploader,
