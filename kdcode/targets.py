@@ -245,6 +245,8 @@ def targets_fingerprint(
         fingerprint["k"] = settings.k
     else:
         fingerprint |= {"samples": settings.samples, "seed": config.seed}
+    if isinstance(teacher, ServedTeacher):
+        fingerprint["listed"] = teacher.k  # log-probabilities that the server gives
     if config.student.feature_layers:
         fingerprint["feature_layers"] = list(config.student.feature_layers)
     return fingerprint
