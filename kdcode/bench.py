@@ -56,6 +56,7 @@ from .drafters import drafting_model, drafts_in_int8
 from .eagle import EagleStudent
 from .files import model_source
 from .loss import chunked_distillation_loss
+from .notebook import plot_style
 from .provenance import available_cpus
 from .report import bootstrap_interval, markdown_table, Report
 from .result import SpeculativeResult, Statistics
@@ -411,6 +412,7 @@ def explain_speed(figures: dict[str, float], gamma: int) -> str:
                    f"{figures['outside_share']:.1%} was spent in neither model.")
 
 # %% ../nbs/09a_bench.ipynb #3fe9b5df
+@plot_style
 def plot_acceptance(
     statistics: Statistics,
     gamma: int,
@@ -420,7 +422,7 @@ def plot_acceptance(
     positions = range(1, len(statistics.drafted) + 1)
     shares = [accepted / drafted for accepted, drafted in zip(statistics.accepted, statistics.drafted)]
     alpha = statistics.acceptance_rate
-    ax.bar(positions, shares, color="tab:green", alpha=.7, width=.6, label="measured")
+    ax.bar(positions, shares, color="C2", width=.6, label="measured")
     ax.plot(positions, [alpha**i for i in positions], "o--", color="black", ms=4, lw=1,
             label="$\\alpha^i$ (independent positions)")
     ax.set(xlabel="position $i$ in the draft", ylabel="accepted / drafted", ylim=(0, 1), xticks=list(positions),
@@ -429,6 +431,7 @@ def plot_acceptance(
     return figure
 
 # %% ../nbs/09a_bench.ipynb #87542f18
+@plot_style
 def plot_speedup(
     decoded: dict[str, Decoded],
     costs: StepCosts,
@@ -443,11 +446,11 @@ def plot_speedup(
     gammas = range(1, min(most, max(costs.calls) - 1) + 1)
     predicted = [predicted_speedup(alpha, gamma, costs.c, costs.v(gamma)) for gamma in gammas]
     ax.plot(gammas, predicted, color="black", lw=1, label=f"predicted for α = {alpha:.2f}")
-    ax.plot(list(fixed), [one.speed / baseline for one in fixed.values()], "o", color="tab:green",
+    ax.plot(list(fixed), [one.speed / baseline for one in fixed.values()], "o", color="C2",
             label="measured, fixed γ")
-    ax.axhline(decoded[drafter].speed / baseline, color="tab:green", ls="--", lw=1,
+    ax.axhline(decoded[drafter].speed / baseline, color="C2", ls="--", lw=1,
                label="measured, settings of the run")
-    ax.axhline(1, color="grey", lw=.8, ls=":")
+    ax.axhline(1, color="C7", lw=.8, ls=":")
     ax.margins(y=.1)
     ax.set(xlabel="draft tokens per round γ", ylabel="speedup over\nkdcode without drafting", title="Speedup by γ")
     ax.set_ylim(bottom=0)
@@ -638,12 +641,13 @@ def task_row(task: str, decoded: dict[str, Decoded], greedy: bool) -> dict[str, 
     return row | {"identical outputs": f"{least:.0%}" if greedy else None}
 
 # %% ../nbs/09a_bench.ipynb #bfb67e43
+@plot_style
 def plot_tasks(rows: list[dict[str, Any]]) -> Figure:
     """Plot the speedup over `generate` by task and drafter."""
     labels = {column: label for label, column in BY_TASK.items() if column != "generate"}
     table = pd.DataFrame(rows).set_index("task")[list(labels)].rename(columns=labels)
     figure, ax = plt.subplots(figsize=(7, .9 + .5 * len(table)), layout="constrained")
-    table[::-1].plot.barh(ax=ax, color=["lightgray", "tab:blue", "tab:orange", "tab:green"], width=.8)
+    table[::-1].plot.barh(ax=ax, color=["#8b939e", "C0", "C1", "C2"], width=.8)
     ax.axvline(1, color="black", lw=.8)
     ax.set(xlabel="speedup over generate", ylabel="")
     handles, names = ax.get_legend_handles_labels()
@@ -979,6 +983,7 @@ def llama_cpp_times(file: str, threads: int) -> dict[int, float] | None:
     return {result["n_prompt"]: result["avg_ns"] / 1e6 for result in results}
 
 # %% ../nbs/09a_bench.ipynb #025df932
+@plot_style
 def plot_steps(
     times: dict[str, dict[int, float]],  # milliseconds by variant and tokens
     least: dict[int, float],             # roofline, milliseconds by tokens

@@ -47,6 +47,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError, DataSettings, SourceSettings
+from .files import source_folder
+from .notebook import watched_bar
 from .provenance import short_hash
 
 # %% ../nbs/01_data.ipynb #eb4e0532
@@ -135,12 +137,7 @@ def packages_documents(settings: DataSettings, seed: int) -> Iterator[Document]:
 
 def folder_documents(settings: DataSettings, seed: int) -> Iterator[Document]:
     """Yield the files of the folder `settings.path`. Raise `ConfigError` if it is not a folder."""
-    if settings.path is None:
-        raise ConfigError("data.path is None; source folder needs the folder to read, for example --data.path my/code")
-    root = Path(settings.path).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"data.path is {settings.path!r}, which is not a folder; give a folder with files to read")
-    return file_documents(root, settings, seed)
+    return file_documents(source_folder(settings.path), settings, seed)
 
 # %% ../nbs/01_data.ipynb #60e49b5f
 def _column(row: dict, column: str) -> str:
@@ -903,11 +900,11 @@ def build_corpus(
     if settings.fim_share:
         check_fim(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    with (FileLock(folder.parent/f".{folder.name}.lock"),
+    with (FileLock(folder.parent/f".{folder.name}.lock"), watched_bar("corpus", "tokens") as bar,
           tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished):
         if corpus := load_corpus(folder, recipe):  # another process has built it in the meantime
             return corpus
-        statistics = write_splits(settings, tokenizer, Path(unfinished), seed, progress, documents)
+        statistics = write_splits(settings, tokenizer, Path(unfinished), seed, progress or bar, documents)
         _install(Path(unfinished), folder, recipe, statistics)
     return load_corpus(folder, recipe)
 

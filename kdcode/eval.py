@@ -41,6 +41,7 @@ from .data import (
 from .decode import complete, load_draft, prompt_ids, speculative_generate
 from .draft_eval import PromptTexts, replay, top1_agreement
 from .eagle import EagleStudent
+from .notebook import plot_style
 from .provenance import machine, short_hash, write_atomic
 from .report import cached_figures, Report
 from .sandbox import Limits, run_programs
@@ -445,12 +446,13 @@ def short_name(name: str) -> str:
 def _plot_bars(ax: Axes, names: list[str], values: list[float], label: str) -> None:
     """Draw one panel."""
     finite = [value if math.isfinite(value) else 0 for value in values]
-    ax.barh(names, finite, color="tab:green", alpha=.7)
+    ax.barh(names, finite, color="C2")
     for i, value in enumerate(values):
         ax.text(0, i, f" {value:.2f}" if math.isfinite(value) else " –", va="center", fontsize=8)
     ax.set_xlabel(label, fontsize=8)
     ax.tick_params(axis="x", labelsize=7)
 
+@plot_style
 def plot_models(
     figures: dict[str, dict[str, Any]],  # by model
     k: int,                              # of pass@k

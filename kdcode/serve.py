@@ -10,20 +10,18 @@ __all__ = ['TIME_BUCKETS', 'MIN_TEMPERATURE', 'KEEP_ALIVE', 'logger', 'BODY_TIME
            'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'Metrics', 'TokenTimer', 'public_name',
            'chat_prompt', 'end_of_turn_ids', 'request_prompts', 'check_sequence_count', 'max_sequence_length',
            'model_not_found', 'Service', 'sampling_settings', 'response_sequences', 'ResponseBuilder', 'keep_alive',
-           'StreamBuilder', 'known_path', 'check_api_key', 'body_too_large', 'is_loopback', 'host_name', 'check_host',
+           'StreamBuilder', 'known_path', 'check_api_key', 'body_too_large', 'host_name', 'check_host',
            'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses',
            'add_completion_routes', 'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app',
-           'api_key', 'bind_socket', 'server_url', 'make_server', 'serve']
+           'server_url', 'make_server', 'serve']
 
 # %% ../nbs/11a_serve.ipynb #a052de94
 import asyncio
 import base64
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
-import os
 import re
 import secrets
 import signal
@@ -61,6 +59,7 @@ from .data import text_after, text_ids
 from .decode import (
     check_prompts, check_student, decoder_graphs, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode)
 from .drafters import Drafter, Sequence
+from .files import is_loopback
 from .result import incremental_text, Statistics
 from .teacher import Teacher
 
@@ -607,13 +606,6 @@ def body_too_large(max_bytes: int) -> APIError:
                     code="request_too_large", headers={"Connection": "close"})
 
 # %% ../nbs/11a_serve.ipynb #4dc3ed58
-def is_loopback(host: str) -> bool:
-    """Return whether a host name or address can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
 def host_name(netloc: str) -> str | None:
     """Return the lower-case name or address in a `Host` header or an origin, without the port; None if invalid."""
     try:
@@ -838,27 +830,6 @@ def create_app(
 
 # %% ../nbs/11a_serve.ipynb #ae3bb2c3
 SHUTDOWN_GRACE = 300  # seconds for running requests after SIGTERM
-
-def api_key(host: str) -> str | None:
-    """Return the key in KDCODE_API_KEY.
-
-    Raises `ConfigError` if there is none and other machines can reach the address.
-    """
-    key = os.environ.get("KDCODE_API_KEY", "").strip() or None
-    if key is None and not is_loopback(host):
-        raise ConfigError(
-            f"serve.host {host!r} is reachable from other machines, but KDCODE_API_KEY is not set; set it "
-            "(python -c 'import secrets; print(secrets.token_urlsafe())'), or use 127.0.0.1")
-    return key
-
-def bind_socket(settings: ServeSettings) -> socket.socket:
-    """Return a listening socket. Raise `ConfigError` if the address is not available."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); "
-                          "choose another --serve.port or --serve.host") from None
 
 def server_url(settings: ServeSettings) -> str:
     """Return the URL of the playground."""

@@ -7,7 +7,7 @@ __all__ = ['LABEL_TOLERANCE', 'FLOAT16_MAX', 'TARGETS_FORMAT', 'TeacherLabels', 
            'sampled_targets', 'shard_schema', 'targets_to_row', 'row_time', 'row_to_targets', 'row_to_features',
            'shard_path', 'file_hash', 'write_shard', 'check_shard', 'targets_fingerprint', 'check_fingerprint',
            'shard_generator', 'block_targets', 'write_targets', 'TargetCache', 'with_shared_targets',
-           'load_start_student', 'draft_vocabulary', 'NotebookLine', 'check_block_size', 'check_corpus', 'make_targets']
+           'load_start_student', 'draft_vocabulary', 'check_block_size', 'check_corpus', 'make_targets']
 
 # %% ../nbs/05_targets.ipynb #a1c0c4f5
 import hashlib
@@ -27,14 +27,13 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers.utils import is_in_notebook
 
 from .config import Config, ConfigError, TargetsSettings
 from .data import (
     block_lengths, check_fim, Corpus, length_batches, longest_block, most_frequent_ids, tokenizer_fingerprint)
 from .eagle import load_student
 from .loss import log_probs, SparseTargets
+from .notebook import progress_bar
 from .provenance import short_hash, write_atomic
 from .served import CONCURRENT_REQUESTS, ServedTeacher
 from .student import dense_weight, Student
@@ -432,21 +431,6 @@ def draft_vocabulary(
     except ValueError as error:
         raise ConfigError(f"student.draft_vocabulary: {error}") from None
 
-# %% ../nbs/05_targets.ipynb #01b417e8
-class NotebookLine:
-    """A text stream for `tqdm` that updates one output of a notebook cell."""
-
-    def __init__(self): self.output = None
-
-    def write(self, text: str) -> None:
-        """Replace the displayed text."""
-        from IPython.display import display  # is installed wherever there is a notebook
-        if self.output is None: self.output = display({"text/plain": ""}, raw=True, display_id=True)
-        self.output.update({"text/plain": text.strip()}, raw=True)
-
-    def flush(self) -> None:
-        """Do nothing: nothing is buffered."""
-
 # %% ../nbs/05_targets.ipynb #3594899a
 def check_block_size(corpus: Corpus, teacher: Teacher) -> None:
     """Raise `ConfigError` if the blocks of a corpus are longer than the teacher's context."""
@@ -480,9 +464,8 @@ def make_targets(
     folder = Path(config.targets.folder).expanduser() if config.targets.folder else run/"targets"
     folder.parent.mkdir(parents=True, exist_ok=True)
     batch_size = CONCURRENT_REQUESTS if isinstance(teacher, ServedTeacher) else config.train.batch_size
-    bar_options = {"total": len(corpus.train), "unit": "block", "desc": "targets", "leave": False,
-                   "file": NotebookLine() if is_in_notebook() else None, "disable": not progress}
-    with FileLock(folder.parent/f".{folder.name}.lock"), tqdm(**bar_options) as bar:
+    with (FileLock(folder.parent/f".{folder.name}.lock"),
+          progress_bar("targets", "block", len(corpus.train), progress) as report):
         write_targets(labels, corpus.train, config.targets, config.loss.temperature, folder, fingerprint, config.seed,
-                      lambda done, total: bar.update(done - bar.n), batch_size)
+                      report, batch_size)
     return TargetCache(folder, fingerprint)

@@ -44,6 +44,7 @@ from .cached_model import without_cudnn_attention
 from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
 from .data import Document, read_source, text_after, text_ids, tokenizer_fingerprint, usable_documents
 from .files import embedded_teacher, model_source
+from .notebook import working
 from .provenance import short_hash, write_atomic
 from .threads import THREADS
 
@@ -327,8 +328,9 @@ def load_teacher(
     options = quantization_options(settings, gguf=bool(gguf_options)) | gguf_options
     tokenizer = load_tokenizer(settings.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, settings.dtype),
-                                                     device_map={"": device}, **options)
+        with working(f"loading teacher {settings.name} in {settings.dtype} …"):
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, settings.dtype), device_map={"": device}, **options)
     except (OSError, ValueError) as error:
         raise load_error(settings.name, error) from None
     rows = model.get_output_embeddings().weight.shape[0]

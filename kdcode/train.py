@@ -496,7 +496,7 @@ def distill(
     config: Config,
     teacher: Teacher,       # in the dtype in which it computes the targets
     corpus: Corpus,
-    folder: Path | None = None,  # of the run; None: runs/NAME in the working folder
+    folder: str | Path | None = None,  # of the run; None: runs/NAME in the working folder
     resume: bool = False,   # resume a run in this folder
     progress: bool = True,  # show a progress bar, and in a notebook the curves
     callbacks: tuple[TrainerCallback, ...] = (),  # of your own
@@ -506,7 +506,7 @@ def distill(
     Raises `ConfigError` for settings that do not fit, `NonFiniteLoss` if the loss is NaN or infinite, `StopRequested`
     after SIGTERM or Ctrl-C.
     """
-    folder = folder or run_path(config)
+    folder = Path(folder or run_path(config))
     state = PartialState(cpu=teacher.device.type == "cpu")
     if state.is_main_process: open_run(config, folder, resume)
     state.wait_for_everyone()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import command
+import forked
 
 ROOT = Path(__file__).parent.parent
 COUNT = itertools.count()
@@ -46,11 +46,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Forked:
-    """The command in its own process, with the interface of `subprocess.Popen`."""
-    def __init__(self, forks, words, folder, environment):
+    """A program, by default the command, in its own process, with the interface of `subprocess.Popen`."""
+    def __init__(self, forks, words, folder, environment, program="kdcode.cli:main"):
         self.streams = [folder.parent/f"{folder.name}-{name}-{next(COUNT)}.txt" for name in ("out", "err")]
-        arguments = (list(map(str, words)), folder, environment, *self.streams)
-        self.process = forks.Process(target=command, args=arguments, daemon=True)
+        arguments = (program, list(map(str, words)), folder, environment, *self.streams)
+        self.process = forks.Process(target=forked.run, args=arguments, daemon=True)
         self.process.start()
 
     @property
@@ -83,8 +83,9 @@ def forks():
 @pytest.fixture
 def start(forks, tmp_path):
     """Start the command in an empty working folder, without waiting for it."""
-    def starting(*words, **variables):
-        return Forked(forks, words, tmp_path, os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables)
+    def starting(*words, program="kdcode.cli:main", **variables):
+        environment = os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables
+        return Forked(forks, words, tmp_path, environment, program)
     return starting
 
 
