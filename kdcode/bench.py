@@ -51,7 +51,7 @@ from .config import (
     Config, ConfigError, DecodeSettings, LossSettings, run_folder, TargetsSettings, TeacherSettings)
 from .data import Corpus, humaneval_problems
 from .decode import bad_word_ids, complete, make_sequences, prompt_ids
-from .draft_eval import task_prompts, TASKS
+from .draft_eval import task_prompts, teacher_task_prompts
 from .drafters import drafting_model, drafts_in_int8
 from .eagle import EagleStudent
 from .files import model_source
@@ -686,10 +686,11 @@ def bench_tasks(
     short = _task_methods(teacher, student, replace(settings, max_new_tokens=WARM_UP_TOKENS), config.seed)
     decode_interleaved(short, task_prompts("completion", 1), teacher.device)
     methods = _task_methods(teacher, student, settings, config.seed)
-    for done, task in enumerate(TASKS, 1):
-        by_task[task] = decode_interleaved(methods, task_prompts(task, settings.problems), teacher.device)
+    prompts = teacher_task_prompts(teacher, settings.problems)
+    for done, (task, problems) in enumerate(prompts.items(), 1):
+        by_task[task] = decode_interleaved(methods, problems, teacher.device)
         if progress:
-            progress(done, len(TASKS))
+            progress(done, len(prompts))
     everything = {name: functools.reduce(operator.add, (one[name] for one in by_task.values())) for name in methods}
     rows = [task_row(task, one, settings.temperature == 0) for task, one in (by_task | {"all": everything}).items()]
     figures = {f"{name}, {row['task']}": value for row in rows for name, value in row.items()
@@ -911,7 +912,10 @@ def bench_targets(
     folder: Path,      # gets both training runs, report.json and report.md
     command: str,      # the command line
 ) -> Report:
-    """Compare cached with online targets: bytes per token, speed of a training step, acceptance rate."""
+    """Compare cached with online targets: size, speed and acceptance. Raises `ConfigError` for `data.block_sizes`."""
+    if config.data.block_sizes:
+        raise ConfigError(f"data.block_sizes is {config.data.block_sizes}, but this benchmark times steps with blocks "
+                          "of one length; use data.block_size")
     config = replace(config, train=replace(config.train, upload=None))
     runs = {"online": (replace(config, targets=TargetsSettings()), folder/"online"),
             f"cached, {config.targets.kind}": (config, folder/"cached")}

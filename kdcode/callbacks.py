@@ -143,7 +143,7 @@ class SampleText(TrainerCallback):
         validation: ValidationSet,     # its first block gives the prompt
     ):
         self.writer, self.tokenizer = writer, teacher.tokenizer
-        self.prompt = validation.input_ids[:1, :SAMPLE_TOKENS]
+        self.prompt = validation.input_ids[0][None, :SAMPLE_TOKENS]
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         half = min(SAMPLE_TOKENS, model.config.max_position_embeddings // 2)

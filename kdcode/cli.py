@@ -97,11 +97,12 @@ def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tup
     """Return the teacher in its decoding dtype and in its labelling dtype; store both in `loaded`."""
     with garbage_collection_paused():
         import torch
-        from kdcode.teacher import fastest_dtype, load_teacher
+        from kdcode.served import open_teacher
+        from kdcode.teacher import fastest_dtype
     steps(f"teacher: {config.teacher.name}")
-    key = repr(config.teacher)
+    key = repr([config.teacher, config.targets.k if config.teacher.is_served else None])
     if key not in loaded:
-        teacher = load_teacher(config.teacher)
+        teacher = open_teacher(config.teacher, config.targets.k)
         name = config.teacher.label_dtype
         label_dtype = fastest_dtype(teacher.device) if name == "auto" else getattr(torch, name)
         loaded[key] = teacher, teacher.to_dtype(label_dtype)
@@ -118,7 +119,8 @@ def load_corpus(config: Config, folder: Path, steps: Steps, labelling_teacher=No
         author = "{teacher} {weights}".format(**teacher_identity(labelling_teacher))
     steps(f"corpus: {config.data.tokens:,} training tokens from {', '.join(config.data.sources)}")
     with PartialState(cpu=pick_device(config.teacher.device).type == "cpu").main_process_first():
-        tokenizer = labelling_teacher.tokenizer if labelling_teacher else load_tokenizer(config.teacher.name)
+        name = config.teacher.tokenizer or config.teacher.name
+        tokenizer = labelling_teacher.tokenizer if labelling_teacher else load_tokenizer(name)
         return build_corpus(
             config.data, tokenizer, folder/"corpus", config.seed, ProgressBar("token"), documents, author)
 

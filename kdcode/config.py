@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'EXAMPLE_PROMPTS', 'EXAMPLE_PROMPT', 'SHORT_PROMPT', 'SearchSpace',
-           'ConfigError', 'bounded', 'list_field', 'Settings', 'TeacherSettings', 'SourceSettings', 'DataSettings',
-           'StudentSettings', 'TargetsSettings', 'LossSettings', 'OptimizerSettings', 'TrainSettings',
-           'GenerationSettings', 'DecodeSettings', 'EvalSettings', 'ServeSettings', 'Config', 'html_table',
-           'field_docs', 'settings_html', 'config_html', 'add_config', 'one_line_error', 'check_keys',
-           'UniqueKeyLoader', 'read_yaml', 'config_parser', 'resolve', 'make_config', 'load_config', 'save_config',
-           'with_overrides', 'Experiment', 'read_experiment', 'check_search_space', 'home', 'cache_folder', 'run_path',
-           'generated_text_folder', 'run_folder']
+           'ConfigError', 'bounded', 'list_field', 'Settings', 'TeacherSettings', 'SourceSettings',
+           'SourceAndPromptSettings', 'BlockSettings', 'DataSettings', 'StudentSettings', 'TargetsSettings',
+           'LossSettings', 'OptimizerSettings', 'TrainSettings', 'GenerationSettings', 'DecodeSettings', 'EvalSettings',
+           'ServeSettings', 'Config', 'html_table', 'field_docs', 'settings_html', 'config_html', 'add_config',
+           'one_line_error', 'check_keys', 'UniqueKeyLoader', 'read_yaml', 'config_parser', 'resolve', 'make_config',
+           'load_config', 'save_config', 'with_overrides', 'Experiment', 'read_experiment', 'check_search_space',
+           'home', 'cache_folder', 'run_path', 'generated_text_folder', 'run_folder']
 
 # %% ../nbs/00a_config.ipynb #bbd05458
 import copy
@@ -82,6 +82,8 @@ class Settings:
                 key = f"{self.section}.{name}" if self.section else name
                 raise ConfigError(f"{key} is {value!r}; it should be {_expected(error)}") from None
 
+    added_later = ()  # fields that the stored settings of earlier versions lack
+
     @property
     def section(self) -> str:
         """Name of the section in YAML and on the command line, for example `loss`."""
@@ -91,6 +93,12 @@ class Settings:
         """Return the fields that differ from their defaults."""
         defaults = vars(type(self)())
         return {name: value for name, value in vars(self).items() if value != defaults[name]}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields; those in `added_later` only if they are set, so files of earlier versions stay valid."""
+        changed = self.changed()
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if name in changed or name not in self.added_later}
 
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.changed().items())})"
@@ -103,7 +111,9 @@ class Settings:
 class TeacherSettings(Settings):
     """Teacher (target model)."""
     name: str = "smollm2"
-    """smollm2 (embedded), a Hugging Face Hub id, a folder with safetensors, or a .gguf file"""
+    """smollm2 (embedded), a Hub id, a folder with safetensors, a .gguf file, or a server's URL: http://host:8000/v1"""
+    tokenizer: str | None = None
+    """folder or Hub id with the tokenizer of a teacher on a server; only for a URL"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype for decoding; in float32, greedy output is identical with and without a draft"""
     label_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -112,6 +122,22 @@ class TeacherSettings(Settings):
     """weight quantization; nf4: 4-bit (bitsandbytes), packed: keep the quantized blocks of a .gguf file"""
     device: str = "auto"
     """auto (a GPU if available), cpu, cuda, cuda:1, ..."""
+
+    added_later = ("tokenizer",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.is_served and not self.tokenizer:
+            raise ConfigError(f"teacher.name is {self.name}, a server, so teacher.tokenizer is needed: a folder or "
+                              "Hub id with the tokenizer of the model that it serves")
+        if self.tokenizer and not self.is_served:
+            raise ConfigError(f"teacher.tokenizer is {self.tokenizer}, but teacher.name is {self.name}, which has its "
+                              "own; remove teacher.tokenizer, or give the URL of a server as teacher.name")
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher runs on a server."""
+        return self.name.startswith(("http://", "https://"))
 
 # %% ../nbs/00a_config.ipynb #daa94b21
 Sources = Literal["stdlib", "packages", "folder", "humanized", "ds-coder", "the-stack", "teacher"]
@@ -153,8 +179,8 @@ class _MixableSource(Settings):
 
 # %% ../nbs/00a_config.ipynb #1a9a1841
 @dataclass(repr=False)
-class DataSettings(_MixableSource):
-    """Training corpus."""
+class SourceAndPromptSettings(_MixableSource):
+    """Sources of a corpus, and how the teacher generates text."""
     source: Sources | list[SourceSettings] = "stdlib"
     """stdlib, packages (installed), folder, humanized, ds-coder, the-stack, teacher, or a weighted list of sources"""
     prompt_source: Literal["stdlib", "packages", "folder", "humanized", "the-stack"] = "stdlib"
@@ -171,6 +197,38 @@ class DataSettings(_MixableSource):
     """fraction of teacher-generated texts decoded greedily, whatever the temperature"""
     generation_batch_size: int = bounded(default=64, ge=1)
     """sequences that the teacher generates in one batch; on a GPU, use several hundred"""
+
+# %% ../nbs/00a_config.ipynb #217a567d
+@dataclass(repr=False)
+class BlockSettings(SourceAndPromptSettings):
+    """Length of the training blocks."""
+    block_size: int = bounded(default=256, ge=2)
+    """tokens per training block"""
+    block_sizes: list[int] = list_field()
+    """several block lengths instead of block_size, such as [256, 1024, 4096]"""
+    block_shares: list[float] = list_field()
+    """relative shares of the tokens in blocks of each length in block_sizes; empty: equal shares"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes, shares = self.block_sizes, self.block_shares
+        if len(set(sizes)) < len(sizes) or min(sizes, default=2) < 2:
+            raise ConfigError(f"data.block_sizes is {sizes}; give different lengths of at least 2 tokens")
+        if shares and (len(shares) != len(sizes) or not all(0 < share < math.inf for share in shares)):
+            raise ConfigError(f"data.block_shares is {shares} and data.block_sizes is {sizes}; give one number above 0 "
+                              "for each length")
+
+    @property
+    def token_shares(self) -> dict[int, float]:
+        """Fraction of the tokens in blocks of each length."""
+        sizes = self.block_sizes or [self.block_size]
+        shares = self.block_shares or [1.] * len(sizes)
+        return {size: share / sum(shares) for size, share in zip(sizes, shares)}
+
+# %% ../nbs/00a_config.ipynb #01712760
+@dataclass(repr=False)
+class DataSettings(BlockSettings):
+    """Training corpus."""
     path: str | None = None
     """folder to read, for source folder"""
     suffixes: list[str] = list_field(".py")
@@ -183,12 +241,14 @@ class DataSettings(_MixableSource):
     """maximum number of validation tokens"""
     validation_share: float = bounded(default=0.1, gt=0, le=0.5)
     """fraction of the documents held out for validation, selected by a hash of their text"""
-    block_size: int = bounded(default=256, ge=2)
-    """tokens per training block"""
+    fim_share: float = bounded(default=0.0, ge=0, le=1)
+    """fraction of the documents rearranged for filling in the middle, for a teacher with the tokens for it"""
     min_characters: int = bounded(default=200, ge=1)
     """minimum document length in characters; shorter documents are left out"""
     max_characters: int = bounded(default=100_000, ge=1)
     """maximum document length in characters; longer documents are left out"""
+
+    added_later = ("block_sizes", "block_shares", "fim_share")
 
 # %% ../nbs/00a_config.ipynb #76cd72d4
 @dataclass(repr=False)
@@ -436,10 +496,16 @@ class ServeSettings(Settings):
 
 # %% ../nbs/00a_config.ipynb #990fabdd
 def _check_run(config: "Config") -> None:
-    """Raise `ConfigError` if targets and loss do not fit together, or threads or the run's name is not valid."""
+    """Raise `ConfigError` if sections do not fit together, or threads or the run's name is not valid."""
     if config.targets.kind == "sampled" and config.loss.divergence != "forward_kl":
         raise ConfigError(f"loss.divergence is {config.loss.divergence!r}, but targets.kind sampled supports only "
                           "forward_kl; use targets.kind top_k or online")
+    if config.teacher.is_served and config.student.feature_layers:
+        raise ConfigError(f"student.feature_layers is {config.student.feature_layers}, but a server gives no hidden "
+                          "states; an independent student works: student.feature_layers []")
+    if config.data.block_sizes and config.train.auto_batch_size:
+        raise ConfigError("train.auto_batch_size is true, but data.block_sizes fixes the batches; set it to false, and "
+                          "give a train.batch_size that fits")
     if config.threads != "auto" and config.threads < 1:
         raise ConfigError(f"threads is {config.threads}; give a number of at least 1, or auto")
     if not re.fullmatch(r"\w[\w.-]*", config.name):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'RESULT_NEUTRAL', 'embedded_teacher', 'did_you_mean', 'is_hub_id', 'hub_problem',
            'check_teacher_name', 'model_source', 'shipped_drafts', 'shipped_draft', 'draft_folder',
-           'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'changed_fields', 'check_same_run', 'check_run',
-           'check_search', 'check_writable', 'source_folder', 'is_loopback', 'api_key', 'bind_socket']
+           'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'changed_fields', 'with_defaults', 'check_same_run',
+           'check_run', 'check_search', 'check_writable', 'source_folder', 'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -175,6 +175,15 @@ def changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
             changed.append(name)
     return [name for name in changed if name not in RESULT_NEUTRAL and name.split(".")[0] not in RESULT_NEUTRAL]
 
+def with_defaults(saved: dict) -> dict:
+    """Return a saved configuration, with defaults for fields that the version that saved it did not have."""
+    found = dict(saved)
+    for name, value in Config().to_dict().items():
+        found.setdefault(name, value)
+        if isinstance(value, dict) and isinstance(found[name], dict):
+            found[name] = value | found[name]
+    return found
+
 def check_same_run(
     saved: str,        # a configuration, as YAML
     config: Config,
@@ -186,7 +195,7 @@ def check_same_run(
     if not isinstance(before, dict):
         raise ConfigError(f"{path} holds a run whose config.yaml is damaged; write it anew with the run's settings, "
                           "choose another --name, or delete that folder")
-    if changed := changed_fields(before, config.to_dict()):
+    if changed := changed_fields(with_defaults(before), config.to_dict()):
         raise ConfigError(f"{path} holds a run with a different {', '.join(changed)}; choose another --name, "
                           "or delete that folder")
 

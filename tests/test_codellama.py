@@ -117,6 +117,21 @@ def test_generated_text_keeps_its_first_space(teacher, student, tmp_path):
     assert "".join(stream(teacher, student, prompts[0], settings)) == results[0].text
 
 
+def test_infilling_prompt(tokenizer_of):
+    from kdcode.data import fim_ids, fim_prompt
+    tokenizer, rows = tokenizer_of("CodeLlama"), tokenizer_of("CodeLlama").vocab_size
+    for suffix_first in (False, True):
+        of_transformers = tokenizer_of("CodeLlama")("x = ", suffix=" + 1\n", suffix_first=suffix_first).input_ids
+        assert fim_prompt(tokenizer, "x = ", " + 1\n", suffix_first) == of_transformers
+    # transformers would put a space before this suffix, which Meta's own code does not
+    assert tokenizer.convert_ids_to_tokens(fim_prompt(tokenizer, "x", "x\n")) == [
+        "<s>", "▁<PRE>", "▁x", "▁<SUF>", "x", "<0x0A>", "▁<MID>"]
+    assert fim_ids(tokenizer, rows).end == tokenizer.convert_tokens_to_ids("▁<EOT>")
+    for kind in ("CodeLlama-Python", "Llama"):
+        other = tokenizer_of(kind)
+        assert fim_ids(other, other.vocab_size) is None  # the model has no rows for tokens behind its vocabulary
+
+
 def test_text_in_the_middle_of_bytes_and_after_special_tokens(teacher):
     from kdcode.data import text_after
     from kdcode.result import incremental_text
