@@ -413,6 +413,10 @@ class ServeSettings(Settings):
     """maximum number of new tokens per request"""
     max_bytes: int = bounded(default=1_000_000, ge=1)
     """maximum size of a request in bytes"""
+    cache_gb: float = bounded(default=1.0, ge=0)
+    """gigabytes for KV caches of finished requests, from which requests with the same first tokens continue; 0: off"""
+    prefill_chunk: int = bounded(default=64, ge=1)
+    """tokens of new prompts that are read between two decoding steps"""
     origins: list[str] = list_field()
     """origins whose web pages may use the API, such as https://hub.example.org for Jupyter's proxy there; *: all"""
 

@@ -29,6 +29,7 @@ from .compiled_step import CompiledModel
 from .config import ConfigError, DecodeSettings
 from .data import describe_tokens, different_tokens
 from .eagle import EagleStudent
+from .prefix_cache import copy_row, load_row
 from .result import Statistics
 from .sampling import expected_tokens, sample, SamplingParams
 
@@ -73,6 +74,8 @@ class Sequence:
     """how many of the most probable tokens to report with each new token; None: no log-probabilities at all"""
     statistics: Statistics = field(default_factory=Statistics)
     finished: bool = False
+    cached_tokens: int = 0
+    """number of first tokens that were not processed, because their keys and values came from a prefix cache"""
 
     def ends(self, before: list[int], token: int, device: torch.device) -> bool:
         """Return whether a token ends the text before it. Criteria are asked only if there are logits processors."""
@@ -121,6 +124,21 @@ class Drafter:
     def extend(self, other: "Drafter") -> None:
         """Append the rows of another drafter of the same kind, for continuous batching."""
 
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the first `lengths[i]` tokens of each prompt, so that fewer are left for `propose`.
+
+        The target has processed them, and `update` was called. The budgets are those of the next drafts.
+        """
+
+    def save(self, row: int) -> Any:
+        """Return a copy of the state of a sequence, for `resume`; None: this drafter cannot resume."""
+
+    def resume(self, state: Any, length: int) -> None:
+        """Start from the saved state of another sequence; called after `start` with a single sequence.
+
+        Both sequences have the first `length + 1` tokens in common, and the target has processed `length` of them.
+        """
+
 # %% ../nbs/07b_drafters.ipynb #cadf9ba7
 def empty_draft(device: torch.device | str = "cpu") -> Draft:
     """Return a draft of no tokens."""
@@ -168,6 +186,14 @@ class CachedDrafter(Drafter):
         self.max_length = max(self.max_length, other.max_length)
         self.cached.extend(other.cached, cache_capacity(self.max_length, rows=2))
 
+    def save(self, row: int) -> Any:
+        """Return a copy of one row of the KV cache."""
+        return copy_row(self.cached.cache, row)
+
+    def resume(self, state: Any, length: int) -> None:
+        """Continue from a saved row."""
+        load_row(self.cached.cache, state, min(length, state.lengths[0]))
+
 # %% ../nbs/07b_drafters.ipynb #df8ee4ad
 class ModelDrafter(CachedDrafter):
     """Drafts with a small causal model: a `Student`, or any model of `transformers` with the target's tokenizer."""
@@ -198,6 +224,14 @@ class ModelDrafter(CachedDrafter):
                     budgets[row] = len(drafts[row])  # no allowed token, NaN in q, or nothing can follow
         return [Draft(draft, torch.cat(q)) if draft else empty_draft(self.model.device)
                 for draft, q in zip(drafts, probs)]
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the first tokens of the prompts that fit into the model's context."""
+        fits = [len(sequence.tokens) <= self.cached.context_size for sequence in sequences]
+        active = [row for row, budget in enumerate(budgets) if budget > 0 and fits[row]]
+        tokens = self.new_tokens([s.tokens[:length] for s, length in zip(sequences, lengths)], active)
+        if any(tokens):
+            self.forward(tokens, active)
 
     def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
         """Process new tokens of each row, and return the logits (1, vocab) that follow them in the active rows."""
@@ -276,6 +310,22 @@ class EagleDrafter(ModelDrafter):
         super().extend(other)
         self.rows = self.rows + other.rows
 
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process all tokens that have features."""
+        for row in self.rows: row.own_state = None
+        super().read(sequences, budgets, [row.processed + len(row.pending_features) for row in self.rows])
+
+    def save(self, row: int) -> Any:
+        """Return a copy of one row of the KV cache and of the features that it has not processed."""
+        return super().save(row), self.rows[row].pending_features.clone()
+
+    def resume(self, state: Any, length: int) -> None:
+        """Continue from a saved row. The feature of the target's last token belongs to the token after it."""
+        cache, pending = state
+        super().resume(cache, length + 1)
+        processed = self.cached.lengths[0]
+        self.rows = [EagleRow(pending[:length + 1 - processed], processed)]
+
 # %% ../nbs/07b_drafters.ipynb #342464f8
 class NGramIndex:
     """Maps each n-gram of a sequence to the position after its most recent occurrence."""
@@ -337,6 +387,10 @@ class NGramDrafter(Drafter):
         """Append the indices of the other drafter."""
         self.indices = self.indices + other.indices
 
+    def save(self, row: int) -> Any:
+        """Return an empty state: the index is made from the tokens."""
+        return ()
+
 # %% ../nbs/07b_drafters.ipynb #eddca8b0
 class CompositeDrafter(Drafter):
     """A drafter made of others, which forwards every call except `propose` to all of them."""
@@ -356,6 +410,16 @@ class CompositeDrafter(Drafter):
 
     def extend(self, other: "CompositeDrafter") -> None:
         for mine, theirs in zip(self.drafters, other.drafters): mine.extend(theirs)
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        for drafter in self.drafters: drafter.read(sequences, budgets, lengths)
+
+    def save(self, row: int) -> Any:
+        states = tuple(drafter.save(row) for drafter in self.drafters)
+        return None if any(state is None for state in states) else states
+
+    def resume(self, state: Any, length: int) -> None:
+        for drafter, part in zip(self.drafters, state): drafter.resume(part, length)
 
 class HybridDrafter(CompositeDrafter):
     """Drafts from n-grams if there is a match, and with a model otherwise."""
@@ -541,6 +605,12 @@ class AdaptiveDrafter(CompositeDrafter):
     def extend(self, other: "AdaptiveDrafter") -> None:
         super().extend(other)
         self.controller.caught_up = False
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the prompts, unless drafting does not pay at present."""
+        adaptive = all(self.sampled or sequence.sampling.temperature == 0 for sequence in sequences)
+        if not adaptive or self.controller.predict(max(budgets), len(sequences)):
+            super().read(sequences, budgets, lengths)
 
 # %% ../nbs/07b_drafters.ipynb #0f9d9e56
 @dataclass
