@@ -8,10 +8,10 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_report',
            'train_student', 'run_distill', 'run_targets', 'print_trial', 'run_tune', 'load_pair', 'load_compiled_pair',
            'run_generate', 'shipped_student', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy',
-           'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench', 'run_eval', 'run_experiment',
-           'run_record', 'write_student', 'grow_student', 'push_student', 'run_export', 'default_draft',
-           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse', 'check_files',
-           'silence_libraries', 'print_error', 'main']
+           'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench', 'run_eval',
+           'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'default_draft', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse',
+           'check_files', 'silence_libraries', 'print_error', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import gc
@@ -275,6 +275,13 @@ def bench_busy(config: Config, folder: Path, options):
     pair = load_compiled_pair(config, options.draft)
     return bench.bench_busy(*pair, config, folder, options.command_line, ProgressBar("row"))
 
+def bench_server(config: Config, folder: Path, options):
+    """Measure the server with several clients."""
+    from kdcode.bench_serve import bench_serve, Load
+    pair = load_compiled_pair(config, options.draft)
+    load = Load(new_tokens=config.decode.max_new_tokens, repeats=config.decode.problems)
+    return bench_serve(*pair, config, folder, options.command_line, ProgressBar("part"), load)
+
 def bench_profile(config: Config, folder: Path, options):
     """Measure the operations of a draft step and a verify call."""
     from kdcode import bench
@@ -309,6 +316,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "steps": (bench_steps, "a target call by number of tokens, dtype and kernels"),
     "profile": (bench_profile, "operations of a draft step and a verify call"),
     "busy": (bench_busy, "decoding beside busy processes, with fixed and adapted numbers of threads"),
+    "serve": (bench_server, "throughput and latency of the server by number of clients, prompt and reuse"),
     "loss": (bench_loss, "memory and time of the chunked loss"),
     "targets": (bench_targets, "cached targets against online targets"),
 }
@@ -611,7 +619,7 @@ def parse(
     return COMMANDS[parsed.command][0], load_configuration(parser, parsed, options), options
 
 # %% ../nbs/12_cli.ipynb #d7a27335
-PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile", "busy")  # need a teacher and a student
+PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile", "busy", "serve")  # need a teacher and a student
 
 def check_files(config: Config, options) -> None:
     """Raise `ConfigError` for models that are not there and for runs that do not fit, without loading anything."""

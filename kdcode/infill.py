@@ -75,28 +75,37 @@ def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     mark = text_ids(tokenizer, "\n", False)  # a line feed is a token of its own
     return text_ids(tokenizer, "\n" + text, False)[len(mark):]
 
-def extra_ids(fim: FimFormat, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int,
-              files: list[tuple[str, str]]) -> list[int]:
-    """Return the ids of parts of other files, given as (file name, text)."""
+def extra_ids(
+    fim: FimFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary_size: int,           # of the model
+    files: list[tuple[str, str]],   # name and text of parts of other files
+    max_tokens: int | None = None,  # None: unlimited
+) -> list[int]:
+    """Return the ids of parts of other files, without the first ones if they do not fit."""
     repository, file = (token_id(tokenizer, token, vocabulary_size) for token in (fim.repository, fim.file))
     if not files:
         return []
-    if file is None:
-        return [i for _, text in files for i in text_ids(tokenizer, f"\n\n--- snippet ---\n\n{text}", False)]
-    ids = [] if repository is None else [repository, *text_ids(tokenizer, "repository\n", False)]
-    for name, text in (*files, ("file", "")):
-        ids += [file, *text_ids(tokenizer, f"{name}\n{text}", False)]
-    return ids
+    first = [] if repository is None else [repository, *text_ids(tokenizer, "repository\n", False)]
+    texts = [f"\n\n--- snippet ---\n\n{text}" if file is None else f"{name}\n{text}" for name, text in files]
+    parts = [text_ids(tokenizer, text, False) for text in texts]
+    if file is not None:  # the last name is that of the file with the gap
+        parts = [[file, *part] for part in (*parts, text_ids(tokenizer, "file\n", False))]
+    while max_tokens is not None and len(first) + sum(map(len, parts)) > max_tokens:
+        parts.pop(0)
+        if len(parts) <= (file is not None):
+            return []
+    return first + [i for part in parts for i in part]
 
 # %% ../nbs/11_infill.ipynb #27caf433
 def infill_prompt(
     fim: FimFormat,
     tokenizer: PreTrainedTokenizerBase,
-    vocabulary_size: int,         # of the model
-    prefix: str | list[int],      # text or ids before the gap
-    suffix: str,                  # text behind it
-    extra: list[int] = (),        # of `extra_ids`
-    max_tokens: int | None = None,  # the first extra ids are left out beyond this number; None: unlimited
+    vocabulary_size: int,           # of the model
+    prefix: str | list[int],        # text or ids before the gap
+    suffix: str,                    # text behind it
+    files: list[tuple[str, str]] = (),  # name and text of parts of other files
+    max_tokens: int | None = None,  # for the whole prompt if there are such parts, which get at most half of it
 ) -> list[int]:
     """Return the ids of a prompt after which the model generates the text between prefix and suffix."""
     marks = [token_id(tokenizer, token, vocabulary_size) for token in (fim.prefix, fim.suffix, fim.middle)]
@@ -105,5 +114,5 @@ def infill_prompt(
     parts = [pre + before, suf + continued_ids(tokenizer, suffix)]
     ids = [i for part in (reversed(parts) if fim.suffix_first else parts) for i in part] + mid
     beginning = text_ids(tokenizer, "")[:1]  # the beginning-of-text id, if the tokenizer adds one
-    room = len(extra) if max_tokens is None else max(0, max_tokens - len(beginning) - len(ids))
-    return beginning + list(extra)[max(0, len(extra) - room):] + ids
+    room = max_tokens and min(max_tokens // 2, max(0, max_tokens - len(beginning) - len(ids)))
+    return beginning + extra_ids(fim, tokenizer, vocabulary_size, files, room) + ids

@@ -64,7 +64,7 @@ from .data import text_after, text_ids
 from .decode import (
     check_prompts, check_student, decoder_graphs, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode)
 from .drafters import Drafter, Sequence
-from .infill import extra_ids, fim_end_ids, find_fim_format, infill_prompt
+from .infill import fim_end_ids, find_fim_format, infill_prompt
 from .result import incremental_text, Statistics
 from .teacher import Teacher
 
@@ -418,8 +418,7 @@ def infill_prompts(
         return [infill_prompt(fim, tokenizer, size, prompt, unicode(request.suffix)) for prompt in prompts]
     files = [(unicode(extra.filename), unicode(extra.text)) for extra in request.input_extra]
     prefix, suffix = unicode(request.input_prefix + request.prompt), unicode(request.input_suffix)
-    extra = extra_ids(fim, tokenizer, size, files)
-    return [infill_prompt(fim, tokenizer, size, prefix, suffix, extra, max_tokens)]
+    return [infill_prompt(fim, tokenizer, size, prefix, suffix, files, max_tokens)]
 
 def request_prompts(teacher: Teacher, request: SamplingRequest, max_tokens: int | None = None) -> list[list[int]]:
     """Return the token ids of each prompt of a request. `max_tokens` limits the parts of other files in it."""
@@ -498,7 +497,7 @@ class Service:
         if self.scheduler.full:  # before a long prompt is tokenized
             raise QueueFull
         async with self.tokenizer_lock:
-            most = min(self.limits.max_prompt_tokens, self.teacher.context_size - (request.max_tokens or 1))
+            most = min(self.limits.max_prompt_tokens, 3 * self.teacher.context_size // 4)
             prompts = await asyncio.to_thread(request_prompts, self.teacher, request, most)
         return RequestStream(self.scheduler, response_sequences(self, request, prompts))
 

@@ -33,7 +33,7 @@ def different_requests():
 def solo_text(pair, request):
     """The text of a request without a server."""
     settings = DecodeSettings(gamma=3, max_new_tokens=request["max_tokens"], temperature=float(request["temperature"]))
-    return complete(*pair, request["prompt"], settings, request["seed"]).text
+    return complete(*pair, request["prompt"], settings, request.get("seed", 0)).text
 
 
 def streamed_text(response):

@@ -42,14 +42,19 @@ def idle(service):
                 or scheduler.batch.decoder)
 
 
-@pytest.mark.parametrize("kind", ["student", "eagle"])
-@pytest.mark.parametrize("limits", [{}, {"cache_gb": 0.}, {"cache_gb": 2e-4}, {"prefill_chunk": 7}], ids=str)
-def test_reused_prefixes_do_not_change_an_answer(pair, eagle_pair, served, kind, limits):
-    """Greedy and sampled, with every size of the pool and a chunk smaller than the prompts."""
-    models = pair if kind == "student" else eagle_pair
+@pytest.fixture(scope="module", params=["student", "eagle"])
+def solo(request, pair, eagle_pair):
+    """Both models, greedy and sampled requests, and the texts of their solo runs."""
+    models = pair if request.param == "student" else eagle_pair
     requests = [request_body(prompt=prompt, max_tokens=12, temperature=i % 2, seed=i)
                 for i, prompt in enumerate(growing_prompts())]
-    expected = [solo_text(models, request) for request in requests]
+    return models, requests, [solo_text(models, request) for request in requests]
+
+
+@pytest.mark.parametrize("limits", [{}, {"cache_gb": 0.}, {"cache_gb": 2e-4}, {"prefill_chunk": 7}], ids=str)
+def test_reused_prefixes_do_not_change_an_answer(solo, served, limits):
+    """With every size of the pool, and a chunk smaller than the prompts."""
+    models, requests, expected = solo
     with served(models=models, slots=3, **limits) as (client, service), ThreadPoolExecutor(3) as clients:
         for turn in range(2):
             responses = [response.json() for response in clients.map(lambda one: client.post(PATH, json=one), requests)]
@@ -116,8 +121,9 @@ def test_running_streams_go_on_while_a_long_prompt_is_read(pair, served):
 
 
 def test_200_concurrent_requests_equal_their_solo_runs(pair, served):
-    requests = [request_body(prompt=growing_prompts()[i % 16], max_tokens=4 + i % 9, temperature=i % 2, seed=i % 5)
-                for i in range(200)]
+    different = [request_body(prompt=prompt, max_tokens=4 + i % 9, temperature=i // 2 % 2, seed=i)
+                 for i, prompt in enumerate(growing_prompts())]
+    requests = [different[i % 16] for i in range(200)]
     expected = {json.dumps(request): solo_text(pair, request) for request in requests}
 
     async def send_all(url):
@@ -174,7 +180,7 @@ def test_cancelled_requests_leave_nothing(pair, served, count):
 def test_a_client_that_reads_slowly_does_not_stall_the_others(pair, served):
     """It reads one byte, and then waits until the other clients have their answers."""
     with served(slots=2) as (client, service):
-        content = json.dumps(request_body(max_tokens=450, stream=True, speculation={"details": True}))
+        content = json.dumps(request_body(max_tokens=200, stream=True, logprobs=5, speculation={"details": True}))
         header = [f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json",
                   f"Content-Length: {len(content)}"]
         with socket.socket() as slow:
@@ -183,8 +189,8 @@ def test_a_client_that_reads_slowly_does_not_stall_the_others(pair, served):
             slow.sendall("\r\n".join([*header, "", content]).encode())
             assert slow.recv(1) == b"H"
             request = request_body(max_tokens=30)
-            texts = [client.post(PATH, json=request).json()["choices"][0]["text"] for _ in range(5)]
-            assert texts == [solo_text(pair, request)] * 5
+            texts = [client.post(PATH, json=request).json()["choices"][0]["text"] for _ in range(3)]
+            assert texts == [solo_text(pair, request)] * 3
             wait_until(lambda: not service.scheduler.listeners)  # decoded to the end, although nobody reads it
             assert slow.recv(1) == b"T"
         wait_until(lambda: idle(service))
@@ -199,7 +205,7 @@ def test_penalties_are_exact_under_drafting(pair, served, fields):
     """Greedy text with drafts equals a loop without drafts that adds the penalties to the logits itself."""
     teacher, tokens = pair[0], pair[0].tokenizer(FILE).input_ids
     prompt_length, bias = len(tokens), fields.get("logit_bias", {})
-    for _ in range(40):
+    for _ in range(25):
         with torch.no_grad(): logits = teacher.model(torch.tensor([tokens])).logits[0, -1].clone()
         for token, value in bias.items(): logits[int(token)] += value
         for token in set(tokens[prompt_length:]):
@@ -207,7 +213,7 @@ def test_penalties_are_exact_under_drafting(pair, served, fields):
             logits[token] -= fields.get("frequency_penalty", 0) * count + fields.get("presence_penalty", 0)
         tokens = [*tokens, int(logits.argmax())]
     expected = teacher.tokenizer.decode(tokens[prompt_length:])
-    request = request_body(prompt=FILE, max_tokens=40)
+    request = request_body(prompt=FILE, max_tokens=25)
     with served() as (client, _):
         found = client.post(PATH, json=request | fields).json()
         plain = client.post(PATH, json=request).json()
@@ -233,3 +239,16 @@ def test_a_model_without_infilling_tokens_says_so(pair, served):
             assert "no fill-in-the-middle tokens" in response.json()["error"]["message"]
         plain = client.post(PATH, json=request_body(suffix=""))
         assert plain.json()["choices"][0]["text"] == solo_text(pair, request_body(seed=0))
+
+
+def test_the_benchmark_loses_no_request(pair, kdcode, tiny_teacher, tmp_path):
+    pair[1].save_pretrained(tmp_path/"draft")
+    command = ["bench", "serve", "--teacher.name", tiny_teacher, "--draft", tmp_path/"draft", "--name", "load",
+               "--decode.problems", 1, "--decode.max_new_tokens", 3, "--decode.compile", "off"]
+    process = kdcode(*command)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path/"runs"/"load"/"bench-serve"
+    figures = json.loads((folder/"report.json").read_text())["figures"]
+    wanted = {"tokens_per_second_1", "tokens_per_second_8", "ttft_p50", "ttft_resent_p50", "itl_p50",
+              "itl_p95_with_long_prompt", "lost"}
+    assert wanted <= set(figures) and figures["lost"] == 0 and (folder/"serve.png").exists()
