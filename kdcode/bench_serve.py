@@ -13,7 +13,7 @@ import socket
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +44,8 @@ class Answer:
     """time of each event with text, and its number of tokens"""
     complete: bool = False
     """whether the stream ended as it should"""
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    """set when the first token has arrived, or when there is none"""
     text: str = ""
 
     @property
@@ -74,9 +76,12 @@ async def send(client: httpx.AsyncClient, path: str, body: dict[str, Any], answe
                     tokens = json.loads(line[6:])["speculation"]["tokens"]
                     if tokens:
                         answer.events.append((time.perf_counter(), len(tokens)))
+                        answer.begun.set()
                     answer.text += choices[0].get("text") or choices[0].get("delta", {}).get("content", "")
     except httpx.HTTPError:
         pass  # the answer stays incomplete
+    finally:
+        answer.begun.set()
 
 # %% ../nbs/11b_bench_serve.ipynb #0fd8d37f
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Clients:
 
     async def resent(self, length: int) -> tuple[list[float], list[float], list[float]]:
         """Return the times to the first token of new prompts, of the same ones again, and of edited ones."""
-        times: tuple[list[float], ...] = ([], [], [])
+        times: tuple[list[float], list[float], list[float]] = ([], [], [])
         for _ in range(self.load.repeats):
             prompt = self.prompts.take(length)
             edited = prompt[:-length // 8] + self.prompts.take(length // 8)
@@ -170,16 +175,14 @@ class Clients:
         """Return the times between tokens of a stream: alone, and while another client's long prompt is read."""
         alone, disturbed = [], []
         for _ in range(self.load.repeats):
+            alone += (await self.ask(self.prompts.take(32), self.load.new_tokens)).between_tokens()
             running = asyncio.ensure_future(self.ask(self.prompts.take(32), 3 * self.load.new_tokens))
-            await asyncio.sleep(0)  # it begins
+            await asyncio.sleep(0)  # the request is being sent
             answer = self.answers[-1]
-            while answer.tokens < self.load.new_tokens and not running.done():
-                await asyncio.sleep(.001)
+            await answer.begun.wait()
             long = await self.ask(self.prompts.take(length), 2)
             await running
-            first = long.started + long.first_token
-            alone += answer.between_tokens(end=long.started)
-            disturbed += answer.between_tokens(long.started, first)
+            disturbed += answer.between_tokens(long.started, long.started + long.first_token)
         return alone, disturbed
 
 # %% ../nbs/11b_bench_serve.ipynb #4988be74
@@ -234,7 +237,8 @@ async def send_all(
     progress: Callable[[int, int], None] | None = None,  # called with the parts that are done and their number
 ) -> None:
     """Send the requests of a benchmark, one kind after the other."""
-    parts = [partial(measured.measure_clients, clients, lengths[0]) for clients in measured.load.clients]
+    parts: list[Callable[[], Coroutine]] = [partial(measured.measure_clients, clients, lengths[0])
+                                            for clients in measured.load.clients]
     parts += [partial(measured.measure_prompts, length) for length in lengths]
     parts += [measured.measure_chat] * with_chat + [partial(measured.measure_long_prompt, lengths[-1])]
     for done, part in enumerate(parts, 1):
