@@ -6,16 +6,17 @@
 __all__ = ['NO_TOOLS', 'TEXT_ONLY', 'UNSUPPORTED_FIELDS', 'VLLM_FIELDS', 'EMPTY_VALUES', 'NEUTRAL_VALUES', 'IGNORED_FIELDS',
            'StopString', 'NULL_IS_DEFAULT', 'Penalty', 'TokenId', 'LogitBias', 'TokenIds', 'BYTE_DECODER',
            'ERROR_TYPES', 'MAX_MESSAGE_LENGTH', 'UNION_FIELDS', 'MAX_QUOTED_VALUE', 'check_supported', 'StrictModel',
-           'integer', 'SpeculationOptions', 'StreamOptions', 'SamplingRequest', 'CompletionRequest', 'InfillExtra',
-           'InfillRequest', 'TextPart', 'ChatMessage', 'ChatCompletionRequest', 'token_bytes', 'token_text',
-           'TextDelta', 'CompletionFormat', 'ChatCompletionFormat', 'PromptTokensDetails', 'Usage', 'SpeculationStep',
-           'SpeculationStatistics', 'SpeculationInfo', 'ResponseBase', 'CompletionChoice', 'CompletionResponse',
-           'ChatCompletionChoice', 'ChatCompletionResponse', 'InfillResponse', 'ErrorDetail', 'ErrorResponse',
-           'APIError', 'validation_message', 'to_api_error', 'error_response']
+           'integer', 'SpeculationOptions', 'StreamOptions', 'check_known', 'SamplingRequest', 'CompletionRequest',
+           'InfillExtra', 'InfillRequest', 'TextPart', 'ChatMessage', 'ChatCompletionRequest', 'token_bytes',
+           'token_text', 'TextDelta', 'CompletionLogprobs', 'CompletionFormat', 'ChatCompletionFormat',
+           'PromptTokensDetails', 'Usage', 'SpeculationStep', 'SpeculationStatistics', 'SpeculationInfo',
+           'ResponseBase', 'CompletionChoice', 'CompletionResponse', 'ChatCompletionChoice', 'ChatCompletionResponse',
+           'InfillResponse', 'ErrorDetail', 'ErrorResponse', 'APIError', 'validation_message', 'to_api_error',
+           'error_response']
 
 # %% ../nbs/11_api.ipynb #17924b9a
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -125,6 +126,14 @@ TokenId = Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")]
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 
 # %% ../nbs/11_api.ipynb #e81d79d7
+def check_known(fields: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise `ValueError` for a field that is neither known nor one of OpenAI's or vLLM's."""
+    allowed = (*known, *UNSUPPORTED_FIELDS, *VLLM_FIELDS, *IGNORED_FIELDS)
+    unknown = [name for name in fields if name not in allowed]
+    if unknown:
+        raise ValueError(f"{unknown[0][:100]!r} is not a known field; remove it")
+
+# %% ../nbs/11_api.ipynb #45a2891c
 class SamplingRequest(StrictModel):
     """Fields common to completion and chat completion requests, named as in OpenAI's API."""
     model: str
@@ -150,10 +159,7 @@ class SamplingRequest(StrictModel):
         if not isinstance(fields, dict):
             return fields
         check_supported(fields)
-        allowed = (*cls.model_fields, *UNSUPPORTED_FIELDS, *VLLM_FIELDS, *IGNORED_FIELDS)
-        unknown = [name for name in fields if name not in allowed]
-        if unknown:
-            raise ValueError(f"{unknown[0][:100]!r} is not a known field; remove it")
+        check_known(fields, cls.model_fields)
         return {name: value for name, value in fields.items()
                 if name in cls.model_fields and not (value is None and name in NULL_IS_DEFAULT)}
 
@@ -324,7 +330,29 @@ class TextDelta:
         return "".join(token["text"] for token in self.tokens)
 
 # %% ../nbs/11_api.ipynb #c685ec66
-class CompletionFormat:
+class CompletionLogprobs:
+    """Build the log-probabilities of a `/v1/completions` response."""
+    teacher: Teacher
+
+    def logprobs(self, delta: TextDelta, offset: int) -> dict[str, list]:
+        """Return the log-probability of each token, the top-k tokens at its position, and its offset in the text."""
+        lengths = [len(text) for text, _, _ in delta.logprobs]
+        return {
+            "tokens": [token_text(self.teacher, token) for _, token, _ in delta.logprobs],
+            "token_logprobs": [scores.logprob for _, _, scores in delta.logprobs],
+            "top_logprobs": [self._top_logprobs(scores.top_logprobs) for _, _, scores in delta.logprobs],
+            "text_offset": [offset + sum(lengths[:i]) for i in range(len(lengths))],
+        }
+
+    def _top_logprobs(self, by_id: dict[int, float]) -> dict[str, float]:
+        """Return the log-probabilities by text; of several tokens with the same text, that of the most probable."""
+        by_text: dict[str, float] = {}
+        for token, value in by_id.items():
+            by_text.setdefault(token_text(self.teacher, token), value)
+        return by_text
+
+# %% ../nbs/11_api.ipynb #a6e98579
+class CompletionFormat(CompletionLogprobs):
     """Build the choices of a `/v1/completions` response."""
     path = "/v1/completions"
     object = chunk_object = "text_completion"
@@ -353,23 +381,6 @@ class CompletionFormat:
         return {"index": index, "text": first + delta.text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     chunk = choice
-
-    def logprobs(self, delta: TextDelta, offset: int) -> dict[str, list]:
-        """Return the log-probability of each token, the top-k tokens at its position, and its offset in the text."""
-        lengths = [len(text) for text, _, _ in delta.logprobs]
-        return {
-            "tokens": [token_text(self.teacher, token) for _, token, _ in delta.logprobs],
-            "token_logprobs": [scores.logprob for _, _, scores in delta.logprobs],
-            "top_logprobs": [self._top_logprobs(scores.top_logprobs) for _, _, scores in delta.logprobs],
-            "text_offset": [offset + sum(lengths[:i]) for i in range(len(lengths))],
-        }
-
-    def _top_logprobs(self, by_id: dict[int, float]) -> dict[str, float]:
-        """Return the log-probabilities by text; of several tokens with the same text, that of the most probable."""
-        by_text: dict[str, float] = {}
-        for token, value in by_id.items():
-            by_text.setdefault(token_text(self.teacher, token), value)
-        return by_text
 
 # %% ../nbs/11_api.ipynb #11229bb5
 class ChatCompletionFormat:
@@ -487,6 +498,7 @@ class InfillResponse(BaseModel):
     truncated: bool
     timings: dict[str, float]
 
+# %% ../nbs/11_api.ipynb #f7357db3
 class ErrorDetail(BaseModel):
     """The description of an error."""
     message: str

@@ -275,6 +275,7 @@ def bench_busy(config: Config, folder: Path, options):
     pair = load_compiled_pair(config, options.draft)
     return bench.bench_busy(*pair, config, folder, options.command_line, ProgressBar("row"))
 
+# %% ../nbs/12_cli.ipynb #ccedcc04
 def bench_server(config: Config, folder: Path, options):
     """Measure the server with several clients."""
     from kdcode.bench_serve import bench_serve, Load

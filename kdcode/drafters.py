@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MIN_NGRAM', 'MAX_NGRAM', 'HYBRID_MIN_NGRAM', 'NEW_BATCH_WEIGHT', 'FIRST_PROBE', 'MAX_PROBE', 'ESTIMATES',
            'TOKENIZERS', 'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'Drafter', 'empty_draft',
-           'one_hot_draft', 'cache_capacity', 'CachedDrafter', 'ModelDrafter', 'EagleRow', 'EagleDrafter', 'NGramIndex',
-           'NGramDrafter', 'CompositeDrafter', 'HybridDrafter', 'LatencyModel', 'AcceptanceEstimate', 'best_gamma',
-           'ProbeSchedule', 'GammaController', 'AdaptiveDrafter', 'ModelEstimates', 'estimates_for', 'model_tokenizer',
-           'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8', 'drafting_model', 'make_drafter']
+           'one_hot_draft', 'cache_capacity', 'CachedDrafter', 'PromptDrafter', 'ModelDrafter', 'EagleRow', 'EagleRows',
+           'EagleDrafter', 'NGramIndex', 'NGramDrafter', 'CompositeDrafter', 'HybridDrafter', 'LatencyModel',
+           'AcceptanceEstimate', 'best_gamma', 'ProbeSchedule', 'GammaController', 'ControlledDrafter',
+           'AdaptiveDrafter', 'ModelEstimates', 'estimates_for', 'model_tokenizer', 'check_vocabularies', 'check_pair',
+           'is_adaptive', 'drafts_in_int8', 'drafting_model', 'make_drafter']
 
 # %% ../nbs/07b_drafters.ipynb #08145117
 import statistics
@@ -99,6 +100,7 @@ class Draft:
     acceptance: list[float] = field(default_factory=list)
     """filled in by the decoder: Σ min(p, q) at each verified position"""
 
+# %% ../nbs/07b_drafters.ipynb #54423415
 class Drafter:
     """Base class of drafters, and the interface that the decoder uses."""
     feature_layers: tuple[int, ...] = ()
@@ -154,6 +156,7 @@ def cache_capacity(max_length: int, rows: int) -> int:
     """Return the number of KV cache positions that a drafter needs for sequences of at most `max_length` tokens."""
     return max_length if rows == 1 else 2 * max_length
 
+# %% ../nbs/07b_drafters.ipynb #f21dc6e4
 class CachedDrafter(Drafter):
     """A drafter that runs a model with a KV cache."""
 
@@ -186,6 +189,22 @@ class CachedDrafter(Drafter):
         self.max_length = max(self.max_length, other.max_length)
         self.cached.extend(other.cached, cache_capacity(self.max_length, rows=2))
 
+# %% ../nbs/07b_drafters.ipynb #dbbcaac5
+class PromptDrafter(CachedDrafter):
+    """A cached drafter that reads prompts in parts, and continues from the state of another sequence."""
+
+    def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
+        """Process new tokens of each row, and return the logits (1, vocab) that follow them in the active rows."""
+        return self.cached.forward(tokens, [int(row in active) for row in range(len(tokens))])[0]
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the first tokens of the prompts that fit into the model's context."""
+        fits = [len(sequence.tokens) <= self.cached.context_size for sequence in sequences]
+        active = [row for row, budget in enumerate(budgets) if budget > 0 and fits[row]]
+        tokens = self.new_tokens([s.tokens[:length] for s, length in zip(sequences, lengths)], active)
+        if any(tokens):
+            self.forward(tokens, active)
+
     def save(self, row: int) -> Any:
         """Return a copy of one row of the KV cache."""
         return copy_row(self.cached.cache, row)
@@ -195,7 +214,7 @@ class CachedDrafter(Drafter):
         load_row(self.cached.cache, state, min(length, state.lengths[0]))
 
 # %% ../nbs/07b_drafters.ipynb #df8ee4ad
-class ModelDrafter(CachedDrafter):
+class ModelDrafter(PromptDrafter):
     """Drafts with a small causal model: a `Student`, or any model of `transformers` with the target's tokenizer."""
 
     def __init__(
@@ -224,18 +243,6 @@ class ModelDrafter(CachedDrafter):
                     budgets[row] = len(drafts[row])  # no allowed token, NaN in q, or nothing can follow
         return [Draft(draft, torch.cat(q)) if draft else empty_draft(self.model.device)
                 for draft, q in zip(drafts, probs)]
-
-    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
-        """Process the first tokens of the prompts that fit into the model's context."""
-        fits = [len(sequence.tokens) <= self.cached.context_size for sequence in sequences]
-        active = [row for row, budget in enumerate(budgets) if budget > 0 and fits[row]]
-        tokens = self.new_tokens([s.tokens[:length] for s, length in zip(sequences, lengths)], active)
-        if any(tokens):
-            self.forward(tokens, active)
-
-    def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
-        """Process new tokens of each row, and return the logits (1, vocab) that follow them in the active rows."""
-        return self.cached.forward(tokens, [int(row in active) for row in range(len(tokens))])[0]
 
     def draft_probs(self, sequence: Sequence, logits: Tensor, draft: list[int]) -> Tensor:
         """Return q (1, vocab), over the target's ids, from the model's logits (1, ids of the model)."""
@@ -270,8 +277,8 @@ class EagleRow:
         self.own_state = state
 
 # %% ../nbs/07b_drafters.ipynb #4af38d28
-class EagleDrafter(ModelDrafter):
-    """Drafts with an `EagleStudent`. Source: Li et al. 2024 (EAGLE), section 4."""
+class EagleRows(ModelDrafter):
+    """The rows of an `EagleDrafter`: how sequences start, leave, join and continue from a saved state."""
 
     def __init__(self, model: EagleStudent, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
@@ -282,25 +289,6 @@ class EagleDrafter(ModelDrafter):
         super().start(sequences)
         zero = torch.zeros(1, self.model.config.hidden_size, device=self.model.device)
         self.rows = [EagleRow(zero) for _ in sequences]
-
-    def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
-        """Draft for the sequences whose tokens all have features."""
-        for row in self.rows: row.own_state = None
-        ready = [row.is_ready(len(sequence.tokens)) for row, sequence in zip(self.rows, sequences)]
-        return super().propose(sequences, [budget if is_ready else 0 for budget, is_ready in zip(budgets, ready)])
-
-    def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
-        """Process new tokens with their features, and return the logits (1, vocab) that follow in the active rows."""
-        features = [row.features(len(new)) for row, new in zip(self.rows, tokens)]
-        logits, hidden = self.cached.forward(tokens, [int(i in active) for i in range(len(tokens))], (-1,), features)
-        for i in active: self.rows[i].advance(self.cached.lengths[i], hidden[i][-1:])
-        return logits
-
-    def update(self, lengths: list[int], features: list[Tensor] | None) -> None:
-        """Roll back all draft tokens, and store the target's features of the newly verified tokens."""
-        self.cached.crop([row.processed for row in self.rows])
-        for row, new in zip(self.rows, features):
-            row.pending_features = torch.cat([row.pending_features, self.model.model.fuse_features(new)])
 
     def select_rows(self, rows: list[int]) -> None:
         super().select_rows(rows)
@@ -325,6 +313,29 @@ class EagleDrafter(ModelDrafter):
         super().resume(cache, length + 1)
         processed = self.cached.lengths[0]
         self.rows = [EagleRow(pending[:length + 1 - processed], processed)]
+
+# %% ../nbs/07b_drafters.ipynb #c6af4b89
+class EagleDrafter(EagleRows):
+    """Drafts with an `EagleStudent`. Source: Li et al. 2024 (EAGLE), section 4."""
+
+    def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
+        """Draft for the sequences whose tokens all have features."""
+        for row in self.rows: row.own_state = None
+        ready = [row.is_ready(len(sequence.tokens)) for row, sequence in zip(self.rows, sequences)]
+        return super().propose(sequences, [budget if is_ready else 0 for budget, is_ready in zip(budgets, ready)])
+
+    def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
+        """Process new tokens with their features, and return the logits (1, vocab) that follow in the active rows."""
+        features = [row.features(len(new)) for row, new in zip(self.rows, tokens)]
+        logits, hidden = self.cached.forward(tokens, [int(i in active) for i in range(len(tokens))], (-1,), features)
+        for i in active: self.rows[i].advance(self.cached.lengths[i], hidden[i][-1:])
+        return logits
+
+    def update(self, lengths: list[int], features: list[Tensor] | None) -> None:
+        """Roll back all draft tokens, and store the target's features of the newly verified tokens."""
+        self.cached.crop([row.processed for row in self.rows])
+        for row, new in zip(self.rows, features):
+            row.pending_features = torch.cat([row.pending_features, self.model.model.fuse_features(new)])
 
 # %% ../nbs/07b_drafters.ipynb #342464f8
 class NGramIndex:
@@ -421,6 +432,7 @@ class CompositeDrafter(Drafter):
     def resume(self, state: Any, length: int) -> None:
         for drafter, part in zip(self.drafters, state): drafter.resume(part, length)
 
+# %% ../nbs/07b_drafters.ipynb #494dff60
 class HybridDrafter(CompositeDrafter):
     """Drafts from n-grams if there is a match, and with a model otherwise."""
 
@@ -566,8 +578,8 @@ class GammaController:
             for rate in draft.acceptance: self.estimate.update(rate, self.memory)
 
 # %% ../nbs/07b_drafters.ipynb #1733c43e
-class AdaptiveDrafter(CompositeDrafter):
-    """Limits the drafts of another drafter to the γ with the best predicted speed."""
+class ControlledDrafter(CompositeDrafter):
+    """A drafter with a controller of γ: how sequences start and join, and when prompts are read."""
 
     def __init__(
         self,
@@ -587,6 +599,20 @@ class AdaptiveDrafter(CompositeDrafter):
         self.controller.start()
         super().start(sequences)
 
+    def extend(self, other: "ControlledDrafter") -> None:
+        super().extend(other)
+        self.controller.caught_up = False
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the prompts, unless drafting does not pay at present."""
+        adaptive = all(self.sampled or sequence.sampling.temperature == 0 for sequence in sequences)
+        if not adaptive or self.controller.predict(max(budgets), len(sequences)):
+            super().read(sequences, budgets, lengths)
+
+# %% ../nbs/07b_drafters.ipynb #a41afd78
+class AdaptiveDrafter(ControlledDrafter):
+    """Limits the drafts of another drafter to the γ with the best predicted speed."""
+
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Return drafts of at most γ tokens."""
         gamma = self.controller.choose(max(budgets), len(sequences))
@@ -601,16 +627,6 @@ class AdaptiveDrafter(CompositeDrafter):
         self.controller.record_acceptance(self.drafts)
         self.drafts = []
         super().update(lengths, features)
-
-    def extend(self, other: "AdaptiveDrafter") -> None:
-        super().extend(other)
-        self.controller.caught_up = False
-
-    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
-        """Process the prompts, unless drafting does not pay at present."""
-        adaptive = all(self.sampled or sequence.sampling.temperature == 0 for sequence in sequences)
-        if not adaptive or self.controller.predict(max(budgets), len(sequences)):
-            super().read(sequences, budgets, lengths)
 
 # %% ../nbs/07b_drafters.ipynb #0f9d9e56
 @dataclass

@@ -114,5 +114,5 @@ def infill_prompt(
     parts = [pre + before, suf + continued_ids(tokenizer, suffix)]
     ids = [i for part in (reversed(parts) if fim.suffix_first else parts) for i in part] + mid
     beginning = text_ids(tokenizer, "")[:1]  # the beginning-of-text id, if the tokenizer adds one
-    room = max_tokens and min(max_tokens // 2, max(0, max_tokens - len(beginning) - len(ids)))
-    return beginning + extra_ids(fim, tokenizer, vocabulary_size, files, room) + ids
+    limit = max_tokens and min(max_tokens // 2, max(0, max_tokens - len(beginning) - len(ids)))
+    return beginning + extra_ids(fim, tokenizer, vocabulary_size, files, limit) + ids

@@ -54,6 +54,7 @@ class CachedPrefix:
     state: Any
     nbytes: int
 
+# %% ../nbs/02d_prefix_cache.ipynb #89c62d5f
 class PrefixCache:
     """States of finished sequences, the least recently used first. Used by one thread."""
 

@@ -7,14 +7,15 @@ __all__ = ['TIME_BUCKETS', 'MIN_TEMPERATURE', 'KEEP_ALIVE', 'logger', 'BODY_TIME
            'STREAM_HEADERS', 'CLIENT_CLOSED_REQUEST', 'ERROR_RESPONSES', 'SHUTDOWN_GRACE', 'PendingToken',
            'searched_text', 'partial_stop_length', 'truncate_tokens', 'StopStringSearch', 'IncrementalDecoder',
            'special_text', 'TextBuffer', 'ResponseSequence', 'make_delta', 'RequestStream', 'usage_info',
-           'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'Metrics', 'TokenTimer', 'public_name',
-           'chat_prompt', 'end_of_turn_ids', 'vocabulary_size', 'infill_prompts', 'request_prompts',
-           'check_sequence_count', 'max_sequence_length', 'model_not_found', 'Service', 'CountPenalty',
-           'request_processors', 'sampling_settings', 'end_ids', 'response_sequences', 'ResponseBuilder', 'keep_alive',
-           'StreamBuilder', 'InfillBuilder', 'known_path', 'check_api_key', 'body_too_large', 'is_loopback',
-           'host_name', 'check_host', 'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect', 'respond',
-           'error_responses', 'add_completion_routes', 'add_model_routes', 'content_security_policy',
-           'add_service_routes', 'create_app', 'api_key', 'bind_socket', 'server_url', 'make_server', 'serve']
+           'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'DecodingMetrics', 'Metrics',
+           'TokenTimer', 'public_name', 'chat_prompt', 'end_of_turn_ids', 'vocabulary_size', 'infill_prompts',
+           'request_prompts', 'check_sequence_count', 'max_sequence_length', 'model_not_found', 'Service',
+           'CountPenalty', 'request_processors', 'sampling_settings', 'end_ids', 'response_sequences',
+           'ResponseBuilder', 'keep_alive', 'StreamBuilder', 'InfillBuilder', 'known_path', 'check_api_key',
+           'body_too_large', 'is_loopback', 'host_name', 'check_host', 'GuardMiddleware', 'until_disconnect',
+           'cancel_on_disconnect', 'respond', 'error_responses', 'add_completion_routes', 'add_model_routes',
+           'content_security_policy', 'add_service_routes', 'create_app', 'api_key', 'bind_socket', 'server_url',
+           'make_server', 'serve']
 
 # %% ../nbs/11a_serve.ipynb #a052de94
 import asyncio
@@ -296,12 +297,30 @@ def join_deltas(deltas: list[TextDelta]) -> TextDelta:
 # %% ../nbs/11a_serve.ipynb #bab6151b
 TIME_BUCKETS = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)  # seconds
 
-class Metrics:
-    """Prometheus metrics of a server; the counts of speculative decoding are those of finished requests."""
+class DecodingMetrics:
+    """Prometheus metrics of speculative decoding, of finished requests."""
+
+    def __init__(self):
+        self.finished = Statistics()  # of all finished sequences
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of speculative decoding; called by `prometheus_client`."""
+        finished = self.finished
+        yield CounterMetricFamily("kdcode_tokens", "generated tokens", finished.tokens)
+        yield CounterMetricFamily("kdcode_calls", "target calls, counted once per sequence", finished.calls)
+        yield CounterMetricFamily("kdcode_drafted", "draft tokens", sum(finished.drafted))
+        yield CounterMetricFamily("kdcode_verified", "draft tokens that were verified", sum(finished.verified))
+        yield CounterMetricFamily("kdcode_accepted", "draft tokens that were accepted", sum(finished.accepted))
+        yield GaugeMetricFamily("kdcode_acceptance_rate", "acceptance rate α", finished.acceptance_rate)
+        yield GaugeMetricFamily("kdcode_tokens_per_call", "tokens per target call", finished.tokens_per_call)
+
+# %% ../nbs/11a_serve.ipynb #eac534d2
+class Metrics(DecodingMetrics):
+    """Prometheus metrics of a server."""
 
     def __init__(self, scheduler: Scheduler):
+        super().__init__()
         self.registry = CollectorRegistry()
-        self.finished = Statistics()  # of all finished sequences
         self.requests = self._add(Counter, "requests", "HTTP requests by path and status", ("path", "status"))
         self.first_token = self._add(
             Histogram, "first_token_seconds", "time from the request to its first token", buckets=TIME_BUCKETS)
@@ -327,17 +346,6 @@ class Metrics:
         self.finished += total_statistics(sequences)
         self.prompt_tokens.inc(sum(one.prompt_tokens for one in sequences))
         self.cached_tokens.inc(sum(one.sequence.cached_tokens for one in sequences))
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of speculative decoding; called by `prometheus_client`."""
-        finished = self.finished
-        yield CounterMetricFamily("kdcode_tokens", "generated tokens", finished.tokens)
-        yield CounterMetricFamily("kdcode_calls", "target calls, counted once per sequence", finished.calls)
-        yield CounterMetricFamily("kdcode_drafted", "draft tokens", sum(finished.drafted))
-        yield CounterMetricFamily("kdcode_verified", "draft tokens that were verified", sum(finished.verified))
-        yield CounterMetricFamily("kdcode_accepted", "draft tokens that were accepted", sum(finished.accepted))
-        yield GaugeMetricFamily("kdcode_acceptance_rate", "acceptance rate α", finished.acceptance_rate)
-        yield GaugeMetricFamily("kdcode_tokens_per_call", "tokens per target call", finished.tokens_per_call)
 
 # %% ../nbs/11a_serve.ipynb #5268951f
 class TokenTimer:
@@ -460,20 +468,20 @@ def model_not_found(name: str, available: str) -> APIError:
     """Return the error for a model that this server does not have."""
     return APIError(404, f"model {name[:100]!r} is not available; use {available!r}", "model", "model_not_found")
 
+# %% ../nbs/11a_serve.ipynb #b93f2009
 class Service:
     """A target model with its draft model, and the scheduler that decodes requests."""
 
     def __init__(self, teacher: Teacher, student: PreTrainedModel | Drafter, config: Config):
         if isinstance(student, PreTrainedModel):
             check_student(teacher, student)
-        self.teacher, self.decode, self.limits = teacher, config.decode, config.serve
+        self.teacher, self.decode, self.limits = teacher, config.decode, (limits := config.serve)
         self.name = public_name(teacher)
         self.end_of_turn_ids, size = end_of_turn_ids(teacher.tokenizer), vocabulary_size(teacher)
         fim = find_fim_format(teacher.tokenizer, size)
         self.fim_end_ids = fim_end_ids(fim, teacher.tokenizer, size) if fim else set()
-        cache_bytes, chunk = int(config.serve.cache_gb * 1e9), config.serve.prefill_chunk
-        batch = Batch(teacher.model, student, config.decode, cache_bytes, chunk)
-        self.scheduler = Scheduler(batch, config.serve.slots, config.serve.queue_size)
+        batch = Batch(teacher.model, student, config.decode, int(limits.cache_gb * 1e9), limits.prefill_chunk)
+        self.scheduler = Scheduler(batch, limits.slots, limits.queue_size)
         self.metrics = Metrics(self.scheduler)
         self.tokenizer_lock = asyncio.Lock()
         self.created = int(time.time())
