@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MIN_NGRAM', 'MAX_NGRAM', 'HYBRID_MIN_NGRAM', 'NEW_BATCH_WEIGHT', 'FIRST_PROBE', 'MAX_PROBE', 'ESTIMATES',
-           'TOKENIZERS', 'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'Drafter', 'empty_draft',
-           'one_hot_draft', 'cache_capacity', 'CachedDrafter', 'PromptDrafter', 'ModelDrafter', 'EagleRow', 'EagleRows',
-           'EagleDrafter', 'NGramIndex', 'NGramDrafter', 'CompositeDrafter', 'HybridDrafter', 'LatencyModel',
-           'AcceptanceEstimate', 'best_gamma', 'ProbeSchedule', 'GammaController', 'ControlledDrafter',
-           'AdaptiveDrafter', 'ModelEstimates', 'estimates_for', 'model_tokenizer', 'check_vocabularies', 'check_pair',
-           'is_adaptive', 'drafts_in_int8', 'drafting_model', 'make_drafter']
+           'TOKENIZERS', 'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'PromptReader', 'Drafter',
+           'empty_draft', 'one_hot_draft', 'cache_capacity', 'CachedPrompts', 'CachedDrafter', 'ModelDrafter',
+           'EagleRow', 'EaglePrompts', 'EagleDrafter', 'NGramIndex', 'NGramDrafter', 'CompositePrompts',
+           'CompositeDrafter', 'HybridDrafter', 'LatencyModel', 'AcceptanceEstimate', 'best_gamma', 'ProbeSchedule',
+           'GammaController', 'AdaptivePrompts', 'AdaptiveDrafter', 'ModelEstimates', 'estimates_for',
+           'model_tokenizer', 'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8', 'drafting_model',
+           'make_drafter']
 
 # %% ../nbs/07b_drafters.ipynb #08145117
 import statistics
@@ -100,8 +101,26 @@ class Draft:
     acceptance: list[float] = field(default_factory=list)
     """filled in by the decoder: Σ min(p, q) at each verified position"""
 
-# %% ../nbs/07b_drafters.ipynb #54423415
-class Drafter:
+class PromptReader:
+    """What a drafter may do to read prompts in parts, and to continue from the state of another sequence."""
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the first `lengths[i]` tokens of each prompt, so that fewer are left for `propose`.
+
+        The target has processed them, and `update` was called. The budgets are those of the next drafts.
+        """
+
+    def save(self, row: int) -> Any:
+        """Return a copy of the state of a sequence, for `resume`; None: this drafter cannot resume."""
+
+    def resume(self, state: Any, length: int) -> None:
+        """Start from the saved state of another sequence; called after `start` with a single sequence.
+
+        Both sequences have the first `length + 1` tokens in common, and the target has processed `length` of them.
+        """
+
+# %% ../nbs/07b_drafters.ipynb #f45452f6
+class Drafter(PromptReader):
     """Base class of drafters, and the interface that the decoder uses."""
     feature_layers: tuple[int, ...] = ()
     """hidden states of the target that `update` needs, numbered as in `transformers`: 0 the embedding, −1 the last"""
@@ -126,21 +145,6 @@ class Drafter:
     def extend(self, other: "Drafter") -> None:
         """Append the rows of another drafter of the same kind, for continuous batching."""
 
-    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
-        """Process the first `lengths[i]` tokens of each prompt, so that fewer are left for `propose`.
-
-        The target has processed them, and `update` was called. The budgets are those of the next drafts.
-        """
-
-    def save(self, row: int) -> Any:
-        """Return a copy of the state of a sequence, for `resume`; None: this drafter cannot resume."""
-
-    def resume(self, state: Any, length: int) -> None:
-        """Start from the saved state of another sequence; called after `start` with a single sequence.
-
-        Both sequences have the first `length + 1` tokens in common, and the target has processed `length` of them.
-        """
-
 # %% ../nbs/07b_drafters.ipynb #cadf9ba7
 def empty_draft(device: torch.device | str = "cpu") -> Draft:
     """Return a draft of no tokens."""
@@ -156,8 +160,36 @@ def cache_capacity(max_length: int, rows: int) -> int:
     """Return the number of KV cache positions that a drafter needs for sequences of at most `max_length` tokens."""
     return max_length if rows == 1 else 2 * max_length
 
-# %% ../nbs/07b_drafters.ipynb #f21dc6e4
-class CachedDrafter(Drafter):
+class CachedPrompts(Drafter):
+    """Reads prompts in parts, and continues from a saved row of the KV cache."""
+    cached: CompiledModel
+
+    def new_tokens(self, tokens: list[list[int]], active: list[int]) -> list[list[int]]:
+        """Return the unprocessed tokens of each active row."""
+        raise NotImplementedError
+
+    def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
+        """Process new tokens of each row, and return the logits (1, vocab) that follow them in the active rows."""
+        raise NotImplementedError
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the first tokens of the prompts that fit into the model's context."""
+        fits = [len(sequence.tokens) <= self.cached.context_size for sequence in sequences]
+        active = [row for row, budget in enumerate(budgets) if budget > 0 and fits[row]]
+        tokens = self.new_tokens([s.tokens[:length] for s, length in zip(sequences, lengths)], active)
+        if any(tokens):
+            self.forward(tokens, active)
+
+    def save(self, row: int) -> Any:
+        """Return a copy of one row of the KV cache."""
+        return copy_row(self.cached.cache, row)
+
+    def resume(self, state: Any, length: int) -> None:
+        """Continue from a saved row."""
+        load_row(self.cached.cache, state, min(length, state.lengths[0]))
+
+# %% ../nbs/07b_drafters.ipynb #cbcce687
+class CachedDrafter(CachedPrompts):
     """A drafter that runs a model with a KV cache."""
 
     def __init__(self, model: PreTrainedModel, compile: Literal["auto"] | bool = "auto"):
@@ -189,32 +221,8 @@ class CachedDrafter(Drafter):
         self.max_length = max(self.max_length, other.max_length)
         self.cached.extend(other.cached, cache_capacity(self.max_length, rows=2))
 
-# %% ../nbs/07b_drafters.ipynb #dbbcaac5
-class PromptDrafter(CachedDrafter):
-    """A cached drafter that reads prompts in parts, and continues from the state of another sequence."""
-
-    def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
-        """Process new tokens of each row, and return the logits (1, vocab) that follow them in the active rows."""
-        return self.cached.forward(tokens, [int(row in active) for row in range(len(tokens))])[0]
-
-    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
-        """Process the first tokens of the prompts that fit into the model's context."""
-        fits = [len(sequence.tokens) <= self.cached.context_size for sequence in sequences]
-        active = [row for row, budget in enumerate(budgets) if budget > 0 and fits[row]]
-        tokens = self.new_tokens([s.tokens[:length] for s, length in zip(sequences, lengths)], active)
-        if any(tokens):
-            self.forward(tokens, active)
-
-    def save(self, row: int) -> Any:
-        """Return a copy of one row of the KV cache."""
-        return copy_row(self.cached.cache, row)
-
-    def resume(self, state: Any, length: int) -> None:
-        """Continue from a saved row."""
-        load_row(self.cached.cache, state, min(length, state.lengths[0]))
-
 # %% ../nbs/07b_drafters.ipynb #df8ee4ad
-class ModelDrafter(PromptDrafter):
+class ModelDrafter(CachedDrafter):
     """Drafts with a small causal model: a `Student`, or any model of `transformers` with the target's tokenizer."""
 
     def __init__(
@@ -243,6 +251,10 @@ class ModelDrafter(PromptDrafter):
                     budgets[row] = len(drafts[row])  # no allowed token, NaN in q, or nothing can follow
         return [Draft(draft, torch.cat(q)) if draft else empty_draft(self.model.device)
                 for draft, q in zip(drafts, probs)]
+
+    def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
+        """Process new tokens of each row, and return the logits (1, vocab) that follow them in the active rows."""
+        return self.cached.forward(tokens, [int(row in active) for row in range(len(tokens))])[0]
 
     def draft_probs(self, sequence: Sequence, logits: Tensor, draft: list[int]) -> Tensor:
         """Return q (1, vocab), over the target's ids, from the model's logits (1, ids of the model)."""
@@ -277,26 +289,9 @@ class EagleRow:
         self.own_state = state
 
 # %% ../nbs/07b_drafters.ipynb #4af38d28
-class EagleRows(ModelDrafter):
-    """The rows of an `EagleDrafter`: how sequences start, leave, join and continue from a saved state."""
-
-    def __init__(self, model: EagleStudent, *args: Any, **kwargs: Any):
-        super().__init__(model, *args, **kwargs)
-        self.feature_layers = tuple(model.config.feature_layers)
-
-    def start(self, sequences: list[Sequence]) -> None:
-        """Begin with an empty KV cache; the feature before the first token is 0."""
-        super().start(sequences)
-        zero = torch.zeros(1, self.model.config.hidden_size, device=self.model.device)
-        self.rows = [EagleRow(zero) for _ in sequences]
-
-    def select_rows(self, rows: list[int]) -> None:
-        super().select_rows(rows)
-        self.rows = [self.rows[i] for i in rows]
-
-    def extend(self, other: "EagleDrafter") -> None:
-        super().extend(other)
-        self.rows = self.rows + other.rows
+class EaglePrompts(ModelDrafter):
+    """Reads the tokens of prompts whose features are there, and saves the features that wait for their tokens."""
+    rows: list[EagleRow]
 
     def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
         """Process all tokens that have features."""
@@ -314,9 +309,19 @@ class EagleRows(ModelDrafter):
         processed = self.cached.lengths[0]
         self.rows = [EagleRow(pending[:length + 1 - processed], processed)]
 
-# %% ../nbs/07b_drafters.ipynb #c6af4b89
-class EagleDrafter(EagleRows):
+# %% ../nbs/07b_drafters.ipynb #739a0220
+class EagleDrafter(EaglePrompts):
     """Drafts with an `EagleStudent`. Source: Li et al. 2024 (EAGLE), section 4."""
+
+    def __init__(self, model: EagleStudent, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        self.feature_layers = tuple(model.config.feature_layers)
+
+    def start(self, sequences: list[Sequence]) -> None:
+        """Begin with an empty KV cache; the feature before the first token is 0."""
+        super().start(sequences)
+        zero = torch.zeros(1, self.model.config.hidden_size, device=self.model.device)
+        self.rows = [EagleRow(zero) for _ in sequences]
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Draft for the sequences whose tokens all have features."""
@@ -336,6 +341,14 @@ class EagleDrafter(EagleRows):
         self.cached.crop([row.processed for row in self.rows])
         for row, new in zip(self.rows, features):
             row.pending_features = torch.cat([row.pending_features, self.model.model.fuse_features(new)])
+
+    def select_rows(self, rows: list[int]) -> None:
+        super().select_rows(rows)
+        self.rows = [self.rows[i] for i in rows]
+
+    def extend(self, other: "EagleDrafter") -> None:
+        super().extend(other)
+        self.rows = self.rows + other.rows
 
 # %% ../nbs/07b_drafters.ipynb #342464f8
 class NGramIndex:
@@ -403,7 +416,22 @@ class NGramDrafter(Drafter):
         return ()
 
 # %% ../nbs/07b_drafters.ipynb #eddca8b0
-class CompositeDrafter(Drafter):
+class CompositePrompts(Drafter):
+    """Lets several drafters read prompts, and saves the states of all."""
+    drafters: tuple[Drafter, ...]
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        for drafter in self.drafters: drafter.read(sequences, budgets, lengths)
+
+    def save(self, row: int) -> Any:
+        states = tuple(drafter.save(row) for drafter in self.drafters)
+        return None if any(state is None for state in states) else states
+
+    def resume(self, state: Any, length: int) -> None:
+        for drafter, part in zip(self.drafters, state): drafter.resume(part, length)
+
+# %% ../nbs/07b_drafters.ipynb #807efcbc
+class CompositeDrafter(CompositePrompts):
     """A drafter made of others, which forwards every call except `propose` to all of them."""
 
     def __init__(self, *drafters: Drafter):  # at most one of them with `feature_layers`
@@ -422,17 +450,6 @@ class CompositeDrafter(Drafter):
     def extend(self, other: "CompositeDrafter") -> None:
         for mine, theirs in zip(self.drafters, other.drafters): mine.extend(theirs)
 
-    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
-        for drafter in self.drafters: drafter.read(sequences, budgets, lengths)
-
-    def save(self, row: int) -> Any:
-        states = tuple(drafter.save(row) for drafter in self.drafters)
-        return None if any(state is None for state in states) else states
-
-    def resume(self, state: Any, length: int) -> None:
-        for drafter, part in zip(self.drafters, state): drafter.resume(part, length)
-
-# %% ../nbs/07b_drafters.ipynb #494dff60
 class HybridDrafter(CompositeDrafter):
     """Drafts from n-grams if there is a match, and with a model otherwise."""
 
@@ -578,8 +595,20 @@ class GammaController:
             for rate in draft.acceptance: self.estimate.update(rate, self.memory)
 
 # %% ../nbs/07b_drafters.ipynb #1733c43e
-class ControlledDrafter(CompositeDrafter):
-    """A drafter with a controller of γ: how sequences start and join, and when prompts are read."""
+class AdaptivePrompts(CompositeDrafter):
+    """Reads prompts only if drafting pays."""
+    controller: GammaController
+    sampled: bool
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the prompts, unless drafting does not pay at present."""
+        adaptive = all(self.sampled or sequence.sampling.temperature == 0 for sequence in sequences)
+        if not adaptive or self.controller.predict(max(budgets), len(sequences)):
+            super().read(sequences, budgets, lengths)
+
+# %% ../nbs/07b_drafters.ipynb #dc0bb47b
+class AdaptiveDrafter(AdaptivePrompts):
+    """Limits the drafts of another drafter to the γ with the best predicted speed."""
 
     def __init__(
         self,
@@ -599,20 +628,6 @@ class ControlledDrafter(CompositeDrafter):
         self.controller.start()
         super().start(sequences)
 
-    def extend(self, other: "ControlledDrafter") -> None:
-        super().extend(other)
-        self.controller.caught_up = False
-
-    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
-        """Process the prompts, unless drafting does not pay at present."""
-        adaptive = all(self.sampled or sequence.sampling.temperature == 0 for sequence in sequences)
-        if not adaptive or self.controller.predict(max(budgets), len(sequences)):
-            super().read(sequences, budgets, lengths)
-
-# %% ../nbs/07b_drafters.ipynb #a41afd78
-class AdaptiveDrafter(ControlledDrafter):
-    """Limits the drafts of another drafter to the γ with the best predicted speed."""
-
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Return drafts of at most γ tokens."""
         gamma = self.controller.choose(max(budgets), len(sequences))
@@ -627,6 +642,10 @@ class AdaptiveDrafter(ControlledDrafter):
         self.controller.record_acceptance(self.drafts)
         self.drafts = []
         super().update(lengths, features)
+
+    def extend(self, other: "AdaptiveDrafter") -> None:
+        super().extend(other)
+        self.controller.caught_up = False
 
 # %% ../nbs/07b_drafters.ipynb #0f9d9e56
 @dataclass
