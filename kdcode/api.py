@@ -123,7 +123,8 @@ NULL_IS_DEFAULT = (  # fields for which null selects the default
     "temperature", "top_p", "n", "stream", "speculation", "frequency_penalty", "presence_penalty", "logit_bias", "echo")
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")]
-LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+                      Field(max_length=1024, json_schema_extra={"additionalProperties": False})]
 
 # %% ../nbs/11_api.ipynb #e81d79d7
 def check_known(fields: dict[str, Any], known: Iterable[str]) -> None:
@@ -184,14 +185,6 @@ class CompletionRequest(SamplingRequest):
     echo: bool = False
     max_tokens: integer(ge=1) | None = 16
     logprobs: integer(ge=0, le=5) | None = None
-
-    @model_validator(mode="after")
-    def check_echo(self) -> "CompletionRequest":
-        """Raise `ValueError` for log-probabilities of the prompt."""
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported: only new tokens have log-probabilities; "
-                             "leave one of them out")
-        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:

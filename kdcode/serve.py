@@ -432,6 +432,9 @@ def request_prompts(teacher: Teacher, request: SamplingRequest, max_tokens: int 
     """Return the token ids of each prompt of a request. `max_tokens` limits the parts of other files in it."""
     if isinstance(request, ChatCompletionRequest):
         return [chat_prompt(teacher, request)]
+    if request.echo and request.num_logprobs is not None:
+        raise APIError(400, "echo with logprobs is not supported: only new tokens have log-probabilities; leave one of "
+                            "them out", "echo")
     if isinstance(request, InfillRequest) or request.suffix:
         return infill_prompts(teacher, request, max_tokens)
     return [prompt_ids(teacher, prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]

@@ -225,10 +225,12 @@ def test_penalties_are_exact_under_drafting(pair, served, fields):
 def test_echo_begins_with_the_prompt(pair, served):
     request = request_body(prompt=["def f(n):", "import"], echo=True)
     with served() as (client, _):
+        refused = client.post(PATH, json=request | {"logprobs": 1})
         choices = client.post(PATH, json=request).json()["choices"]
         streamed = streamed_text(client.post(PATH, json=request | {"prompt": "import", "stream": True}))
     expected = [prompt + solo_text(pair, request | {"prompt": prompt, "seed": 0}) for prompt in request["prompt"]]
     assert [choice["text"] for choice in choices] == expected and streamed == expected[1]
+    assert refused.status_code == 400 and "echo with logprobs" in refused.json()["error"]["message"]
 
 
 def test_a_model_without_infilling_tokens_says_so(pair, served):
