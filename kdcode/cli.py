@@ -7,9 +7,9 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'EXPORT_OPTIONS', 'OPTIONS', 'PAIR_BENCHMARKS', 'Steps', 'ProgressBar', 'display_path',
            'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_report',
            'train_student', 'run_distill', 'run_targets', 'print_trial', 'run_tune', 'load_pair', 'load_compiled_pair',
-           'run_generate', 'shipped_student', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy',
-           'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench', 'run_eval',
-           'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'run_generate', 'shipped_student', 'load_graphs', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines',
+           'bench_busy', 'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench',
+           'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
            'default_draft', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse',
            'check_files', 'silence_libraries', 'print_error', 'main']
 
@@ -234,6 +234,13 @@ def shipped_student(teacher, config: Config) -> dict:
     return {"kdcode, shipped draft": (student, settings),
             "kdcode, shipped draft, hybrid": (student, replace(settings, drafter="hybrid"))}
 
+def load_graphs(teacher, students, config: Config) -> None:
+    """Load the compiled steps that earlier commands left on disk, for a teacher with each of its students."""
+    from kdcode.compiled_step import load_steps, print_progress
+    from kdcode.decode import decoder_graphs
+    for student in students:
+        load_steps(decoder_graphs(teacher.model, student, config.decode), print_progress)
+
 def run_demo(config: Config, options) -> None:
     """Run `kdcode demo`: train a student, then measure its speedup."""
     from kdcode.bench import bench_decode
@@ -242,8 +249,10 @@ def run_demo(config: Config, options) -> None:
     problems = humaneval_problems(config.decode.problems)
     teacher, student = train_student(config, folder, steps, resume=True)
     steps(f"decoding: {len(problems)} HumanEval prompts, with and without the student, interleaved")
+    others = shipped_student(teacher, config)
+    load_graphs(teacher, [student, *(one for one, _ in others.values())], config)
     report = bench_decode(teacher, student, problems, config, folder, options.command_line, ProgressBar("prompt"),
-                          others=shipped_student(teacher, config))
+                          others=others)
     files = "report.md, loss.png, acceptance.png, tensorboard, student"
     print_report(report, f"run folder: {display_path(folder)} ({files})")
 

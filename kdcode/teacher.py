@@ -40,6 +40,7 @@ from transformers import (
     PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper,
     TopKLogitsWarper, TopPLogitsWarper)
 
+from .cached_model import without_cudnn_attention
 from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
 from .data import Document, read_source, text_after, text_ids, tokenizer_fingerprint, usable_documents
 from .files import embedded_teacher, model_source
@@ -314,9 +315,6 @@ def load_teacher(
     if isinstance(settings, str): settings = TeacherSettings(name=settings)
     source, gguf_options = load_source(settings.name, settings.quantization)
     device = pick_device(settings.device)
-    if device.type == "cuda":
-        # cuDNN attention plans anew for every sequence length: on an H200 a token took 40 to 75 ms instead of 18 to 23
-        torch.backends.cuda.enable_cudnn_sdp(False)
     options = quantization_options(settings, gguf=bool(gguf_options)) | gguf_options
     tokenizer = load_tokenizer(settings.name)
     try:
@@ -414,7 +412,8 @@ def generate_ids(
         for start in range(0, len(prompts), batch_size):
             batch = left_pad(teacher, prompts[start:start + batch_size], pad)
             criteria = StoppingCriteriaList([TimedSteps(teacher.device)])
-            output = teacher.model.generate(**batch, **options, stopping_criteria=criteria)
+            with without_cudnn_attention(teacher.device):
+                output = teacher.model.generate(**batch, **options, stopping_criteria=criteria)
             new = output[:, batch["input_ids"].shape[1]:]
             rows += [truncate_at_eos(row, teacher.eos_token_ids) for row in new.tolist()]
     return rows

@@ -119,9 +119,10 @@ def pair(tiny_teacher):
 def step(request, monkeypatch):
     """Let decoders and drafters use a form of the step (ordinary, static, compiled), and check that it was used.
 
-    A compiled model compiles what is missing, and a call that does not fit its graph is an error.
+    A compiled model compiles what is missing, and a call that does not fit its graph is an error. "replayed" is a
+    static step with the sizes and the storage of CUDA graphs.
     """
-    from kdcode import decode, drafters
+    from kdcode import compiled_step, decode, drafters
     from kdcode.compiled_step import CompiledModel, StaticModel
     used = []
 
@@ -135,6 +136,7 @@ def step(request, monkeypatch):
             used.append(ready)
             return ready
 
+    if request.param == "replayed": monkeypatch.setattr(compiled_step, "uses_cuda_graphs", lambda device: True)
     if request.param == "compiled": Form.stance = "fail_on_recompile"
     for module in (decode, drafters): monkeypatch.setattr(module, "CompiledModel", Form)
     yield request.param

@@ -2,6 +2,7 @@
 
 As a program: compile a graph and print what came of it.
 """
+import copy
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from scipy.stats import chisquare
 from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kdcode import decode, drafters
 from kdcode.batching import Batch
@@ -161,6 +162,17 @@ def test_wrong_graph_is_refused(monkeypatch, wrong):
         assert not compile_steps(model, [STEP])
 
 
+def test_4bit_weights(tmp_path):
+    """A model in NF4 is compiled as a whole, and a changed scale gives the changed model's logits."""
+    tiny(num_hidden_layers=1, hidden_size=64).save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                 bnb_4bit_compute_dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=options).eval()
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit" and compile_steps(model, [STEP])
+    state = model.model.layers[0].mlp.up_proj.weight.quant_state
+    check_change(model, lambda m: state.absmax.mul_(2))
+
+
 def double(module, inputs, output): return output * 2
 def double_input(module, inputs): return (inputs[0] * 2,)
 
@@ -190,6 +202,8 @@ CHANGES = {
     "hook before the head": lambda m: m.lm_head.register_forward_pre_hook(double_input),
     "hook of a linear layer": lambda m: m.model.layers[1].mlp.up_proj.register_forward_hook(double),
     "hook of a container": lambda m: m.model.layers[0].mlp.register_forward_hook(double),
+    "hook of a new part": lambda m: [setattr(m.model.layers[0], "mlp", copy.deepcopy(m.model.layers[0].mlp)),
+                                     m.model.layers[0].mlp.register_forward_hook(double)],
     "two hooks": lambda m: [m.model.norm.register_forward_hook(double) for _ in range(2)]}
 
 
@@ -314,7 +328,7 @@ def generated(target, prompt, max_length, **options):
                            pad_token_id=0, **options)[0].tolist()
 
 
-@step_forms("static", "compiled")
+@step_forms("static", "replayed", "compiled")
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("options", [{"adaptive": False}, {"adaptive": True}, {"drafter": "hybrid"},
                                      {"drafter": "ngram"}, {"repetition_penalty": 1.5, "adaptive": False}])
@@ -327,7 +341,7 @@ def test_greedy_text_to_the_end_of_the_context(step, name, options):
         assert found.tokens == generated(target, prompt, 64, **penalty)[len(prompt):]
 
 
-@step_forms("static", "compiled")
+@step_forms("static", "replayed", "compiled")
 def test_eagle_head_drafts_the_same(step, monkeypatch):
     """Tokens and accepted drafts are those of the ordinary step, for three rows and for those that are left."""
     head = EagleStudent.from_teacher(TARGETS["full attention"], [1, -1], [0]).eval()
@@ -340,7 +354,7 @@ def test_eagle_head_drafts_the_same(step, monkeypatch):
     assert found == run()
 
 
-@step_forms("static", "compiled")
+@step_forms("static", "replayed", "compiled")
 def test_continuous_batching(step):
     """Sequences that join and leave at any time get the tokens of `generate`."""
     target, settings = TARGETS["sliding window"], DecodeSettings(
