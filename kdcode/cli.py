@@ -10,8 +10,8 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune',
            'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
            'shipped_student', 'load_graphs', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy',
-           'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'record_command', 'run_bench', 'run_eval',
-           'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'record_command', 'run_bench',
+           'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
            'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
            'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
            'parse', 'read_prompt', 'choose_draft', 'check_export', 'check_corpus', 'check_targets', 'check_training',
@@ -353,6 +353,14 @@ def bench_busy(config: Config, folder: Path, options):
     pair = load_compiled_pair(config, options.draft)
     return bench.bench_busy(*pair, config, folder, options.command_line, ProgressBar("row"))
 
+# %% ../nbs/12_cli.ipynb #ccedcc04
+def bench_server(config: Config, folder: Path, options):
+    """Measure the server with several clients."""
+    from kdcode.bench_serve import bench_serve, Load
+    pair = load_compiled_pair(config, options.draft)
+    load = Load(new_tokens=config.decode.max_new_tokens, repeats=config.decode.problems)
+    return bench_serve(*pair, config, folder, options.command_line, ProgressBar("part"), load)
+
 def bench_profile(config: Config, folder: Path, options):
     """Measure the operations of a draft step and a verify call."""
     from kdcode import bench
@@ -385,6 +393,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "steps": (bench_steps, "a target call by number of tokens, dtype and kernels"),
     "profile": (bench_profile, "operations of a draft step and a verify call"),
     "busy": (bench_busy, "decoding beside busy processes, with fixed and adapted numbers of threads"),
+    "serve": (bench_server, "throughput and latency of the server by number of clients, prompt and reuse"),
     "loss": (bench_loss, "memory and time of the chunked loss"),
     "targets": (bench_targets, "cached targets against online targets"),
 }
@@ -858,7 +867,7 @@ def parse(
     return COMMANDS[command][0], config, options
 
 # %% ../nbs/12_cli.ipynb #d7a27335
-PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile", "busy")  # need a teacher and a student
+PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile", "busy", "serve")  # need a teacher and a student
 
 def read_prompt(prompt: str) -> str:
     """Return a prompt, that of standard input for "-". Raise `ConfigError` if it is empty or has only spaces."""

@@ -485,11 +485,18 @@ class ServeSettings(Settings):
     """maximum number of new tokens per request"""
     max_bytes: int = bounded(default=1_000_000, ge=1)
     """maximum size of a request in bytes"""
+    cache_gb: float = bounded(default=1.0, ge=0)
+    """gigabytes for KV caches of finished requests, from which requests with the same first tokens continue; 0: off"""
+    prefill_chunk: Literal["auto"] | int = "auto"
+    """tokens of new prompts that are read between two decoding steps; auto: 32 on a CPU, 512 on a GPU"""
     origins: list[str] = list_field()
     """origins whose web pages may use the API, such as https://hub.example.org for Jupyter's proxy there; *: all"""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.prefill_chunk != "auto" and self.prefill_chunk < 1:
+            raise ConfigError(f"{self.section}.prefill_chunk is {self.prefill_chunk}; "
+                              "give a number of at least 1, or auto")
         if wrong := [origin for origin in self.origins if not re.fullmatch(r"\*|https?://[^/\s]+", origin)]:
             raise ConfigError(f"{self.section}.origins contains {wrong[0]!r}; give scheme and host, such as "
                               "https://example.org, or *")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MIN_NGRAM', 'MAX_NGRAM', 'HYBRID_MIN_NGRAM', 'PROBE_SHARE', 'PROBE_ROUNDS', 'NEW_BATCH_WEIGHT', 'ESTIMATES',
-           'TOKENIZERS', 'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'Drafter', 'cache_capacity',
-           'CachedDrafter', 'DraftRow', 'ProcessedRow', 'ModelDrafter', 'EagleRow', 'EagleDrafter', 'NGramIndex',
-           'NGramDrafter', 'CompositeDrafter', 'HybridDrafter', 'LatencyModel', 'Timestamp', 'ProbeSchedule',
-           'AcceptanceEstimate', 'best_gamma', 'charge_probe', 'GammaController', 'AdaptiveDrafter', 'ModelEstimates',
-           'estimates_for', 'model_tokenizer', 'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8',
-           'drafting_model', 'make_drafter']
+           'TOKENIZERS', 'MAX_PADDING_ROWS', 'StopCriteria', 'Sequence', 'Draft', 'PromptReader', 'Drafter',
+           'cache_capacity', 'CachedPrompts', 'CachedDrafter', 'DraftRow', 'ProcessedRow', 'ModelDrafter', 'EagleRow',
+           'EaglePrompts', 'EagleDrafter', 'NGramIndex', 'NGramDrafter', 'CompositePrompts', 'CompositeDrafter',
+           'HybridDrafter', 'LatencyModel', 'Timestamp', 'ProbeSchedule', 'AcceptanceEstimate', 'best_gamma',
+           'charge_probe', 'GammaController', 'AdaptivePrompts', 'AdaptiveDrafter', 'ModelEstimates', 'estimates_for',
+           'model_tokenizer', 'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8', 'drafting_model',
+           'make_drafter']
 
 # %% ../nbs/07b_drafters.ipynb #08145117
 import statistics
@@ -31,6 +32,7 @@ from .compiled_step import CompiledModel
 from .config import ConfigError, DecodeSettings
 from .data import describe_tokens, different_tokens
 from .eagle import EagleStudent
+from .prefix_cache import copy_row, load_row
 from .result import Statistics
 from .sampling import expected_tokens, inverse_cdf, SamplingParams
 from .student import to_device
@@ -76,6 +78,8 @@ class Sequence:
     """how many of the most probable tokens to report with each new token; None: no log-probabilities at all"""
     statistics: Statistics = field(default_factory=Statistics)
     finished: bool = False
+    cached_tokens: int = 0
+    """number of first tokens that were not processed, because their keys and values came from a prefix cache"""
 
     @property
     def budget(self) -> int:
@@ -98,7 +102,26 @@ class Draft:
         """Return the tokens as a tensor (tokens,) on the device."""
         return self.tokens if isinstance(self.tokens, Tensor) else to_device(self.tokens, device)
 
-class Drafter:
+class PromptReader:
+    """What a drafter may do to read prompts in parts, and to continue from the state of another sequence."""
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the first `lengths[i]` tokens of each prompt, so that fewer are left for `propose`.
+
+        The target has processed them, and `update` was called. The budgets are those of the next drafts.
+        """
+
+    def save(self, row: int) -> Any:
+        """Return a copy of the state of a sequence, for `resume`; None: this drafter cannot resume."""
+
+    def resume(self, state: Any, length: int) -> None:
+        """Start from the saved state of another sequence; called after `start` with a single sequence.
+
+        Both sequences have the first `length + 1` tokens in common, and the target has processed `length` of them.
+        """
+
+# %% ../nbs/07b_drafters.ipynb #0bd6e9e3
+class Drafter(PromptReader):
     """Base class of drafters, and the interface that the decoder uses."""
     feature_layers: tuple[int, ...] = ()
     """hidden states of the target that `update` needs, numbered as in `transformers`: 0 the embedding, −1 the last"""
@@ -128,7 +151,36 @@ def cache_capacity(max_length: int, rows: int) -> int:
     """Return the number of KV cache positions that a drafter needs for sequences of at most `max_length` tokens."""
     return max_length if rows == 1 else 2 * max_length
 
-class CachedDrafter(Drafter):
+class CachedPrompts(Drafter):
+    """Reads prompts in parts, and continues from a saved row of the KV cache."""
+    cached: CompiledModel
+
+    def new_tokens(self, tokens: list[list[int]], active: list[int]) -> list[list[int]]:
+        """Return the unprocessed tokens of each active row."""
+        raise NotImplementedError
+
+    def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
+        """Process new tokens of each row, and return the logits (1, vocab) that follow them in the active rows."""
+        raise NotImplementedError
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the first tokens of the prompts that fit into the model's context."""
+        fits = [len(sequence.tokens) <= self.cached.context_size for sequence in sequences]
+        active = [row for row, budget in enumerate(budgets) if budget > 0 and fits[row]]
+        tokens = self.new_tokens([s.tokens[:length] for s, length in zip(sequences, lengths)], active)
+        if any(tokens):
+            self.forward(tokens, active)
+
+    def save(self, row: int) -> Any:
+        """Return a copy of one row of the KV cache."""
+        return copy_row(self.cached.cache, row)
+
+    def resume(self, state: Any, length: int) -> None:
+        """Continue from a saved row."""
+        load_row(self.cached.cache, state, min(length, state.lengths[0]))
+
+# %% ../nbs/07b_drafters.ipynb #9b3fb4a9
+class CachedDrafter(CachedPrompts):
     """A drafter that runs a model with a KV cache."""
 
     def __init__(self, model: PreTrainedModel, compile: Literal["auto"] | bool = "auto"):
@@ -287,7 +339,28 @@ class EagleRow:
         self.own_state = state
 
 # %% ../nbs/07b_drafters.ipynb #4af38d28
-class EagleDrafter(ModelDrafter):
+class EaglePrompts(ModelDrafter):
+    """Reads the tokens of prompts whose features are there, and saves the features that wait for their tokens."""
+    rows: list[EagleRow]
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process all tokens that have features."""
+        for row in self.rows: row.own_state = None
+        super().read(sequences, budgets, [row.processed + len(row.pending_features) for row in self.rows])
+
+    def save(self, row: int) -> Any:
+        """Return a copy of one row of the KV cache and of the features that it has not processed."""
+        return super().save(row), self.rows[row].pending_features.clone()
+
+    def resume(self, state: Any, length: int) -> None:
+        """Continue from a saved row. The feature of the target's last token belongs to the token after it."""
+        cache, pending = state
+        super().resume(cache, length + 1)
+        processed = self.cached.lengths[0]
+        self.rows = [EagleRow(pending[:length + 1 - processed], processed)]
+
+# %% ../nbs/07b_drafters.ipynb #9e94c2c5
+class EagleDrafter(EaglePrompts):
     """Drafts with an `EagleStudent`. Source: Li et al. 2024 (EAGLE), section 4."""
 
     def __init__(self, model: EagleStudent, *args: Any, **kwargs: Any):
@@ -383,8 +456,27 @@ class NGramDrafter(Drafter):
         """Append the indices of the other drafter."""
         self.indices = self.indices + other.indices
 
+    def save(self, row: int) -> Any:
+        """Return an empty state: the index is made from the tokens."""
+        return ()
+
 # %% ../nbs/07b_drafters.ipynb #eddca8b0
-class CompositeDrafter(Drafter):
+class CompositePrompts(Drafter):
+    """Lets several drafters read prompts, and saves the states of all."""
+    drafters: tuple[Drafter, ...]
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        for drafter in self.drafters: drafter.read(sequences, budgets, lengths)
+
+    def save(self, row: int) -> Any:
+        states = tuple(drafter.save(row) for drafter in self.drafters)
+        return None if any(state is None for state in states) else states
+
+    def resume(self, state: Any, length: int) -> None:
+        for drafter, part in zip(self.drafters, state): drafter.resume(part, length)
+
+# %% ../nbs/07b_drafters.ipynb #002c5acb
+class CompositeDrafter(CompositePrompts):
     """A drafter made of others, which forwards every call except `propose` to all of them."""
 
     def __init__(self, *drafters: Drafter):  # at most one of them with `feature_layers`
@@ -597,7 +689,19 @@ class GammaController:
             for rate in draft.acceptance: self.estimate.update(rate, self.memory)
 
 # %% ../nbs/07b_drafters.ipynb #1733c43e
-class AdaptiveDrafter(CompositeDrafter):
+class AdaptivePrompts(CompositeDrafter):
+    """Reads prompts only if drafting pays."""
+    controller: GammaController
+    sampled: bool
+
+    def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
+        """Process the prompts, unless drafting does not pay at present."""
+        adaptive = all(self.sampled or sequence.sampling.temperature == 0 for sequence in sequences)
+        if not adaptive or self.controller.predict(max(budgets), len(sequences)):
+            super().read(sequences, budgets, lengths)
+
+# %% ../nbs/07b_drafters.ipynb #c8da9107
+class AdaptiveDrafter(AdaptivePrompts):
     """Limits the drafts of another drafter to the γ with the best predicted speed."""
 
     def __init__(

@@ -165,8 +165,9 @@ def served(pair):
     from kdcode.serve import create_app, make_server, Service
 
     @contextmanager
-    def serving(**limits):
-        service = Service(*pair, Config(decode=DecodeSettings(gamma=3, adaptive=False), serve=ServeSettings(**limits)))
+    def serving(models=pair, **limits):
+        config = Config(decode=DecodeSettings(gamma=3, adaptive=False), serve=ServeSettings(**limits))
+        service = Service(*models, config)
         listening = socket.create_server(("127.0.0.1", 0))
         server = make_server(create_app(service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
