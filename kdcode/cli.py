@@ -14,8 +14,9 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
            'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
            'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
-           'parse', 'read_prompt', 'choose_draft', 'check_export', 'check_corpus', 'check_targets', 'check_training',
-           'check_models', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
+           'parse', 'read_prompt', 'choose_draft', 'check_export', 'check_evaluation', 'check_corpus', 'check_targets',
+           'check_training', 'check_models', 'check_files', 'silence_libraries', 'print_error', 'announce',
+           'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -42,7 +43,7 @@ from .config import (
     one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, SHORT_PROMPT)
 from .files import (
     api_key, bind_socket, check_draft, check_run, check_search, check_teacher_name, check_writable,
-    did_you_mean, model_source, shipped_draft, shipped_drafts, source_folder)
+    did_you_mean, is_hub_id, model_source, shipped_draft, shipped_drafts, source_folder)
 from .provenance import short_hash
 from .threads import THREADS
 
@@ -732,8 +733,9 @@ def _description(name: str) -> str:
 
 def short_help(command: str) -> str:
     """Return the help of a command with the options that people use, and examples."""
+    summary = COMMANDS[command][1]
     parser = argparse.ArgumentParser(
-        prog=f"kdcode {command}", usage=usage(command), description=COMMANDS[command][1].capitalize() + ".",
+        prog=f"kdcode {command}", usage=usage(command), description=f"{summary[0].upper()}{summary[1:]}.",
         epilog="\n".join(["examples:", *[f"  {line}" for line in EXAMPLES[command]], "",
                           f"kdcode {command} --help-all lists all options."]),
         add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -896,6 +898,19 @@ def check_export(options) -> None:
         raise ConfigError(f"--repo and --dry-run require --to hub, but --to is {options.to}")
     if options.grow_vocabulary and options.to not in ("llama", "gguf"):
         raise ConfigError(f"--grow-vocabulary requires --to llama or --to gguf, but --to is {options.to}")
+    if options.to == "hub" and not options.repo:
+        raise ConfigError("--to hub needs the name of the repository; give --repo USER/NAME")
+
+def check_evaluation(config: Config, options) -> None:
+    """Raise `ConfigError` if the problems, or the models to compare, are files that do not exist."""
+    problems = config.eval.problems
+    if problems not in ("humaneval", "mbpp") and not Path(problems).expanduser().is_file():
+        raise ConfigError(f"eval.problems is {problems}; choose humaneval, mbpp or an existing .jsonl file")
+    for name in options.models or []:
+        known = name in shipped_drafts() or is_hub_id(name) and not name.endswith(".gguf")
+        if not known and not Path(name).expanduser().exists():
+            raise ConfigError(f"--models has {name}, but there is no such file or folder; give folders, .gguf files "
+                              "or hub ids")
 
 def check_corpus(config: Config) -> None:
     """Raise `ConfigError` if a folder of the corpus, or the student to start from, does not exist."""
@@ -952,6 +967,8 @@ def check_files(config: Config, options) -> None:
         return
     if options.command == "export":
         check_export(options)
+    if options.command == "eval":
+        check_evaluation(config, options)
     check_models(config, options)
     if options.command in TRAINING or options.get("benchmark") == "targets" or options.get("grow_vocabulary"):
         check_training(config, options)
@@ -963,11 +980,14 @@ def check_files(config: Config, options) -> None:
 
 # %% ../nbs/12_cli.ipynb #49181c44
 def silence_libraries() -> None:
-    """Turn off warnings and progress bars of libraries."""
+    """Turn off warnings and progress bars of libraries; keep those of downloads in a terminal, which take minutes."""
+    import huggingface_hub
     import transformers
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        huggingface_hub.utils.enable_progress_bars()
 
 def print_error(message: object) -> None:
     """Print an error message in one line to standard error."""

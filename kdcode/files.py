@@ -155,6 +155,8 @@ def check_draft(
     if folder is None: return
     try: config = json.loads((folder/"config.json").read_text())
     except ValueError: raise ConfigError(f"{folder/'config.json'} is damaged; give another student") from None
+    if "model_type" not in config:
+        raise ConfigError(f"{folder/'config.json'} is not that of a model (it has no model_type); give another student")
     made, known = config.get("tokenizer_fingerprint"), teacher_fingerprint(teacher)
     if made and known and made != known:
         raise other_tokenizer(config.get("teacher"), teacher)

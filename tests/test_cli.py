@@ -192,6 +192,9 @@ def output(capsys, *words):
     (["generate", "x", "--draft", "qwen2.5-coder-1.5b"], "whose tokenizer differs from that of smollm2"),
     (["bench", "decode", "--draft", "qwen2.5-coder-1.5b"], "whose tokenizer differs from that of smollm2"),
     (["eval", "--draft", "nowhere"], "no student in nowhere"),
+    (["eval", "--eval.problems", "nowhere.jsonl"], "eval.problems is nowhere.jsonl"),
+    (["eval", "--models", "nowhere.gguf"], "--models has nowhere.gguf"),
+    (["eval", "--models", "runs/mine/student"], "--models has runs/mine/student"),
     (["distill", "--student.start", "nowhere"], "no student in nowhere"),
     (["generate", "x", "--teacher.name", "smolm2"], "did you mean smollm2?"),
     (["distill", "--teacher.name", "/nowhere/at/all"], "no such file or folder"),
@@ -201,6 +204,7 @@ def output(capsys, *words):
     (["targets"], "targets.kind is online"),
     (["tune", "--trials", "0"], "--trials is 0"),
     (["export", "smollm2", "--repo", "me/x"], "require --to hub"),
+    (["export", "smollm2", "--to", "hub"], "give --repo USER/NAME"),
     (["serve", "--serve.host", "0.0.0.0"], "KDCODE_API_KEY is not set"),
 ])
 def test_a_mistake_is_explained(capsys, monkeypatch, tmp_path, words, message):
@@ -223,6 +227,26 @@ def test_a_run_that_exists_is_found_at_once(capsys, monkeypatch, tmp_path):
                            (["demo", "--name", "old", "--loss.alpha", "0.3"], "different loss.alpha")):
         status, _, error = output(capsys, *words)
         assert (status, message in error, error.count("\n")) == (2, True, 0), error
+
+
+def test_a_folder_that_is_no_model_is_found_at_once(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
+    (tmp_path/"config.json").write_text("{}")
+    status, _, error = output(capsys, "generate", "x", "--draft", str(tmp_path))
+    assert (status, "no model_type" in error, error.count("\n")) == (2, True, 0), error
+
+
+def test_help_keeps_the_case_of_names(capsys):
+    assert cli.main(["serve", "--help"]) == 0
+    assert "Start an OpenAI-compatible server" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_download_shows_its_progress_in_a_terminal(monkeypatch, terminal):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    cli.silence_libraries()
+    assert are_progress_bars_disabled() is not terminal
 
 
 def test_the_home_folder_of_configurations_is_searched(capsys, monkeypatch):
