@@ -267,7 +267,7 @@ def decoding_summary(streamed) -> str:
     if statistics.seconds:
         parts.append(f"{statistics.tokens / statistics.seconds:.1f} tokens/s")
     speedup, calls = estimate_speedup(streamed)
-    if calls:
+    if calls and speedup <= statistics.tokens_per_call:  # drafting cannot save more; above it, the few calls mislead
         parts.append(f"speedup {speedup:.2f} over decoding without drafting (estimated from {calls} target calls over "
                      "one token)")
     return ", ".join(parts)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -278,6 +279,16 @@ def test_the_first_line_comes_before_large_libraries(capsys, monkeypatch, tmp_pa
         assert first.startswith(f"kdcode {words[0]}: teacher smollm2"), first
         if words[0] in ("generate", "bench"):
             assert "smollm2-135m-draft (shipped for smollm2; choose another with --draft)" in first
+
+
+@pytest.mark.parametrize("estimate, shown", [(1.2, True), (2.5, False)])
+def test_the_summary_has_no_impossible_speedup(monkeypatch, estimate, shown):
+    from kdcode import decode
+    from kdcode.result import Statistics
+    statistics = Statistics(tokens=30, calls=20, seconds=3.)
+    monkeypatch.setattr(decode, "estimate_speedup", lambda streamed: (estimate, 2))
+    summary = cli.decoding_summary(SimpleNamespace(sequence=SimpleNamespace(statistics=statistics)))
+    assert "10.0 tokens/s" in summary and ("speedup" in summary) is shown, summary
 
 
 class Terminal(io.StringIO):
