@@ -434,6 +434,18 @@ def test_error_status_is_shown(visit, stub, console, error):
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+def test_a_prompt_without_text_is_refused(visit, stub):
+    page = visit()
+    prompt = page.get_by_label("Prompt")
+    prompt.fill("  \n\t ")
+    page.get_by_role("button", name="Run").click()
+    expect(page.get_by_role("alert")).to_have_text("The prompt has no text; write the beginning of a program.")
+    assert stub.requests == []
+    prompt.fill("def f(x):")
+    run(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 @pytest.mark.parametrize("ending, message", [
     ("error", "The server stopped with an error: out of memory"),
     ("cut", "The response ended before it was complete."),
@@ -538,7 +550,7 @@ def test_examples_are_those_of_the_library(visit, stub):
     assert stub.requests[0]["prompt"] == EXAMPLE_PROMPT
 
 
-@pytest.mark.parametrize("prompt", ["x" * 50_000, "x\n" * 25_000, "\n" * 50_000], ids=["line", "lines", "empty lines"])
+@pytest.mark.parametrize("prompt", ["x" * 50_000, "x\n" * 25_000, "x" + "\n" * 50_000], ids=["line", "lines", "empty lines"])
 def test_a_long_prompt_is_shown_shortened(visit, stub, console, prompt):
     """Refused or not: the page stays short, and the request has the whole prompt."""
     page = visit()
