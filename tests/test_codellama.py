@@ -141,7 +141,7 @@ def test_infilling_prompt(tokenizer_of):
 
 
 def test_only_the_prefix_starts_a_document(tokenizer_of):
-    """The tokenizer puts a space before the prefix; before the other parts it would be new text, even if they are first."""
+    """The tokenizer puts a space before the prefix; before another part, even the first, it would be new text."""
     import random
     from kdcode.data import Document, encode_infilling
     tokenizer = tokenizer_of("CodeLlama")
