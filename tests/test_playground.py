@@ -550,7 +550,8 @@ def test_examples_are_those_of_the_library(visit, stub):
     assert stub.requests[0]["prompt"] == EXAMPLE_PROMPT
 
 
-@pytest.mark.parametrize("prompt", ["x" * 50_000, "x\n" * 25_000, "x" + "\n" * 50_000], ids=["line", "lines", "empty lines"])
+@pytest.mark.parametrize("prompt", ["x" * 50_000, "x\n" * 25_000, "x" + "\n" * 50_000],
+                         ids=["line", "lines", "empty lines"])
 def test_a_long_prompt_is_shown_shortened(visit, stub, console, prompt):
     """Refused or not: the page stays short, and the request has the whole prompt."""
     page = visit()
