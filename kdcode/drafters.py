@@ -221,8 +221,8 @@ class EagleRow:
     """(1, hidden), the head's own state after its last draft token of this round"""
 
     def is_ready(self, length: int) -> bool:
-        """Return whether there are features for all tokens of a sequence of this length."""
-        return self.processed + len(self.pending_features) == length
+        """Return whether there are features for all of this number of tokens, and at least one."""
+        return 0 < length == self.processed + len(self.pending_features)
 
     def features(self, count: int) -> Tensor:
         """Return the features for the next `count` tokens: the target's first, then the head's own state."""
@@ -237,22 +237,27 @@ class EagleRow:
 
 # %% ../nbs/07b_drafters.ipynb #4af38d28
 class EagleDrafter(ModelDrafter):
-    """Drafts with an `EagleStudent`. Source: Li et al. 2024 (EAGLE), section 4."""
+    """Drafts with an `EagleStudent`. Source: Li et al. 2025 (EAGLE-3)."""
 
     def __init__(self, model: EagleStudent, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
         self.feature_layers = tuple(model.config.feature_layers)
+        self.skipped = model.skipped_tokens
 
     def start(self, sequences: list[Sequence]) -> None:
-        """Begin with an empty KV cache; the feature before the first token is 0."""
-        super().start(sequences)
-        zero = torch.zeros(1, self.model.config.hidden_size, device=self.model.device)
-        self.rows = [EagleRow(zero) for _ in sequences]
+        """Begin with an empty KV cache and no features."""
+        super().start(sequences)  # a head of an earlier version has a pair for the first token, with a zero state
+        zeros = torch.zeros(1 - self.skipped, self.model.config.hidden_size, device=self.model.device)
+        self.rows = [EagleRow(zeros) for _ in sequences]
+
+    def new_tokens(self, tokens: list[list[int]], active: list[int]) -> list[list[int]]:
+        """Return the unprocessed tokens of each active row, without the first token of the sequence."""
+        return super().new_tokens([row[self.skipped:] for row in tokens], active)
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Draft for the sequences whose tokens all have features."""
         for row in self.rows: row.own_state = None
-        ready = [row.is_ready(len(sequence.tokens)) for row, sequence in zip(self.rows, sequences)]
+        ready = [row.is_ready(len(sequence.tokens) - self.skipped) for row, sequence in zip(self.rows, sequences)]
         return super().propose(sequences, [budget if is_ready else 0 for budget, is_ready in zip(budgets, ready)])
 
     def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
@@ -266,7 +271,7 @@ class EagleDrafter(ModelDrafter):
         """Roll back all draft tokens, and store the target's features of the newly verified tokens."""
         self.cached.crop([row.processed for row in self.rows])
         for row, new in zip(self.rows, features):
-            row.pending_features = torch.cat([row.pending_features, self.model.model.fuse_features(new)])
+            row.pending_features = torch.cat([row.pending_features, self.model.fuse_features(new)])
 
     def select_rows(self, rows: list[int]) -> None:
         super().select_rows(rows)

@@ -66,7 +66,7 @@ def make_student(
                "tokenizer_fingerprint": tokenizer_fingerprint(teacher.tokenizer), "seed": config.seed}
     try:
         if s.feature_layers:
-            student = EagleStudent.from_teacher(teacher.model, feature_layers=s.feature_layers, **options)
+            student = EagleStudent.from_teacher(teacher.model, s.feature_layers, **options)
         else:
             student = Student.from_teacher(teacher.model, **options)
     except ValueError as error:
@@ -155,6 +155,8 @@ class TeacherTrainer(BoundedTrainer):
     def collate(self, rows: list[dict]) -> dict:
         """Return a batch whose labels are rows of the student's head, with the block numbers."""
         batch = collate(rows)
+        if isinstance(self.student, EagleStudent):
+            batch["labels"][:, :self.steps] = -100  # the first positions have no meaning in later steps
         labels = self.student.to_draft_rows(batch["labels"].to(self.student.device)).cpu()
         return batch | {"labels": labels, "block": torch.tensor([row["block"] for row in rows])}
 
