@@ -343,7 +343,7 @@ def feature_scales(
     """
     last = teacher.config.get_text_config().vocab_size - 1
     ids = torch.linspace(0, last, tokens, device=teacher.device).long()[None]
-    states = teacher(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    states = teacher.get_decoder()(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
     squares = torch.stack([states[i][0, 1:].float().square().mean(0) for i in feature_layers])
     return squares.clamp(min=1e-4 * squares.mean(1, keepdim=True)).sqrt()
 

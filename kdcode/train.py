@@ -156,7 +156,7 @@ class TeacherTrainer(BoundedTrainer):
         """Return a batch whose labels are rows of the student's head, with the block numbers."""
         batch = collate(rows)
         if isinstance(self.student, EagleStudent):
-            batch["labels"][:, :self.steps] = -100  # the first positions have no meaning in later steps
+            batch["labels"][:, :self.student.skipped_tokens] = -100  # the first token has no pair
         labels = self.student.to_draft_rows(batch["labels"].to(self.student.device)).cpu()
         return batch | {"labels": labels, "block": torch.tensor([row["block"] for row in rows])}
 
