@@ -372,15 +372,17 @@ def write_student(
     model: str | Path,  # folder or hub id, or the name of a teacher with a shipped student
     teacher: str,
     folder: Path,
-    form: Literal["llama", "gguf", "int8", "int4"],
+    form: Literal["llama", "gguf", "eagle3", "speculators", "int8", "int4"],
 ) -> Path:
     """Export a student to a folder or file, and return its path."""
-    from kdcode.export import export_gguf, export_llama
+    from kdcode.export import export_gguf, export_head, export_llama
     from kdcode.quantise import export_quantised
     if form == "llama":
         return export_llama(model, teacher, folder/"llama")
     if form == "gguf":
         return export_gguf(model, teacher, folder/"student.gguf")
+    if form in ("eagle3", "speculators"):
+        return export_head(model, folder/form, form)
     return export_quantised(model, folder/form, form)
 
 def grow_student(config: Config, options) -> Path:
@@ -531,8 +533,10 @@ DECODING_OPTIONS: dict[str, dict[str, dict]] = {
 EXPORT_OPTIONS: dict[str, dict[str, dict]] = {
     "export": {
         "model": {"type": str, "help": DRAFT_HELP},
-        "--to": {"choices": ["llama", "gguf", "int8", "int4", "hub"], "default": "llama", "help": (
-            "llama: a folder for transformers, vLLM and llama.cpp's converter; gguf: a file for llama.cpp; "
+        "--to": {"choices": ["llama", "gguf", "eagle3", "speculators", "int8", "int4", "hub"],
+                 "default": "llama", "help": (
+            "llama: a folder for transformers, vLLM and llama.cpp's converter; gguf: a file for llama.cpp; eagle3, "
+            "speculators: an EAGLE-3 head for vLLM and other engines; "
             "int8, int4: a quantised student; hub: a repository on the Hugging Face Hub with a model card")},
         "--grow-vocabulary": {"action": "store_true", "help": (
             "extend a draft vocabulary to the teacher's vocabulary and train the result with the given settings")},

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARCHITECTURE', 'RENAMED', 'UNUSED', 'SharedModule', 'teacher_depth', 'resolve_feature_layers', 'EagleConfig',
            'check_variant', 'is_eagle_config', 'plain_keys', 'EagleLayer', 'TrainingTimeTestCache',
-           'training_time_test_mask', 'head_weights', 'sort_draft_ids', 'EagleBase', 'attach_head', 'EagleBody',
-           'feature_scales', 'start_fc', 'copy_first_layer', 'head_shape', 'head_config', 'start_head', 'EagleStudent',
-           'open_student', 'load_student', 'LegacyEagleConfig', 'OldestEagleConfig', 'LegacyEagleModel',
+           'training_time_test_mask', 'head_weights', 'sort_draft_ids', 'FeatureProjection', 'EagleBase', 'attach_head',
+           'EagleBody', 'feature_scales', 'start_fc', 'copy_first_layer', 'head_shape', 'head_config', 'start_head',
+           'EagleStudent', 'open_student', 'load_student', 'LegacyEagleConfig', 'OldestEagleConfig', 'LegacyEagleModel',
            'LegacyEagleStudent']
 
 # %% ../nbs/02a_eagle.ipynb #855d80b6
@@ -207,6 +207,9 @@ def sort_draft_ids(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Ten
     return weights | {"d2t": ids - rows, "lm_head.weight": weights["lm_head.weight"][order]}
 
 # %% ../nbs/02a_eagle.ipynb #cbc9953f
+class FeatureProjection(nn.Linear):
+    """A linear layer that is not quantised for drafting; it runs once per target call."""
+
 class EagleBase(Student):
     """The modules of a draft head, and the connection to its teacher."""
     config: EagleConfig
@@ -221,7 +224,7 @@ class EagleBase(Student):
         width, rows = config.hidden_size, config.draft_vocab_size
         inputs = (config.target_hidden_size or width) * len(config.feature_layers or range(3))
         self.input_norm = nn.RMSNorm(inputs, config.rms_norm_eps) if config.norm_before_fc else None
-        self.fc = nn.Linear(inputs, width, bias=False)
+        self.fc = FeatureProjection(inputs, width, bias=False)
         self.layers = nn.ModuleList((StudentLayer if i else EagleLayer)(config, i)
                                     for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
@@ -385,7 +388,7 @@ def head_config(plain: StudentConfig, feature_layers: list[int]) -> EagleConfig:
 def start_head(head: "EagleBase", teacher: PreTrainedModel, layers: list[int], draft_ids: Tensor | None) -> None:
     """Copy layers, final norm and output head of the teacher. `layers` is empty for new layers."""
     decoder, output = teacher.get_decoder(), dense_weight(teacher.get_output_embeddings())
-    if draft_ids is not None:
+    if head.d2t is not None:
         head.d2t.copy_(draft_ids.to(head.d2t.device) - torch.arange(len(draft_ids)))
         output = output[draft_ids.to(output.device)]
     head.lm_head.weight.copy_(output)
