@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList,
+    GenerationConfig, LogitsProcessor, LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor, PrefixConstrainedLogitsProcessor, PreTrainedModel,
     PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria)
 from transformers.generation import GenerateDecoderOnlyOutput

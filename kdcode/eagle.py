@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from .student import (
-    Attention, build_attention_mask, check_draft_ids, check_llama_teacher, check_start, copy_layer, dense_weight, KVCache, LLAMA_FIELDS,
-    make_norm, new_student, position_table, resolve_layers, select_positions, Student, student_config, StudentBase,
+    Attention, build_attention_mask, check_draft_ids, check_llama_teacher, check_start, copy_layer, dense_weight,
+    KVCache, LLAMA_FIELDS, make_norm, new_student, position_table, resolve_layers, select_positions, Student,
+    student_config, StudentBase,
     StudentConfig, StudentLayer, StudentModel, StudentOutput, unpack_weights)
 
 # %% ../nbs/02a_eagle.ipynb #6b7034e2

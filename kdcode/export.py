@@ -416,7 +416,8 @@ def gguf_head(head: PreTrainedModel | str | Path) -> EagleStudent:
     if reason := llama_cpp_obstacle(head.config):
         raise ConfigError(f"{reason}; export it for vLLM with --to eagle3")
     if not head.config.feature_layers:
-        raise ConfigError("the head does not name its feature layers; load it with its teacher: load_draft(name, teacher)")
+        raise ConfigError("the head does not name its feature layers; load it with its teacher: "
+                          "load_draft(name, teacher)")
     return head
 
 def write_head_shape(writer: gguf.GGUFWriter, config: EagleConfig) -> None:
