@@ -381,7 +381,7 @@ def write_student(
         return export_llama(model, teacher, folder/"llama")
     if form == "gguf":
         return export_gguf(model, teacher, folder/"student.gguf")
-    if form in ("eagle3", "speculators"):
+    if form == "eagle3" or form == "speculators":
         return export_head(model, folder/form, form)
     return export_quantised(model, folder/form, form)
 

@@ -188,7 +188,7 @@ def head_weights(file: str | Path, config: EagleConfig) -> dict[str, Tensor]:
     Sets `own_embedding` of the config. Raises `ValueError` if `d2t` is not a draft vocabulary.
     """
     weights = {}
-    for name, weight in (unpack_weights(file) or load_file(file)).items():
+    for name, weight in (unpack_weights(str(file)) or load_file(file)).items():
         prefix = next((prefix for prefix in RENAMED if name.startswith(prefix)), "")
         weights[RENAMED.get(prefix, "") + name.removeprefix(prefix)] = weight
     weights = {name: weight for name, weight in weights.items() if name not in UNUSED}
@@ -531,7 +531,10 @@ class LegacyEagleStudent(EagleStudent):
         StudentBase.__init__(self, config)  # its buffer `draft_ids` is found because the property finds no `d2t`
         self.shared_embedding = self.embed_tokens = None
 
-    from_pretrained = classmethod(StudentBase.from_pretrained.__func__)
+    @classmethod
+    def from_pretrained(cls, path, *inputs, **options) -> "LegacyEagleStudent":
+        """Load a head as `Student.from_pretrained` does."""
+        return super(EagleBase, cls).from_pretrained(path, *inputs, **options)
 
     def attach(self, teacher: PreTrainedModel) -> "LegacyEagleStudent":
         """Use this teacher's embedding; return self. Raises `ValueError` for a teacher of another shape."""
