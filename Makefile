@@ -1,6 +1,6 @@
 # make demo: the main job, from nothing to a table and a picture
 # make test: every test
-# make docs: the site, in _docs, and its tests in a browser
+# make docs: the site, in _docs, and the tests of pages in a browser
 # Both set up .venv first, once.
 # make check: mistakes that can be seen without running anything, in a minute
 # make hooks: git cleans and exports before each commit, and merges notebooks by cells
@@ -30,7 +30,7 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check
@@ -48,7 +48,7 @@ docs: setup
 	$(BIN)/python docs/pages.py
 	@# what was read is forgotten after a warning, or the next build would not repeat it
 	$(BIN)/sphinx-build -q -j auto -W --keep-going -c docs -d _proc/_read _proc/_site _docs || { rm -rf _proc/_read; exit 1; }
-	$(BIN)/pytest -n 2 -m docs tests/test_docs.py
+	$(BIN)/pytest -n 2 -m docs tests/test_docs.py tests/test_jupyterlab.py
 
 test-engines: setup engines
 	$(BIN)/pytest -m slow tests/test_engines.py

@@ -20,6 +20,8 @@ add_module_names = False
 nb_execution_mode = "off"  # the committed outputs are shown
 nb_render_markdown_format = "gfm"
 nb_merge_streams = True
+nb_code_prompt_show = "Imports"  # only cells of imports are collapsed
+nb_code_prompt_hide = "Imports"
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block", "attrs_inline"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
@@ -29,6 +31,7 @@ mathjax_path = "mathjax.js"
 mathjax3_config = {"svg": {"scale": 0.92}}
 html_static_path = ["static"]
 html_css_files = ["kdcode.css"]
+html_search_scorer = str(DOCS/"static"/"search.js")
 html_favicon = "static/kdcode.svg"
 html_context = {"default_mode": "auto"}  # light or dark, following the reader's system
 

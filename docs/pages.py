@@ -4,6 +4,7 @@
 repository (`../results/steps/report.md`); here they become links to pages of the site, or to GitHub. A broken link is
 an error.
 """
+import ast
 import json
 import os
 import posixpath
@@ -159,12 +160,19 @@ def notebook_page(page, pages):
 def keep(cell): return cell.source.strip() and not cell.source.startswith("<!--")
 
 
+def only_imports(code):
+    """Whether the code imports names and does nothing else."""
+    body = ast.parse(code).body
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+
+
 def presented(cell, page, pages):
     """Return a cell without directives, with its links rewritten."""
     links = (page.source, page.file, pages)
     if cell.cell_type == "markdown": cell.source = linked(cell.source, *links)
     if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     if cell.cell_type == "code" and page.name == "index": cell.metadata["tags"] = ["remove-input"]  # as in the README
+    elif cell.cell_type == "code" and only_imports(cell.source): cell.metadata["tags"] = ["hide-input"]  # collapsed
     for data in (output.get("data", {}) for output in cell.get("outputs", [])):
         if text := data.get("text/markdown"): data["text/markdown"] = linked("".join(text), *links, roles=False)
     return cell
@@ -354,7 +362,7 @@ def known_names():
 
 
 INDEX = {  # the sidebar
-    "Start": ["install", "demo", "onyxia"],
+    "Start": ["install", "demo", "server", "onyxia"],
     "Learn": ["lessons", "how"],
     "Reference": ["answers", "reference", "glossary"],
 }

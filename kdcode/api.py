@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['NO_TOOLS', 'TEXT_ONLY', 'UNSUPPORTED_FIELDS', 'VLLM_FIELDS', 'EMPTY_VALUES', 'NEUTRAL_VALUES', 'IGNORED_FIELDS',
-           'StopString', 'NULL_IS_DEFAULT', 'TokenIds', 'BYTE_DECODER', 'ERROR_TYPES', 'MAX_MESSAGE_LENGTH',
-           'UNION_FIELDS', 'MAX_QUOTED_VALUE', 'check_supported', 'StrictModel', 'integer', 'SpeculationOptions',
-           'StreamOptions', 'SamplingRequest', 'CompletionRequest', 'TextPart', 'ChatMessage', 'ChatCompletionRequest',
-           'token_bytes', 'token_text', 'TextDelta', 'CompletionFormat', 'ChatCompletionFormat', 'Usage',
-           'SpeculationStep', 'SpeculationStatistics', 'SpeculationInfo', 'ResponseBase', 'CompletionChoice',
-           'CompletionResponse', 'ChatCompletionChoice', 'ChatCompletionResponse', 'ErrorDetail', 'ErrorResponse',
-           'APIError', 'validation_message', 'to_api_error', 'error_response']
+           'StopString', 'NULL_IS_DEFAULT', 'Penalty', 'TokenId', 'LogitBias', 'TokenIds', 'BYTE_DECODER',
+           'ERROR_TYPES', 'MAX_MESSAGE_LENGTH', 'UNION_FIELDS', 'MAX_QUOTED_VALUE', 'check_supported', 'StrictModel',
+           'integer', 'SpeculationOptions', 'StreamOptions', 'check_known', 'SamplingRequest', 'CompletionRequest',
+           'InfillExtra', 'InfillRequest', 'TextPart', 'ChatMessage', 'ChatCompletionRequest', 'token_bytes',
+           'token_text', 'TextDelta', 'CompletionLogprobs', 'CompletionFormat', 'ChatCompletionFormat',
+           'PromptTokensDetails', 'Usage', 'SpeculationStep', 'SpeculationStatistics', 'SpeculationInfo',
+           'ResponseBase', 'CompletionChoice', 'CompletionResponse', 'ChatCompletionChoice', 'ChatCompletionResponse',
+           'InfillResponse', 'ErrorDetail', 'ErrorResponse', 'APIError', 'validation_message', 'to_api_error',
+           'error_response']
 
 # %% ../nbs/11_api.ipynb #17924b9a
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -34,12 +36,7 @@ from .teacher import Teacher
 NO_TOOLS = "function calling is not implemented; remove it"
 TEXT_ONLY = "the server reads and writes text only; remove it"
 UNSUPPORTED_FIELDS = {  # field -> what to do instead
-    "suffix": "text is generated at the end of the prompt only; put the whole context into prompt",
-    "echo": "the response contains new text only; prepend the prompt in the client",
     "best_of": "completions are not ranked; request several with n",
-    "logit_bias": "remove it",
-    "frequency_penalty": "set decode.repetition_penalty when you start the server",
-    "presence_penalty": "set decode.repetition_penalty when you start the server",
     "tools": NO_TOOLS,
     "tool_choice": NO_TOOLS,
     "functions": NO_TOOLS,
@@ -122,9 +119,22 @@ class StreamOptions(StrictModel):
 
 # %% ../nbs/11_api.ipynb #ac094790
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-NULL_IS_DEFAULT = ("temperature", "top_p", "n", "stream", "speculation")  # fields for which null selects the default
+NULL_IS_DEFAULT = (  # fields for which null selects the default
+    "temperature", "top_p", "n", "stream", "speculation", "frequency_penalty", "presence_penalty", "logit_bias", "echo")
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")]
+LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+                      Field(max_length=1024, json_schema_extra={"additionalProperties": False})]
 
 # %% ../nbs/11_api.ipynb #e81d79d7
+def check_known(fields: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise `ValueError` for a field that is neither known nor one of OpenAI's or vLLM's."""
+    allowed = (*known, *UNSUPPORTED_FIELDS, *VLLM_FIELDS, *IGNORED_FIELDS)
+    unknown = [name for name in fields if name not in allowed]
+    if unknown:
+        raise ValueError(f"{unknown[0][:100]!r} is not a known field; remove it")
+
+# %% ../nbs/11_api.ipynb #45a2891c
 class SamplingRequest(StrictModel):
     """Fields common to completion and chat completion requests, named as in OpenAI's API."""
     model: str
@@ -135,6 +145,9 @@ class SamplingRequest(StrictModel):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    frequency_penalty: Penalty = 0.
+    presence_penalty: Penalty = 0.
+    logit_bias: LogitBias = {}
     speculation: SpeculationOptions = SpeculationOptions()
 
     @model_validator(mode="before")
@@ -147,10 +160,7 @@ class SamplingRequest(StrictModel):
         if not isinstance(fields, dict):
             return fields
         check_supported(fields)
-        allowed = (*cls.model_fields, *UNSUPPORTED_FIELDS, *VLLM_FIELDS, *IGNORED_FIELDS)
-        unknown = [name for name in fields if name not in allowed]
-        if unknown:
-            raise ValueError(f"{unknown[0][:100]!r} is not a known field; remove it")
+        check_known(fields, cls.model_fields)
         return {name: value for name, value in fields.items()
                 if name in cls.model_fields and not (value is None and name in NULL_IS_DEFAULT)}
 
@@ -171,6 +181,8 @@ class CompletionRequest(SamplingRequest):
     """A request to `/v1/completions`."""
     prompt: (str | Annotated[list[str], Field(min_length=1, max_length=32, fail_fast=True)]
              | TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=32, fail_fast=True)])
+    suffix: str | None = None
+    echo: bool = False
     max_tokens: integer(ge=1) | None = 16
     logprobs: integer(ge=0, le=5) | None = None
 
@@ -185,6 +197,40 @@ class CompletionRequest(SamplingRequest):
     def num_logprobs(self) -> int | None:
         """Return how many top-k log-probabilities to report for each token; None for no log-probabilities at all."""
         return self.logprobs
+
+# %% ../nbs/11_api.ipynb #0699c4b8
+class InfillExtra(BaseModel):
+    """A part of another file."""
+    text: str
+    filename: str = ""
+
+class InfillRequest(SamplingRequest):
+    """A request to `/infill`, in the form of llama.cpp's server."""
+    model: str = ""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.
+    stop: Annotated[list[StopString], Field(max_length=32)] | None = None
+    input_prefix: str
+    input_suffix: str
+    input_extra: Annotated[list[InfillExtra], Field(max_length=1024, fail_fast=True)] = []
+    prompt: str = ""
+    n_predict: integer(ge=-1) = -1
+    """number of new tokens; -1: the server's limit, 0: only read the prompt, for the next request"""
+    n: Literal[1] = 1
+    num_logprobs: ClassVar[None] = None
+    echo: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_fields(cls, fields: Any) -> Any:
+        """Return the known fields that are not null."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if name in cls.model_fields and value is not None}
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Return the number of new tokens; at least one is decoded."""
+        return None if self.n_predict < 0 else max(1, self.n_predict)
 
 # %% ../nbs/11_api.ipynb #c0f8f1b9
 class TextPart(StrictModel):
@@ -277,25 +323,9 @@ class TextDelta:
         return "".join(token["text"] for token in self.tokens)
 
 # %% ../nbs/11_api.ipynb #c685ec66
-class CompletionFormat:
-    """Build the choices of a `/v1/completions` response."""
-    path = "/v1/completions"
-    object = chunk_object = "text_completion"
-    id_prefix = "cmpl"
-
-    def __init__(self, teacher: Teacher, request: CompletionRequest):
-        self.teacher = teacher
-        self.with_logprobs = request.num_logprobs is not None
-        self.offsets: dict[int, int] = {}  # characters sent so far, by index of the choice
-
-    def choice(self, index: int, delta: TextDelta, finish_reason: str | None) -> dict[str, Any]:
-        """Return a choice with the text of `delta`. Completions use the same form for chunks of a stream."""
-        offset = self.offsets.get(index, 0)
-        self.offsets[index] = offset + len(delta.text)
-        logprobs = self.logprobs(delta, offset) if self.with_logprobs else None
-        return {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    chunk = choice
+class CompletionLogprobs:
+    """Build the log-probabilities of a `/v1/completions` response."""
+    teacher: Teacher
 
     def logprobs(self, delta: TextDelta, offset: int) -> dict[str, list]:
         """Return the log-probability of each token, the top-k tokens at its position, and its offset in the text."""
@@ -313,6 +343,37 @@ class CompletionFormat:
         for token, value in by_id.items():
             by_text.setdefault(token_text(self.teacher, token), value)
         return by_text
+
+# %% ../nbs/11_api.ipynb #a6e98579
+class CompletionFormat(CompletionLogprobs):
+    """Build the choices of a `/v1/completions` response."""
+    path = "/v1/completions"
+    object = chunk_object = "text_completion"
+    id_prefix = "cmpl"
+
+    def __init__(self, teacher: Teacher, request: CompletionRequest):
+        self.teacher = teacher
+        self.with_logprobs = request.num_logprobs is not None
+        self.offsets: dict[int, int] = {}  # characters sent so far, by index of the choice
+        self.echoed = [self.prompt_text(prompt) for prompt in request.prompts] if request.echo else []
+        self.n = request.n
+
+    def prompt_text(self, prompt: str | list[int]) -> str:
+        """Return a prompt as text."""
+        return prompt if isinstance(prompt, str) else self.teacher.tokenizer.decode(prompt, skip_special_tokens=True)
+
+    def choice(self, index: int, delta: TextDelta, finish_reason: str | None) -> dict[str, Any]:
+        """Return a choice with the text of `delta`, after the prompt in the first one if the request asks for it.
+
+        Completions use the same form for chunks of a stream.
+        """
+        first = self.echoed[index // self.n] if self.echoed and index not in self.offsets else ""
+        offset = self.offsets.get(index, 0)
+        self.offsets[index] = offset + len(delta.text)
+        logprobs = self.logprobs(delta, offset) if self.with_logprobs else None
+        return {"index": index, "text": first + delta.text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    chunk = choice
 
 # %% ../nbs/11_api.ipynb #11229bb5
 class ChatCompletionFormat:
@@ -352,11 +413,17 @@ class ChatCompletionFormat:
         return {"token": token_text(self.teacher, token), "logprob": logprob, "bytes": raw}
 
 # %% ../nbs/11_api.ipynb #3270b1a3
+class PromptTokensDetails(BaseModel):
+    """What is known of the tokens of the prompt."""
+    cached_tokens: int
+    """tokens whose keys and values came from the prefix cache"""
+
 class Usage(BaseModel):
     """Token counts."""
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 class SpeculationStep(BaseModel):
     """One decoding step: the new tokens with their origin, and the rejected draft tokens."""
@@ -412,6 +479,19 @@ class ChatCompletionResponse(ResponseBase):
     choices: list[ChatCompletionChoice]
 
 # %% ../nbs/11_api.ipynb #0f196ec9
+class InfillResponse(BaseModel):
+    """A response of `/infill`, in the form of llama.cpp's server."""
+    content: str
+    stop: bool
+    model: str
+    stop_type: Literal["eos", "limit"]
+    tokens_predicted: int
+    tokens_evaluated: int
+    tokens_cached: int
+    truncated: bool
+    timings: dict[str, float]
+
+# %% ../nbs/11_api.ipynb #f7357db3
 class ErrorDetail(BaseModel):
     """The description of an error."""
     message: str

@@ -6,13 +6,13 @@
 __all__ = ['MEASURED_ROWS', 'MIN_GAIN', 'Kernels', 'MEASURED', 'Forwards', 'INT8_COPIES', 'CHECKED', 'NOISE_FACTOR',
            'LEAST_TOLERANCE', 'LEAST_ROUNDINGS', 'OPERATIONS', 'clock', 'timed', 'transposed_linear', 'LinearKernel',
            'kernel_seconds', 'select_kernels', 'fastest_kernels', 'plain_linears', 'measurement_key', 'read_kernels',
-           'write_kernels', 'kernels_for', 'replaced_forwards', 'tuned_forward', 'with_kernels', 'tuned_forwards',
+           'write_kernels', 'kernels_for', 'replaced_forwards', 'tuned_forward', 'with_kernels', 'tuned_kernels',
            'StatePickler', 'model_state', 'int8', 'sliding_window', 'attention_kinds', 'additive_mask',
            'check_attention', 'check_positions', 'pad_tokens', 'wanted_positions', 'logits_to_keep', 'split_logits',
-           'split_hidden', 'feature_inputs', 'RaggedModel', 'mask_inputs', 'is_int8', 'needs_check', 'trial_ids',
-           'solo_logits', 'deviation', 'padded_logits', 'rounding_noise', 'least_tolerance', 'row_difference',
-           'check_row_independence', 'CachedModel', 'warm_up', 'call_ms', 'call_times', 'operation_kind',
-           'profile_call', 'machine_limits', 'roofline_ms']
+           'split_hidden', 'feature_inputs', 'without_cudnn_attention', 'RaggedModel', 'mask_inputs', 'is_int8',
+           'needs_check', 'trial_ids', 'solo_logits', 'deviation', 'padded_logits', 'rounding_noise', 'least_tolerance',
+           'row_difference', 'check_row_independence', 'CachedModel', 'warm_up', 'call_ms', 'call_times',
+           'operation_kind', 'profile_call', 'machine_limits', 'roofline_ms']
 
 # %% ../nbs/02b_cached_model.ipynb #54845f24
 import copy
@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from .config import cache_folder, ConfigError
 from .eagle import SharedModule
 from .provenance import processor, short_hash, write_atomic
-from .student import KVCache, Student
+from .student import KVCache, Student, to_device
 from .threads import THREADS
 
 # %% ../nbs/02b_cached_model.ipynb #06e59ab3
@@ -140,7 +140,8 @@ def plain_linears(model: nn.Module) -> list[nn.Linear]:
 
 def measurement_key(layers: list[nn.Linear]) -> str:
     """Return the hash of everything that the times of these layers depend on."""
-    shapes = sorted({(str(layer.weight.dtype), *layer.weight.shape) for layer in layers})
+    shapes = sorted((str(dtype), *shape) for dtype, shape in {(layer.weight.dtype, layer.weight.shape)
+                                                              for layer in layers})
     return short_hash([processor(), torch.get_num_threads(), torch.__version__, shapes])
 
 def read_kernels(file: Path) -> Kernels | None:
@@ -204,12 +205,14 @@ def with_kernels(layers: list[nn.Linear], kernels: dict[torch.dtype, Kernels]) -
             if kernels.get(layer.weight.dtype)]
 
 # %% ../nbs/02b_cached_model.ipynb #ac3dc348
-def tuned_forwards(model: PreTrainedModel) -> Forwards:
-    """Return forwards that compute up to 16 rows faster; empty on a GPU, or if the library's kernels are as fast."""
+def tuned_kernels(
+    model: PreTrainedModel,
+) -> tuple[Forwards, dict[torch.dtype, Kernels]]:  # for up to 16 rows; kernels by dtype of the weights
+    """Return forwards with the fastest kernels, and the kernels; both empty on a GPU."""
     layers = plain_linears(model) if model.device.type == "cpu" else []
-    by_dtype = {dtype: [layer for layer in layers if layer.weight.dtype == dtype]
-                for dtype in {layer.weight.dtype for layer in layers}}
-    return with_kernels(layers, {dtype: kernels_for(part) for dtype, part in by_dtype.items()})
+    dtypes = {layer.weight.dtype for layer in layers}
+    kernels = {dtype: kernels_for([layer for layer in layers if layer.weight.dtype == dtype]) for dtype in dtypes}
+    return with_kernels(layers, kernels), kernels
 
 # %% ../nbs/02b_cached_model.ipynb #b3222e3f
 class StatePickler(pickle.Pickler):
@@ -303,10 +306,13 @@ def check_positions(config, capacity: int) -> None:
                           "keep prompt and text shorter")
 
 # %% ../nbs/02b_cached_model.ipynb #2beaa0b1
-def pad_tokens(tokens: list[list[int]], device: torch.device | str = "cpu") -> Tensor:
-    """Return the tokens of all rows, padded on the right with 0: (batch, longest)."""
-    longest = max(map(len, tokens))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
+def pad_tokens(tokens: list[list[int] | Tensor], device: torch.device | str = "cpu") -> Tensor:
+    """Return the tokens of all rows, lists or tensors (tokens,) on the device, padded with 0: (batch, longest)."""
+    if not any(isinstance(row, Tensor) for row in tokens):
+        longest = max(map(len, tokens))
+        return to_device([row + [0] * (longest - len(row)) for row in tokens], device)
+    rows = [row if isinstance(row, Tensor) else to_device(row, device) for row in tokens]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 def wanted_positions(tokens: list[list[int]], keep: list[int]) -> list[int]:
     """Return the positions in a call that are among the last `keep` of some row, ascending."""
@@ -319,7 +325,7 @@ def logits_to_keep(
 ) -> int | Tensor:
     """Return the argument `logits_to_keep` of a model: a number if these are the last positions, else the positions."""
     is_end = wanted == list(range(new - len(wanted), new))
-    return len(wanted) if is_end else torch.tensor(wanted, device=device)
+    return len(wanted) if is_end else to_device(wanted, device)
 
 def split_logits(
     logits: Tensor,            # (batch, wanted, vocab)
@@ -354,6 +360,17 @@ def feature_inputs(
 
 
 
+# %% ../nbs/02b_cached_model.ipynb #8169ab69
+@contextmanager
+def without_cudnn_attention(device: torch.device) -> Iterator[None]:
+    """Keep PyTorch from computing attention with cuDNN in a `with` block, on a GPU."""
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try: yield
+    finally: torch.backends.cuda.enable_cudnn_sdp(True)
+
 # %% ../nbs/02b_cached_model.ipynb #cf26b6ee
 class RaggedModel:
     """A causal language model and a KV cache whose rows have their own lengths."""
@@ -362,7 +379,8 @@ class RaggedModel:
         config = model.config.get_text_config()
         check_attention(config)
         check_positions(config, capacity)
-        self.model, self.forwards = model, tuned_forwards(model) if fast else []
+        self.model = model
+        self.forwards, self.kernels = tuned_kernels(model) if fast else ([], {})
         self.cache = KVCache(batch_size, capacity)
         self.window, self.kinds = sliding_window(config), attention_kinds(config)
         self.context_size = getattr(config, "max_position_embeddings", None) or capacity
@@ -501,7 +519,7 @@ class CachedModel(RaggedModel):
 
     def forward(
         self,
-        tokens: list[list[int]],              # the next tokens of each row; may be empty
+        tokens: list[list[int] | Tensor],     # the next tokens of each row, as `pad_tokens` takes them; may be empty
         keep: list[int],                      # number of last positions of each row whose logits are returned
         hidden_layers: tuple[int, ...] = (),  # hidden states to return, as transformers counts them: −1 is the last
         features: list[Tensor] | None = None, # (tokens, hidden) per row, for an `EagleStudent`
@@ -513,7 +531,8 @@ class CachedModel(RaggedModel):
         lengths, device = self.lengths, self.model.device
         input_ids, wanted = pad_tokens(tokens, device), wanted_positions(tokens, keep)
         inputs = mask_inputs(self, tokens) | feature_inputs(self.model, tokens, features)
-        with THREADS.timed(device, id(self.model), input_ids.shape), replaced_forwards(self.forwards):
+        threads = THREADS.timed(device, id(self.model), input_ids.shape)
+        with threads, replaced_forwards(self.forwards), without_cudnn_attention(device):
             out = self.model(input_ids=input_ids, cache=self.cache, use_cache=True,
                              logits_to_keep=logits_to_keep(wanted, input_ids.shape[1], device),
                              output_hidden_states=bool(hidden_layers) or None, **inputs)

@@ -4,33 +4,45 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'DECODING_OPTIONS',
-           'EXPORT_OPTIONS', 'OPTIONS', 'PAIR_BENCHMARKS', 'Steps', 'ProgressBar', 'display_path',
-           'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_report',
-           'train_student', 'run_distill', 'run_targets', 'print_trial', 'run_tune', 'load_pair', 'load_compiled_pair',
-           'run_generate', 'shipped_student', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy',
-           'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'run_bench', 'run_eval', 'run_experiment',
-           'run_record', 'write_student', 'grow_student', 'push_student', 'run_export', 'default_draft',
-           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'load_configuration', 'parse', 'check_files',
-           'silence_libraries', 'print_error', 'main']
+           'EXPORT_OPTIONS', 'OPTIONS', 'CORPUS_SETTINGS', 'DECODING_SETTINGS', 'COMMON_SETTINGS', 'SECTIONS',
+           'EXAMPLES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps', 'ProgressBar', 'display_path',
+           'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_next',
+           'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune',
+           'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
+           'shipped_student', 'load_graphs', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy',
+           'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'record_command', 'run_bench',
+           'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
+           'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
+           'parse', 'read_prompt', 'choose_draft', 'check_export', 'check_corpus', 'check_targets', 'check_training',
+           'check_models', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
+import argparse
+import difflib
 import gc
 import os
+import re
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from . import __version__
 from .config import (
-    add_config, check_keys, check_search_space, Config, ConfigError, generated_text_folder, home, one_line_error,
-    read_experiment, read_yaml, resolve, run_folder, run_path)
-from .files import check_run, draft_folder, model_source, shipped_drafts
+    add_config, check_keys, check_search_space, Config, ConfigError, field_docs, generated_text_folder, home,
+    one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, SHORT_PROMPT)
+from .files import (
+    api_key, bind_socket, check_draft, check_run, check_search, check_teacher_name, check_writable,
+    did_you_mean, model_source, shipped_draft, shipped_drafts, source_folder)
 from .provenance import short_hash
 from .threads import THREADS
 
@@ -85,11 +97,12 @@ def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tup
     """Return the teacher in its decoding dtype and in its labelling dtype; store both in `loaded`."""
     with garbage_collection_paused():
         import torch
-        from kdcode.teacher import fastest_dtype, load_teacher
+        from kdcode.served import open_teacher
+        from kdcode.teacher import fastest_dtype
     steps(f"teacher: {config.teacher.name}")
-    key = repr(config.teacher)
+    key = repr([config.teacher, config.targets.k if config.teacher.is_served else None])
     if key not in loaded:
-        teacher = load_teacher(config.teacher)
+        teacher = open_teacher(config.teacher, config.targets.k)
         name = config.teacher.label_dtype
         label_dtype = fastest_dtype(teacher.device) if name == "auto" else getattr(torch, name)
         loaded[key] = teacher, teacher.to_dtype(label_dtype)
@@ -106,7 +119,8 @@ def load_corpus(config: Config, folder: Path, steps: Steps, labelling_teacher=No
         author = "{teacher} {weights}".format(**teacher_identity(labelling_teacher))
     steps(f"corpus: {config.data.tokens:,} training tokens from {', '.join(config.data.sources)}")
     with PartialState(cpu=pick_device(config.teacher.device).type == "cpu").main_process_first():
-        tokenizer = labelling_teacher.tokenizer if labelling_teacher else load_tokenizer(config.teacher.name)
+        name = config.teacher.tokenizer or config.teacher.name
+        tokenizer = labelling_teacher.tokenizer if labelling_teacher else load_tokenizer(name)
         return build_corpus(
             config.data, tokenizer, folder/"corpus", config.seed, ProgressBar("token"), documents, author)
 
@@ -120,6 +134,17 @@ def load_corpus_and_teachers(config: Config, folder: Path, steps: Steps, loaded:
     return load_corpus(config, folder, steps, labelling_teacher), teacher, labelling_teacher
 
 # %% ../nbs/12_cli.ipynb #aa5424fc
+def print_next(command: str) -> None:
+    """Print the command to continue with to standard error."""
+    print(f"next: {command}", file=sys.stderr)
+
+def with_teacher(config: Config, *words: str) -> str:
+    """Return a command line for the same teacher."""
+    same = config.teacher.name == Config().teacher.name
+    teacher = [] if same else ["--teacher.name", config.teacher.name]
+    return shlex.join(["kdcode", *words, *teacher])
+
+# %% ../nbs/12_cli.ipynb #69d4b5c3
 def print_report(report, *lines: str) -> None:
     """Print a report's table and notes, then further lines."""
     from kdcode.report import markdown_table
@@ -147,45 +172,67 @@ def run_distill(config: Config, options) -> None:
     if PartialState().is_main_process:
         report = report_training(config, folder, options.command_line)
         files = {"student": "student", "loss curves": "loss.png", "report": "report.md"}
+        student = display_path(folder/"student")
         print_report(report, *[f"{name}: {display_path(folder/file)}" for name, file in files.items()])
+        print_next(with_teacher(config, "generate", SHORT_PROMPT, "--draft", student))
 
 # %% ../nbs/12_cli.ipynb #0bed3529
 def run_targets(config: Config, options) -> None:
     """Run `kdcode targets`: cache the teacher's targets for the corpus."""
     from kdcode.targets import make_targets
-    if config.targets.kind == "online":
-        raise ConfigError("targets.kind is online, which caches nothing; choose --targets.kind top_k or sampled")
     folder, steps = run_folder(config), Steps(3)
     corpus, _, labelling_teacher = load_corpus_and_teachers(config, folder, steps)
     steps("targets: the teacher labels the corpus (finished parts are kept)")
     cache = make_targets(config, labelling_teacher, corpus, folder)
     size = f"{cache.tokens:,} tokens, {cache.bytes / cache.tokens:.1f} bytes per token"
     print(f"targets: {display_path(cache.folder)} ({size})")
+    print_next(options.command_line.replace("targets", "distill", 1))
 
 # %% ../nbs/12_cli.ipynb #510976b7
-def print_trial(study, trial) -> None:
-    """Print the result of a trial to standard error."""
-    value = "no value" if trial.value is None else f"{trial.value:.4f}"
-    print(f"trial {trial.number}: {value}, {trial.state.name.lower()}, {trial.params}", file=sys.stderr, flush=True)
+class TrialProgress:
+    """Print the result of each trial to standard error, with an estimate of the time to go."""
+
+    def __init__(self, trials: int):
+        self.trials, self.began, self.done = trials, time.monotonic(), 0
+
+    def __call__(self, study, trial) -> None:
+        """Print the result of a trial."""
+        self.done += 1
+        value = "no value" if trial.value is None else f"{trial.value:.4f}"
+        left = max(0, self.trials - trial.number - 1)
+        rest = timedelta(seconds=round((time.monotonic() - self.began) / self.done * left))
+        print(f"trial {trial.number}: {value}, {trial.state.name.lower()}, {trial.params}; about {rest} to go",
+              file=sys.stderr, flush=True)
 
 def run_tune(config: Config, options) -> None:
     """Run `kdcode tune`: search for the best settings."""
     from kdcode.bench import speedup_objective
     from kdcode.report import report_search
-    from kdcode.tune import acceptance_objective, check_search, DEFAULT_SPACE, tune
+    from kdcode.tune import acceptance_objective, DEFAULT_SPACE, tune
     space = check_search_space(read_yaml(options.space), config) if options.space else DEFAULT_SPACE
-    if options.trials < 1:
-        raise ConfigError(f"--trials is {options.trials}; it should be at least 1")
     folder, steps = run_folder(config), Steps(3)
-    check_search(config, folder)
     corpus, teacher, labelling_teacher = load_corpus_and_teachers(config, folder, steps)
     steps(f"search over {', '.join(space)}: {options.trials} trials, including those of earlier calls")
     by_speedup = options.objective == "speedup"
     objective = speedup_objective(teacher.model, config.decode.gamma) if by_speedup else acceptance_objective
-    study = tune(config, space, options.trials, labelling_teacher, corpus, folder, objective, print_trial)
+    study = tune(config, space, options.trials, labelling_teacher, corpus, folder, objective,
+                 TrialProgress(options.trials))
     report = report_search(study, space, config, folder, options.command_line)
     print_report(report, f"best configuration: {display_path(folder/'best.yaml')}",
                  f"history and importances: {display_path(folder/'tuning.png')}")
+    print_next(f"kdcode distill --config {shlex.quote(display_path(folder/'best.yaml'))}")
+
+# %% ../nbs/12_cli.ipynb #d2b8df62
+def default_draft(
+    config: Config,
+    engine: str = "kdcode",  # vLLM needs a student without the teacher's hidden states
+) -> Path | None:
+    """Return the run's student if there is one, else the student shipped for the teacher and engine, else None."""
+    student, path = run_path(config)/"student", shipped_draft(config.teacher.name)
+    if (student/"config.json").exists() or path is None:
+        return student if student.exists() else None
+    independent = path.with_name(f"{path.name}-independent")
+    return independent if engine == "vllm" and independent.exists() else path
 
 # %% ../nbs/12_cli.ipynb #dac8b042
 def load_pair(
@@ -210,18 +257,39 @@ def load_compiled_pair(config: Config, draft: str | None) -> tuple[Any, Any]:
         compile_steps(model, kinds, print_progress)
     return teacher, student
 
-def run_generate(config: Config, options) -> None:
-    """Run `kdcode generate PROMPT`: print a completion while it is decoded."""
-    teacher, student = load_pair(config, options.draft)
-    from kdcode.decode import stream
-    prompt = options.prompt
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")  # `stream` rejects bytes that are not UTF-8
-    pieces = stream(teacher, student, prompt, config.decode, config.seed)
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
+# %% ../nbs/12_cli.ipynb #b365d8ac
+def decoding_summary(streamed) -> str:
+    """Return tokens, target calls, acceptance rate and speeds of a finished stream in one line."""
+    from kdcode.decode import estimate_speedup
+    statistics = streamed.sequence.statistics
+    parts = [statistics.summary()]
+    if statistics.seconds:
+        parts.append(f"{statistics.tokens / statistics.seconds:.1f} tokens/s")
+    speedup, calls = estimate_speedup(streamed)
+    if calls:
+        parts.append(f"speedup {speedup:.2f} over decoding without drafting (estimated from {calls} target calls over "
+                     "one token)")
+    return ", ".join(parts)
+
+def print_stream(streamed, prompt: str, coloured: bool) -> None:
+    """Print a prompt and its completion while it is decoded, on a terminal in the colours of a result."""
+    from kdcode.result import piece_ansi, prompt_ansi
+    print(prompt_ansi(prompt) if coloured else prompt, end="", flush=True)
+    for piece, drafted in streamed.pieces():
+        print(piece_ansi(piece, drafted) if coloured else piece, end="", flush=True)
     print()
+
+def run_generate(config: Config, options) -> None:
+    """Run `kdcode generate PROMPT`: print a completion while it is decoded, and a summary."""
+    teacher, student = load_pair(config, options.draft)
+    from kdcode.decode import open_stream
+    from kdcode.result import piece_ansi
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not options.plain
+    streamed = open_stream(teacher, student, options.prompt, config.decode, config.seed)
+    print_stream(streamed, options.prompt, coloured)
+    if not options.plain:
+        legend = [f"{piece_ansi('drafted', True)}, {piece_ansi('written by the teacher', False)}"] if coloured else []
+        print("\n" + "; ".join([*legend, decoding_summary(streamed)]), file=sys.stderr)
 
 # %% ../nbs/12_cli.ipynb #886be595
 def shipped_student(teacher, config: Config) -> dict:
@@ -234,6 +302,13 @@ def shipped_student(teacher, config: Config) -> dict:
     return {"kdcode, shipped draft": (student, settings),
             "kdcode, shipped draft, hybrid": (student, replace(settings, drafter="hybrid"))}
 
+def load_graphs(teacher, students, config: Config) -> None:
+    """Load the compiled steps that earlier commands left on disk, for a teacher with each of its students."""
+    from kdcode.compiled_step import load_steps, print_progress
+    from kdcode.decode import decoder_graphs
+    for student in students:
+        load_steps(decoder_graphs(teacher.model, student, config.decode), print_progress)
+
 def run_demo(config: Config, options) -> None:
     """Run `kdcode demo`: train a student, then measure its speedup."""
     from kdcode.bench import bench_decode
@@ -242,10 +317,13 @@ def run_demo(config: Config, options) -> None:
     problems = humaneval_problems(config.decode.problems)
     teacher, student = train_student(config, folder, steps, resume=True)
     steps(f"decoding: {len(problems)} HumanEval prompts, with and without the student, interleaved")
+    others = shipped_student(teacher, config)
+    load_graphs(teacher, [student, *(one for one, _ in others.values())], config)
     report = bench_decode(teacher, student, problems, config, folder, options.command_line, ProgressBar("prompt"),
-                          others=shipped_student(teacher, config))
+                          others=others)
     files = "report.md, loss.png, acceptance.png, tensorboard, student"
     print_report(report, f"run folder: {display_path(folder)} ({files})")
+    print_next(with_teacher(config, "generate", SHORT_PROMPT, "--draft", display_path(folder/"student")))
 
 # %% ../nbs/12_cli.ipynb #1db609ad
 def bench_decode(config: Config, folder: Path, options):
@@ -275,6 +353,14 @@ def bench_busy(config: Config, folder: Path, options):
     pair = load_compiled_pair(config, options.draft)
     return bench.bench_busy(*pair, config, folder, options.command_line, ProgressBar("row"))
 
+# %% ../nbs/12_cli.ipynb #ccedcc04
+def bench_server(config: Config, folder: Path, options):
+    """Measure the server with several clients."""
+    from kdcode.bench_serve import bench_serve, Load
+    pair = load_compiled_pair(config, options.draft)
+    load = Load(new_tokens=config.decode.max_new_tokens, repeats=config.decode.problems)
+    return bench_serve(*pair, config, folder, options.command_line, ProgressBar("part"), load)
+
 def bench_profile(config: Config, folder: Path, options):
     """Measure the operations of a draft step and a verify call."""
     from kdcode import bench
@@ -295,8 +381,6 @@ def bench_loss(config: Config, folder: Path, options):
 def bench_targets(config: Config, folder: Path, options):
     """Compare training with cached targets and training with online targets."""
     from kdcode import bench
-    if config.targets.kind == "online":
-        raise ConfigError("targets.kind is online, which caches nothing; choose --targets.kind top_k or sampled")
     steps = Steps(3)
     corpus, _, labelling_teacher = load_corpus_and_teachers(config, folder, steps)
     steps("training: once with online targets, once with cached targets (finished runs are kept)")
@@ -309,9 +393,14 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "steps": (bench_steps, "a target call by number of tokens, dtype and kernels"),
     "profile": (bench_profile, "operations of a draft step and a verify call"),
     "busy": (bench_busy, "decoding beside busy processes, with fixed and adapted numbers of threads"),
+    "serve": (bench_server, "throughput and latency of the server by number of clients, prompt and reuse"),
     "loss": (bench_loss, "memory and time of the chunked loss"),
     "targets": (bench_targets, "cached targets against online targets"),
 }
+
+def record_command(folder: Path) -> str:
+    """Return the command that keeps a report."""
+    return f"kdcode record {shlex.quote(display_path(folder))} NAME"
 
 def run_bench(config: Config, options) -> None:
     """Run `kdcode bench NAME`: measure, and write a report."""
@@ -319,6 +408,7 @@ def run_bench(config: Config, options) -> None:
     folder.mkdir(exist_ok=True)
     report = BENCHMARKS[options.benchmark][0](config, folder, options)
     print_report(report, f"report: {display_path(folder/'report.md')}")
+    print_next(record_command(folder))
 
 # %% ../nbs/12_cli.ipynb #9164bee1
 def run_eval(config: Config, options) -> None:
@@ -337,12 +427,11 @@ def run_eval(config: Config, options) -> None:
     report = compare_models(
         teacher, names, options.draft, config, isolation, folder, options.command_line, ProgressBar)
     print_report(report, f"report: {display_path(folder/'report.md')}")
+    print_next(record_command(folder))
 
 # %% ../nbs/12_cli.ipynb #6c43e1d3
 def run_experiment(config: Config, options) -> None:
     """Run `kdcode experiment FILE`: train the variants of an experiment and compare them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("an experiment runs in one process; start it without accelerate launch")
     from kdcode import experiment
     from kdcode.report import markdown_table
     folder = run_folder(config)
@@ -358,6 +447,7 @@ def run_experiment(config: Config, options) -> None:
     report = experiment.run_experiment(
         options.experiment, prepare, folder, options.command_line, ProgressBar("run"))
     print("\n\n".join([*report.notes, markdown_table(report.rows), f"report: {display_path(folder/'report.md')}"]))
+    print_next(record_command(folder))
 
 def run_record(config: Config, options) -> None:
     """Run `kdcode record FOLDER NAME`: copy a report to the results and add its figures to their history."""
@@ -366,6 +456,7 @@ def run_record(config: Config, options) -> None:
     added = record(Path(options.folder), results, options.result)
     print(f"report: {display_path(results/options.result)}")
     print(f"{added} new rows in {display_path(results/'history.csv')}")
+    print_next(f"git add {shlex.quote(display_path(results))}")
 
 # %% ../nbs/12_cli.ipynb #dbc9e863
 def write_student(
@@ -391,8 +482,6 @@ def grow_student(config: Config, options) -> Path:
     from kdcode.eagle import EagleStudent
     from kdcode.grow import export_grown
     from kdcode.teacher import load_teacher
-    if options.to not in ("llama", "gguf"):
-        raise ConfigError(f"--grow-vocabulary requires --to llama or --to gguf, but --to is {options.to}")
     student = load_draft(options.model)
     if isinstance(student, EagleStudent):
         raise ConfigError(f"the student is a draft head on the hidden states of {student.config.teacher} and cannot "
@@ -411,6 +500,7 @@ def push_student(config: Config, options) -> None:
                         options.report, options.license, options.private)
     if options.dry_run:
         print(f"dry run, nothing was pushed: {display_path(pushed)}")
+        print_next(options.command_line.replace(" --dry-run", ""))
     else:
         print(f"pushed: {pushed}")
 
@@ -418,21 +508,14 @@ def run_export(config: Config, options) -> None:
     """Run `kdcode export MODEL`: convert a student for another engine, quantise it, or push it to the hub."""
     if options.to == "hub":
         return push_student(config, options)
-    if options.repo or options.dry_run:
-        raise ConfigError(f"--repo and --dry-run require --to hub, but --to is {options.to}")
     model = grow_student(config, options) if options.grow_vocabulary else options.model
     path = write_student(model, config.teacher.name, run_folder(config), options.to)
     print(f"student: {display_path(path)}")
+    following = ["bench", "engines"] if options.to == "gguf" else ["generate", SHORT_PROMPT]
+    draft = options.model if options.to == "gguf" else display_path(path)
+    print_next(with_teacher(config, *following, "--draft", draft))
 
 # %% ../nbs/12_cli.ipynb #0beec085
-def default_draft(config: Config, engine: str) -> str | None:
-    """Return the shipped student for the teacher and engine; None if the run has a student, or none is shipped."""
-    path = shipped_drafts().get(config.teacher.name)
-    if path is None or (run_path(config)/"student").exists():
-        return None
-    independent = path.with_name(f"{path.name}-independent")
-    return str(independent if engine == "vllm" and independent.exists() else path)
-
 def serve_with_vllm(config: Config, draft: str | None, key: str | None, arguments: list[str]) -> None:
     """Export teacher and student, and replace this process with vLLM."""
     from kdcode.engines import engine_files, find_program, vllm_command, VLLM_ENVIRONMENT
@@ -451,12 +534,12 @@ def run_serve(config: Config, options) -> None:
     """Run `kdcode serve`: start the server."""
     with garbage_collection_paused():
         from kdcode import serve
-    key = serve.api_key(config.serve.host)
-    draft = options.draft or default_draft(config, options.engine)
+    key = api_key(config.serve.host)
     if options.engine == "vllm":
-        return serve_with_vllm(config, draft, key, shlex.split(options.engine_options))
-    with serve.bind_socket(config.serve) as listening:  # first, because the port may be in use
-        teacher, student = load_pair(config, draft)
+        options.listening.close()
+        return serve_with_vllm(config, options.draft, key, shlex.split(options.engine_options))
+    with options.listening as listening:
+        teacher, student = load_pair(config, options.draft)
         access = "API key in KDCODE_API_KEY" if key else "no API key, this machine only"
         url = serve.server_url(config.serve)
         print(f"serving {teacher.name} at {url} ({access}); press Ctrl+C to stop", flush=True)
@@ -479,7 +562,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
 WITHOUT_SETTINGS = ("experiment", "record")
 
 DRAFT_HELP = "folder or hub id of the student, or the name of a teacher with a shipped student"
-DRAFT = {"type": str, "default": None, "help": f"{DRAFT_HELP}; if omitted, the student of the run"}
+DRAFT = {"type": str, "default": None, "help": f"{DRAFT_HELP}; if omitted, the run's or the shipped one"}
 
 TRAINING_OPTIONS: dict[str, dict[str, dict]] = {  # command -> option -> arguments of `add_argument`
     "distill": {
@@ -503,6 +586,7 @@ DECODING_OPTIONS: dict[str, dict[str, dict]] = {
     "generate": {
         "prompt": {"type": str, "help": "text to complete; - reads standard input"},
         "--draft": DRAFT,
+        "--plain": {"action": "store_true", "help": "print the text only: no colours, no summary"},
     },
     "bench": {
         "benchmark": {"choices": list(BENCHMARKS), "help": "; ".join(
@@ -521,7 +605,7 @@ DECODING_OPTIONS: dict[str, dict[str, dict]] = {
         "--unsafe": {"action": "store_true", "help": "run generated programs as the current user, without isolation"},
     },
     "serve": {
-        "--draft": DRAFT | {"help": f"{DRAFT_HELP}; if omitted, the run's or the shipped one"},
+        "--draft": DRAFT,
         "--engine": {"choices": ["kdcode", "vllm"], "default": "kdcode", "help": (
             "kdcode: this package's decoder, for a few users; vllm: vLLM with the exported student, for many")},
         "--engine-options": {"type": str, "default": "", "help": (
@@ -555,6 +639,50 @@ EXPORT_OPTIONS: dict[str, dict[str, dict]] = {
 }
 OPTIONS = TRAINING_OPTIONS | DECODING_OPTIONS | EXPORT_OPTIONS
 
+# %% ../nbs/12_cli.ipynb #acc8aede
+CORPUS_SETTINGS = ["teacher.name", "data.source", "data.path", "data.tokens"]
+DECODING_SETTINGS = ["teacher.name", "decode.max_new_tokens", "decode.gamma", "decode.drafter"]
+
+COMMON_SETTINGS: dict[str, list[str]] = {  # command -> settings in its --help, besides --config and --name
+    "demo": [*CORPUS_SETTINGS, "train.epochs", "train.max_steps", "decode.problems", "decode.max_new_tokens"],
+    "targets": [*CORPUS_SETTINGS, "targets.kind", "targets.k", "targets.samples", "targets.folder"],
+    "distill": [*CORPUS_SETTINGS, "student.layers", "student.start", "loss.alpha", "train.epochs"],
+    "tune": [*CORPUS_SETTINGS, "student.layers", "train.epochs", "train.max_steps"],
+    "generate": [*DECODING_SETTINGS, "decode.temperature", "decode.top_p", "decode.stop", "seed"],
+    "bench": [*DECODING_SETTINGS, "decode.problems", "decode.temperature", "decode.compile", "threads"],
+    "eval": ["teacher.name", "eval.problems", "eval.limit", "eval.samples", "eval.max_new_tokens",
+             "decode.temperature", "data.source"],
+    "export": ["teacher.name", "out"],
+    "serve": ["teacher.name", "serve.host", "serve.port", "serve.slots", "serve.max_new_tokens", "decode.gamma",
+              "decode.drafter", "decode.compile"],
+}
+_TRAINING = ("teacher", "data", "student", "targets", "loss", "train")
+SECTIONS: dict[str, tuple[str, ...]] = {  # command -> sections in its --help-all
+    "demo": (*_TRAINING, "decode"), "targets": ("teacher", "data", "student", "targets"), "distill": _TRAINING,
+    "tune": (*_TRAINING, "decode"), "generate": ("teacher", "decode"), "bench": (*_TRAINING, "decode"),
+    "eval": ("teacher", "data", "decode", "eval"), "export": _TRAINING, "serve": ("teacher", "decode", "serve")}
+
+# %% ../nbs/12_cli.ipynb #188755a6
+_PROMPT = shlex.quote(SHORT_PROMPT)
+EXAMPLES: dict[str, list[str]] = {
+    "demo": ["kdcode demo", "kdcode demo --name mine --data.source folder --data.path my/code"],
+    "targets": ["kdcode targets --name mine --targets.kind top_k"],
+    "distill": ["kdcode distill --config configs/smollm2.yaml",
+                "kdcode distill --name mine --data.source folder --data.path my/code --train.epochs 2",
+                "kdcode distill --name mine --teacher.name USER/TEACHER --resume"],
+    "tune": ["kdcode tune --name search --trials 20"],
+    "generate": [f"kdcode generate {_PROMPT}", f"kdcode generate {_PROMPT} --draft runs/quickstart/student",
+                 f"kdcode generate {_PROMPT} --teacher.name USER/TEACHER --draft USER/STUDENT",
+                 "kdcode generate - --plain < prompt.py"],
+    "bench": ["kdcode bench decode", "kdcode bench tasks --draft runs/quickstart/student"],
+    "eval": ["kdcode eval --eval.limit 20", "kdcode eval --models USER/MODEL --draft smollm2"],
+    "experiment": ["kdcode experiment configs/experiments/divergences.yaml"],
+    "export": ["kdcode export runs/quickstart/student --to gguf",
+               "kdcode export runs/quickstart/student --to hub --repo USER/NAME --dry-run"],
+    "serve": ["kdcode serve", "kdcode serve --teacher.name USER/TEACHER --draft USER/STUDENT --serve.port 8080"],
+    "record": ["kdcode record runs/quickstart/bench-decode decode-quickstart"],
+}
+
 # %% ../nbs/12_cli.ipynb #cf418a19
 def usage(command: str) -> str:
     """Return the usage line of a command, without the options for the settings."""
@@ -565,67 +693,277 @@ def usage(command: str) -> str:
     return " ".join(["kdcode", command, *positional, *optional, *settings])
 
 def make_parser(
-    command: str,  # the command that gets options for the settings
+    command: str,
+    with_help: bool = True,  # whether the settings have descriptions
 ) -> ArgumentParser:
-    """Return the parser of all commands."""
-    parser = ArgumentParser(
-        prog="kdcode", exit_on_error=False, usage="kdcode COMMAND [options]",
-        description="Distil a small student from a large code model, and use it as the draft model of lossless "
-                    "speculative decoding.")
-    commands = parser.add_subcommands(
-        required=True, dest="command", metavar="COMMAND", title="commands",
-        description="Run kdcode COMMAND --help for its options.")
-    for name, (_, summary) in COMMANDS.items():
-        description = f"{summary[0].upper()}{summary[1:]}."
-        subparser = ArgumentParser(exit_on_error=False, usage=usage(name), description=description)
-        for option, arguments in OPTIONS.get(name, {}).items():
-            subparser.add_argument(option, **arguments)
-        if name == command and name not in WITHOUT_SETTINGS:
-            add_config(subparser)
-        commands.add_subcommand(name, subparser, help=summary)
+    """Return the parser of a command's own options, and of the settings if it has any."""
+    parser = ArgumentParser(prog=f"kdcode {command}", exit_on_error=False, allow_abbrev=False, usage=usage(command))
+    for option, arguments in OPTIONS.get(command, {}).items():
+        parser.add_argument(option, **arguments)
+    if command not in WITHOUT_SETTINGS:
+        add_config(parser, with_help)
     return parser
 
+# %% ../nbs/12_cli.ipynb #03834b06
+def main_help() -> str:
+    """Return the help of `kdcode`."""
+    pair = "--teacher.name USER/TEACHER --draft USER/STUDENT"
+    width = max(map(len, COMMANDS))
+    return "\n".join([
+        "kdcode speeds up a code model with a small draft model, and leaves its output unchanged.", "",
+        "Decode with any two models of the Hugging Face Hub that have the same tokenizer:",
+        f"  kdcode generate {_PROMPT} {pair}",
+        "Distil a draft model for your model and your code:",
+        "  kdcode distill --teacher.name USER/TEACHER --data.source folder --data.path my/code",
+        "Serve both with OpenAI's API:",
+        f"  kdcode serve {pair}",
+        "Without --teacher.name and --draft, they use a small embedded model and its shipped draft model.", "",
+        "usage: kdcode COMMAND [options]", "", "commands:",
+        *[f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()], "",
+        "kdcode COMMAND --help      the options that people use, with examples",
+        "kdcode COMMAND --help-all  all options",
+        "kdcode --version           the version"])
+
+# %% ../nbs/12_cli.ipynb #f111aabb
+def _description(name: str) -> str:
+    """Return the documentation of a setting with its default, for `argparse`."""
+    section, _, field = name.rpartition(".")
+    owner = getattr(Config(), section) if section else Config()
+    docs = field_docs(type(owner))  # type: ignore[arg-type]  # mypy: a class of dataclasses is not hashable
+    default = getattr(owner, field)
+    shown = f" (default: {default})" if default not in (None, []) else ""
+    return f"{docs.get(field, '')}{shown}".replace("%", "%%")
+
+def short_help(command: str) -> str:
+    """Return the help of a command with the options that people use, and examples."""
+    parser = argparse.ArgumentParser(
+        prog=f"kdcode {command}", usage=usage(command), description=COMMANDS[command][1].capitalize() + ".",
+        epilog="\n".join(["examples:", *[f"  {line}" for line in EXAMPLES[command]], "",
+                          f"kdcode {command} --help-all lists all options."]),
+        add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option, arguments in OPTIONS.get(command, {}).items():
+        parser.add_argument(option, **arguments)
+    if command not in WITHOUT_SETTINGS:
+        group = parser.add_argument_group("settings")
+        group.add_argument("--config", metavar="FILE", help="YAML file with settings")
+        for name in ["name", *COMMON_SETTINGS[command]]:
+            group.add_argument(f"--{name}", metavar="VALUE", help=_description(name))
+    return parser.format_help().rstrip()
+
+# %% ../nbs/12_cli.ipynb #9951ff49
+def full_help(command: str) -> str:
+    """Return the help of a command with all settings of the sections that it uses."""
+    parser = make_parser(command)
+    for action in parser._actions:  # argparse has no public list
+        section = (action.option_strings or [""])[-1].removeprefix("--").partition(".")[0]
+        if isinstance(getattr(Config(), section, None), Settings) and section not in SECTIONS[command]:
+            action.help = argparse.SUPPRESS
+    return parser.format_help().rstrip()
+
+def help_text(arguments: list[str]) -> str:
+    """Return the help or the version that a command line asks for; empty if it asks for none."""
+    if "--version" in arguments[:1]:
+        return f"kdcode {__version__}"
+    if not {"-h", "--help", "--help-all"} & {*arguments}:
+        return ""
+    if arguments[0] in ("-h", "--help", "--help-all"):
+        return main_help()
+    check_command(arguments)
+    return full_help(arguments[0]) if "--help-all" in arguments else short_help(arguments[0])
+
+# %% ../nbs/12_cli.ipynb #5c56fa20
+def option_names(command: str) -> list[str]:
+    """Return all options of a command; first its own, then the settings of its sections, then all others."""
+    own = [name for name in OPTIONS.get(command, {}) if name.startswith("--")]
+    if command in WITHOUT_SETTINGS:
+        return own
+    sections = {name: part for name, part in vars(Config()).items() if isinstance(part, Settings)}
+    top = [f"--{f.name}" for f in fields(Config) if f.name not in sections]
+    used = sorted(sections, key=lambda name: name not in SECTIONS[command])
+    settings = [f"--{section}.{f.name}" for section in used for f in fields(sections[section])]
+    return [*own, "--config", "--help", "--help-all", *top, *settings]
+
+def suggest_option(name: str, command: str) -> str:
+    """Return a hint for an unknown option, with or without its dashes."""
+    given, known = name.lstrip("-"), [option.removeprefix("--") for option in option_names(command)]
+    by_field = {option.rpartition(".")[2]: option for option in reversed(known)}  # the first section has the field
+    names = by_field | {option: option for option in known}
+    similar = [names[near] for near in difflib.get_close_matches(given, names, n=1)]
+    similar = similar or [option for option in known if given and option.startswith(given)]
+    return f"did you mean --{similar[0]}?" if similar else f"kdcode {command} --help-all lists all options"
+
+# %% ../nbs/12_cli.ipynb #77764b30
+MISSING = {  # argument -> how to give it
+    "prompt": f"write it in quotes: kdcode generate {shlex.quote(SHORT_PROMPT)}, or - to read standard input",
+    "benchmark": f"choose one of {', '.join(BENCHMARKS)}",
+    "file": "give the YAML file of an experiment, such as configs/experiments/divergences.yaml",
+    "model": "give the folder of a student, or the name of a shipped one, such as smollm2",
+    "folder": "give the folder of a finished run and a name for its result: kdcode record FOLDER NAME",
+    "result": "give the folder of a finished run and a name for its result: kdcode record FOLDER NAME",
+}
+
+def explain_error(error: ArgumentError, command: str) -> str:
+    """Return the message of a parser's error in one line: what was wrong, its value, and what to do."""
+    text = one_line_error(error)
+    if unknown := re.search(r"[Uu]nrecognized arguments: (.+)", text):
+        name = shlex.quote(unknown[1].split()[0].partition("=")[0])
+        if name.startswith("-") or "." in name and f"--{name}" in option_names(command):
+            return f"{command} has no option {name}; {suggest_option(name, command)}"
+        quotes = "; put the whole prompt in quotes" if command == "generate" else ""
+        return f"{command} does not take {unknown[1]!r}{quotes or f'; usage: {usage(command)}'}"
+    if missing := re.search(r"arguments are required: (\w+)", text) or re.search(r'Key "(\w+)" is required', text):
+        return f"{command} needs a {missing[1]}; {MISSING.get(missing[1], usage(command))}"
+    if choice := re.search(r"invalid choice: '?(.*?)'? \(choose from (.+)\)", text):
+        choices = choice[2].replace("'", "").split(", ")
+        hint = did_you_mean(choice[1], choices) or f"choose one of {', '.join(choices)}"
+        return f"{command} does not know {choice[1]!r}; {hint}"
+    if value := re.search(r"argument (--[\w.-]+).*: expected .*argument", text):
+        return f"{value[1]} is the last word, or an option follows it; give it a value"
+    return text
+
 # %% ../nbs/12_cli.ipynb #681fa9f1
-def load_configuration(parser: ArgumentParser, parsed, options) -> Config:
+def load_configuration(command: str, parser: ArgumentParser, options) -> Config:
     """Return the configuration of a command line; `experiment` reads it from its file."""
-    if parsed.command not in WITHOUT_SETTINGS:
-        return resolve(parser, parsed, parsed.command)
-    if parsed.command == "record":
+    if command not in WITHOUT_SETTINGS:
+        return resolve(parser, options)
+    if command == "record":
         return Config()
     options.experiment = read_experiment(options.file)
     options.experiment.config.out = options.out or options.experiment.config.out
     return options.experiment.config
 
+def check_command(arguments: list[str]) -> None:
+    """Raise `ConfigError` if a command line does not begin with a command."""
+    if not arguments:
+        raise ConfigError(f"no command given; choose one of {', '.join(COMMANDS)}, or run kdcode --help")
+    if arguments[0] not in COMMANDS:
+        hint = did_you_mean(arguments[0], COMMANDS) or f"choose one of {', '.join(COMMANDS)}"
+        first = " (options follow the command)" if arguments[0].startswith("-") else ""
+        raise ConfigError(f"there is no command {arguments[0]!r}{first}; {hint}")
+
+def read_config_file(name: str) -> Any:
+    """Return the content of a configuration file. Raise `ConfigError` if it is missing or not valid."""
+    if not Path(name).exists():
+        folders = (Path("configs"), Path(name).parent, home()/"configs")
+        files = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+        similar = difflib.get_close_matches(Path(name).stem, files, n=1)
+        hint = f"did you mean {display_path(files[similar[0]])}?" if similar else "give a YAML file with settings"
+        raise ConfigError(f"--config is {name}, but there is no such file; {hint}")
+    return read_yaml(name)
+
+# %% ../nbs/12_cli.ipynb #58f8d688
 def parse(
     arguments: list[str],  # without the program's name
 ):                         # the command's function, its `Config`, and its own options
     """Parse a command line. Raise `ConfigError` for a mistake in it."""
-    if not arguments:
-        raise ConfigError(f"no command given; choose one of {', '.join(COMMANDS)}, or run kdcode --help")
-    for option, value in zip(arguments, arguments[1:]):
-        if option == "--config":
-            check_keys(read_yaml(value))
-    parser = make_parser(arguments[0])
+    check_command(arguments)
+    command, *words = arguments
+    for option, value in zip([*words, ""], [*words[1:], "", ""]):
+        if option == "--config" and value or option.startswith("--config="):
+            check_keys(read_config_file(option.partition("=")[2] or value))
+    parser = make_parser(command, with_help=False)
     try:
-        parsed = parser.parse_args(arguments)
+        options = parser.parse_args(words)
     except ArgumentError as error:
-        raise ConfigError(one_line_error(error)) from None
-    options = parsed[parsed.command]
-    options.command_line = shlex.join(["kdcode", *arguments])
-    return COMMANDS[parsed.command][0], load_configuration(parser, parsed, options), options
+        raise ConfigError(explain_error(error, command)) from None
+    config = load_configuration(command, parser, options)
+    options.command, options.command_line = command, shlex.join(["kdcode", *arguments])
+    return COMMANDS[command][0], config, options
 
 # %% ../nbs/12_cli.ipynb #d7a27335
-PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile", "busy")  # need a teacher and a student
+PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile", "busy", "serve")  # need a teacher and a student
+
+def read_prompt(prompt: str) -> str:
+    """Return a prompt, that of standard input for "-". Raise `ConfigError` if it is empty or has only spaces."""
+    if prompt == "-":
+        if sys.stdin.isatty():
+            print("reading the prompt from the terminal; press Ctrl+D at its end", file=sys.stderr)
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")  # bytes that are not UTF-8 are rejected later
+    if not prompt.strip():
+        raise ConfigError(f"the prompt is {prompt!r}, which has no text; write the beginning of a program, such as "
+                          f"{shlex.quote(SHORT_PROMPT)}")
+    return prompt
+
+def choose_draft(config: Config, options) -> None:
+    """Set `options.draft` to the given, the run's or the shipped student. Raise `ConfigError` if it does not fit."""
+    if options.draft is None:
+        found = default_draft(config, options.get("engine") or "kdcode")
+        options.draft = str(found or run_path(config)/"student")
+        options.draft_note = "" if found is None or found.parent == run_path(config) else (
+            f" (shipped for {config.teacher.name}; choose another with --draft)")
+    check_draft(options.draft, config.teacher.name)
+
+# %% ../nbs/12_cli.ipynb #1acac444
+def check_export(options) -> None:
+    """Raise `ConfigError` for options of `kdcode export` that do not go together."""
+    if options.to != "hub" and (options.repo or options.dry_run):
+        raise ConfigError(f"--repo and --dry-run require --to hub, but --to is {options.to}")
+    if options.grow_vocabulary and options.to not in ("llama", "gguf"):
+        raise ConfigError(f"--grow-vocabulary requires --to llama or --to gguf, but --to is {options.to}")
+
+def check_corpus(config: Config) -> None:
+    """Raise `ConfigError` if a folder of the corpus, or the student to start from, does not exist."""
+    parts = config.data.source if isinstance(config.data.source, list) else [config.data]
+    paths = [part.path for part in parts if part.source == "folder"]
+    if "teacher" in config.data.sources and config.data.prompt_source == "folder":
+        paths.append(config.data.path)
+    if not (run_path(config)/"corpus"/"corpus.json").exists():
+        for path in paths: source_folder(path)
+    if config.student.start:
+        check_draft(config.student.start, config.teacher.name)
+
+def check_targets(config: Config) -> None:
+    """Raise `ConfigError` if there are no targets to cache."""
+    if config.targets.kind == "online":
+        raise ConfigError("targets.kind is online, which caches nothing; choose --targets.kind top_k or sampled")
+
+# %% ../nbs/12_cli.ipynb #ae14c1c6
+def check_training(config: Config, options) -> None:
+    """Raise `ConfigError` for a corpus or a run folder with which a command cannot train."""
+    check_corpus(config)
+    if options.command in ("distill", "demo"):
+        check_run(config, run_path(config), options.get("resume", True))
+    if options.command == "targets" or options.get("benchmark") == "targets":
+        check_targets(config)
+    if options.command == "tune":
+        check_search(config, run_path(config))
+        if options.space:
+            check_search_space(read_yaml(options.space), config)
+        if options.trials < 1:
+            raise ConfigError(f"--trials is {options.trials}; it should be at least 1")
+    if options.command == "experiment" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("an experiment runs in one process; start it without accelerate launch")
+
+# %% ../nbs/12_cli.ipynb #57b07e6c
+TRAINING = ("demo", "targets", "distill", "tune", "experiment")
+
+def check_models(config: Config, options) -> None:
+    """Raise `ConfigError` for a prompt without text, and for models that are not there or do not fit."""
+    name = config.teacher.name
+    if name != "smollm2" and not name.endswith(".gguf"):
+        check_teacher_name(name)
+    model_source(name)
+    if options.command == "generate":
+        options.prompt = read_prompt(options.prompt)
+    if options.command in ("generate", "serve") or options.get("benchmark") in PAIR_BENCHMARKS:
+        choose_draft(config, options)
+    elif draft := options.get("draft") or options.get("model"):
+        check_draft(draft, name)
 
 def check_files(config: Config, options) -> None:
-    """Raise `ConfigError` for models that are not there and for runs that do not fit, without loading anything."""
-    model_source(config.teacher.name)
-    if "resume" in options:
-        check_run(config, run_path(config), options.resume)
-    if "prompt" in options or options.get("benchmark") in PAIR_BENCHMARKS:
-        draft_folder(options.draft or str(run_path(config)/"student"))
-    elif name := options.get("draft") or options.get("model"):
-        draft_folder(name)
+    """Raise `ConfigError` for mistakes that show without loading anything large; read the prompt, open the port."""
+    if options.command == "record":
+        return
+    if options.command == "export":
+        check_export(options)
+    check_models(config, options)
+    if options.command in TRAINING or options.get("benchmark") == "targets" or options.get("grow_vocabulary"):
+        check_training(config, options)
+    if options.command not in ("generate", "serve"):
+        check_writable(run_path(config))
+    if options.command == "serve":
+        api_key(config.serve.host)
+        options.listening = bind_socket(config.serve)
 
 # %% ../nbs/12_cli.ipynb #49181c44
 def silence_libraries() -> None:
@@ -639,15 +977,37 @@ def print_error(message: object) -> None:
     """Print an error message in one line to standard error."""
     print(f"kdcode: {message}", file=sys.stderr)
 
+# %% ../nbs/12_cli.ipynb #5e485ea7
+def announce(config: Config, options) -> None:
+    """Print what a command works with to standard error, before libraries are loaded."""
+    if options.command == "record" or options.get("plain") or os.environ.get("RANK", "0") != "0":
+        return
+    parts = [f"teacher {config.teacher.name}"]
+    if draft := options.get("draft"):
+        parts.append(f"draft {display_path(draft)}{options.get('draft_note') or ''}")
+    if options.command not in ("generate", "serve"):
+        parts.append(f"run folder {display_path(run_path(config))}")
+    print(f"kdcode {options.command}: {', '.join(parts)}", file=sys.stderr, flush=True)
+
+def run_command(arguments: list[str]) -> None:
+    """Parse a command line, check its files, and run it."""
+    run, config, options = parse(arguments)
+    check_files(config, options)
+    announce(config, options)
+    with garbage_collection_paused():
+        silence_libraries()
+        THREADS.use(config.threads)
+    run(config, options)
+
+# %% ../nbs/12_cli.ipynb #40eeb2f8
 def main(arguments: list[str] | None = None) -> int:
     """Run the `kdcode` command, and return its exit status: 0, 1 (failed), 2 (invalid) or 130 (interrupted)."""
+    arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
     try:
-        run, config, options = parse(sys.argv[1:] if arguments is None else list(arguments))
-        check_files(config, options)
-        with garbage_collection_paused():
-            silence_libraries()
-            THREADS.use(config.threads)
-        run(config, options)
+        if text := help_text(arguments):
+            print(text)
+        else:
+            run_command(arguments)
     except ConfigError as error:
         print_error(error)
         return 2

@@ -27,6 +27,7 @@ from .config import Config, DecodeSettings, Experiment
 from .data import Corpus
 from .draft_eval import evaluation_texts, first_draft_acceptance, PromptTexts, replay, task_prompts
 from .files import check_run
+from .notebook import plot_style
 from .provenance import machine, write_atomic
 from .report import cached_figures, METRICS, Report
 from .student import Student
@@ -124,13 +125,14 @@ def _plot_figure(ax: Axes, runs: pd.DataFrame, variants: list[str], name: str) -
     """Plot one figure of all runs, the variants from bottom to top."""
     for row, variant in enumerate(variants):
         values = runs.loc[runs["variant"] == variant, name]
-        ax.plot(values, [row] * len(values), "o", color="tab:green", ms=4, alpha=.6)
+        ax.plot(values, [row] * len(values), "o", color="C2", ms=4, alpha=.8)
         ax.plot([values.mean()] * 2, [row - .3, row + .3], color="black", lw=1.2)
     ax.set(xlabel=(METRICS | DRAFTING)[name], yticks=range(len(variants)), yticklabels=variants)
     ax.locator_params(axis="x", nbins=3)  # more tick labels would overlap
     ax.tick_params(axis="x", labelsize=8)
     ax.grid(axis="x", alpha=.3)
 
+@plot_style
 def plot_runs(
     runs: pd.DataFrame,
     names: Iterable[str] | None = None,  # of figures; None: the main figures of the comparison

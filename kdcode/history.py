@@ -8,6 +8,7 @@ __all__ = ['PACKAGES', 'TYPES', 'LABELS', 'report_rows', 'parse_report', 'join_r
            'read_report', 'report_markdown', 'round_costs', 'headline']
 
 # %% ../nbs/09d_history.ipynb #0e84317f
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .config import ConfigError
+from .notebook import COLORS, plot_style
 from .provenance import write_atomic
 
 # %% ../nbs/09d_history.ipynb #0546e99f
@@ -205,6 +207,7 @@ def _figure_rows(history: pd.DataFrame, figure: str, results: list[str] | None) 
     return rows.assign(machine=rows.apply(machine_name, axis=1), position=pd.factorize(rows["commit"])[0])
 
 # %% ../nbs/09d_history.ipynb #e419e2a6
+@plot_style
 def plot_measurements(
     history: pd.DataFrame,
     figure: str,                       # its name, such as speedup
@@ -213,7 +216,7 @@ def plot_measurements(
     """Plot a figure over commits, one line per result. Raises `ConfigError` if no row has the figure."""
     rows = _figure_rows(history, figure, results)
     names = results or sorted(rows["result"].unique())
-    colors = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors * len(names)
+    colors = itertools.cycle(COLORS)
     markers = dict(zip(rows["machine"].unique(), _MARKERS * len(rows)))
     fig, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for name, color in zip(names, colors):
@@ -233,7 +236,7 @@ def _label_commits(ax: plt.Axes, commits: pd.DataFrame) -> None:
     days = commits["date"].str[:10].reset_index(drop=True)
     for position, day in days.drop_duplicates().items():
         ax.annotate(day, (position, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
-                    textcoords="offset points", ha="center", fontsize=8, color="gray")
+                    textcoords="offset points", ha="center", fontsize=8, color="C7")
     ax.set(xlabel="measured commit (+: with uncommitted changes)", xlim=(-.5, len(commits) - .5))
     ax.grid(alpha=.3)
 
@@ -241,7 +244,7 @@ def _add_legends(ax: plt.Axes, markers: dict[str, str]) -> None:
     """Add a legend of the results and one of the machines."""
     style = {"frameon": False, "fontsize": 8, "title_fontsize": 8, "alignment": "left"}
     ax.add_artist(ax.legend(title="result", loc="upper left", bbox_to_anchor=(1, 1), **style))
-    handles = [plt.Line2D([], [], color="gray", ls="", marker=marker) for marker in markers.values()]
+    handles = [plt.Line2D([], [], color="C7", ls="", marker=marker) for marker in markers.values()]
     ax.legend(handles, markers, title="machine", loc="lower left", bbox_to_anchor=(1, 0), **style)
 
 # %% ../nbs/09d_history.ipynb #44d1b50a
@@ -283,7 +286,7 @@ def _headline_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     student = by_method[STUDENT_DRAFT]
     return {
         "generate tokens/s": by_method[GENERATE]["tokens/s"],
-        "speedups: student draft": student["speedup"],
+        "speedup: student draft": student["speedup"],
         "hybrid draft": by_method.get(DRAFTER_LABELS["hybrid"], {}).get("speedup"),
         "prompt lookup (transformers)": _best_speedup(rows, TRANSFORMERS_METHODS["lookup"]),
         "assisted generation": _best_speedup(rows, TRANSFORMERS_METHODS["assisted"]),
@@ -296,13 +299,17 @@ def _headline_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def headline(
     results: str | Path,    # folder of all results
     names: dict[str, str],  # label of a row -> name of a result, a report of `kdcode bench decode`
+    columns: tuple[str, ...] = (),  # after the label; none: all
 ) -> str:
-    """Return a Markdown table with one row per report, then a list of machines and commands.
+    """Return a Markdown table with one row per report, then a list of reports, machines and commands.
 
     Raises `ConfigError` if a report is missing or damaged.
     """
     from kdcode.report import markdown_table
     reports = {label: read_report(results, name) for label, name in names.items()}
-    table = [{"teacher and draft": label} | _headline_row(report["rows"]) for label, report in reports.items()]
-    sources = [f"* {label}: {_prompts_and_machine(report)}: `{report['command']}`" for label, report in reports.items()]
+    found = {label: _headline_row(report["rows"]) for label, report in reports.items()}
+    table = [{"teacher and draft": label} | {name: row[name] for name in columns or row}
+             for label, row in found.items()]
+    sources = [f"* {label} ([report]({results}/{names[label]}/report.md)): {_prompts_and_machine(report)}: "
+               f"`{report['command']}`" for label, report in reports.items()]
     return "\n\n".join([markdown_table(table), "\n".join(sources)])

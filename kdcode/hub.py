@@ -194,7 +194,7 @@ In kdcode:
 from kdcode import complete, load_draft, load_teacher
 
 teacher = load_teacher("{teacher}")
-print(complete(teacher, load_draft("{repo}", teacher), "def quicksort(arr):\\n").text)
+print(complete(teacher, load_draft("{repo}", teacher), "def is_palindrome(s):").text)
 ```
 """
 
@@ -207,7 +207,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{hub_id}")
 teacher = AutoModelForCausalLM.from_pretrained("{hub_id}")
 draft = AutoModelForCausalLM.from_pretrained("{repo}")
-inputs = tokenizer("def quicksort(arr):\\n", return_tensors="pt")
+inputs = tokenizer("def is_palindrome(s):", return_tensors="pt")
 output = teacher.generate(**inputs, max_new_tokens=128, assistant_model=draft)
 print(tokenizer.decode(output[0]))
 ```

@@ -176,7 +176,8 @@ def report_training(
     rows += [{"held-out text": language} | {label: best[f"{metric}_{language}"] for metric, label in METRICS.items()}
              for language in languages]
     blocks = config.train.batch_size * config.train.gradient_accumulation
-    notes = [f"Best checkpoint: after {best['step']} optimizer steps of {blocks} × {config.data.block_size} tokens. "
+    tokens = min(config.data.token_shares)
+    notes = [f"Best checkpoint: after {best['step']} optimizer steps of {blocks} × {tokens} tokens. "
              f"Metrics are at temperature 1. Training took {best['seconds']:.0f} s."]
     figures = {name: value for name, value in best.items() if name != "epoch"}
     report = Report(command, config, figures, rows, notes, ("loss.png",))

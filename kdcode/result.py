@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAFT_STYLE', 'TARGET_STYLE', 'add_counts', 'DecodingCounts', 'DecodingRates', 'Statistics', 'percent_bar',
-           'statistics_html', 'incremental_text', 'SpeculativeResult', 'piece_html', 'result_html', 'result_ansi']
+           'statistics_html', 'incremental_text', 'SpeculativeResult', 'piece_html', 'result_html', 'prompt_ansi',
+           'piece_ansi', 'result_ansi']
 
 # %% ../nbs/07a_result.ipynb #10d85c0a
 import html
@@ -230,7 +231,15 @@ def _ansi(code: str, text: str) -> str:
     printable = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda match: repr(match[0])[1:-1], text)
     return f"\x1b[{code}m{printable}\x1b[0m"
 
+def prompt_ansi(prompt: str) -> str:
+    """Return a prompt for a terminal, dim."""
+    return _ansi(_DIM, prompt)
+
+def piece_ansi(piece: str, drafted: bool) -> str:
+    """Return a piece of new text for a terminal: draft tokens green, tokens of the target bold yellow."""
+    return _ansi(_GREEN if drafted else _BOLD_YELLOW, piece)
+
 def result_ansi(result: SpeculativeResult) -> str:
-    """Return prompt and new text for a terminal: prompt dim, draft tokens green, tokens of the target bold yellow."""
-    prompt = _ansi(_DIM, result.tokenizer.decode(result.prompt))
-    return prompt + "".join(_ansi(_GREEN if drafted else _BOLD_YELLOW, piece) for piece, drafted in result.pieces())
+    """Return prompt and new text for a terminal."""
+    prompt = prompt_ansi(result.tokenizer.decode(result.prompt))
+    return prompt + "".join(piece_ansi(*piece) for piece in result.pieces())

@@ -7,23 +7,22 @@ __all__ = ['TIME_BUCKETS', 'MIN_TEMPERATURE', 'KEEP_ALIVE', 'logger', 'BODY_TIME
            'STREAM_HEADERS', 'CLIENT_CLOSED_REQUEST', 'ERROR_RESPONSES', 'SHUTDOWN_GRACE', 'PendingToken',
            'searched_text', 'partial_stop_length', 'truncate_tokens', 'StopStringSearch', 'IncrementalDecoder',
            'special_text', 'TextBuffer', 'ResponseSequence', 'make_delta', 'RequestStream', 'usage_info',
-           'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'Metrics', 'TokenTimer', 'public_name',
-           'chat_prompt', 'end_of_turn_ids', 'request_prompts', 'check_sequence_count', 'max_sequence_length',
-           'model_not_found', 'Service', 'sampling_settings', 'response_sequences', 'ResponseBuilder', 'keep_alive',
-           'StreamBuilder', 'known_path', 'check_api_key', 'body_too_large', 'is_loopback', 'host_name', 'check_host',
-           'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses',
-           'add_completion_routes', 'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app',
-           'api_key', 'bind_socket', 'server_url', 'make_server', 'serve']
+           'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'DecodingMetrics', 'Metrics',
+           'TokenTimer', 'public_name', 'chat_prompt', 'end_of_turn_ids', 'vocabulary_size', 'infill_prompts',
+           'request_prompts', 'check_sequence_count', 'max_sequence_length', 'model_not_found', 'Service',
+           'CountPenalty', 'request_processors', 'sampling_settings', 'end_ids', 'response_sequences',
+           'ResponseBuilder', 'keep_alive', 'StreamBuilder', 'InfillBuilder', 'known_path', 'check_api_key',
+           'body_too_large', 'host_name', 'check_host', 'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect',
+           'respond', 'error_responses', 'add_completion_routes', 'add_model_routes', 'content_security_policy',
+           'add_service_routes', 'create_app', 'server_url', 'make_server', 'serve']
 
 # %% ../nbs/11a_serve.ipynb #a052de94
 import asyncio
 import base64
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
-import os
 import re
 import secrets
 import signal
@@ -49,11 +48,13 @@ from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry, CONTENT_TYPE_LATEST, Counter, Gauge, generate_latest, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, SequenceBiasLogitsProcessor
 
 from .api import (
     APIError, ChatCompletionFormat, ChatCompletionRequest, ChatCompletionResponse, CompletionFormat, CompletionRequest,
-    CompletionResponse, error_response, ErrorResponse, SamplingRequest, StreamOptions, TextDelta, to_api_error)
+    CompletionResponse, error_response, ErrorResponse, InfillRequest, InfillResponse, SamplingRequest, StreamOptions,
+    TextDelta, to_api_error)
 from .batching import Batch, QueueFull, Scheduler, SchedulerClosed
 from .compiled_step import compile_in_background
 from .config import Config, ConfigError, DecodeSettings, ServeSettings
@@ -61,6 +62,8 @@ from .data import text_after, text_ids
 from .decode import (
     check_prompts, check_student, decoder_graphs, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode)
 from .drafters import Drafter, Sequence
+from .files import is_loopback
+from .infill import fim_end_ids, find_fim_format, infill_prompt
 from .result import incremental_text, Statistics
 from .teacher import Teacher
 
@@ -259,12 +262,14 @@ class RequestStream:
             self.scheduler.cancel(response.sequence)
 
 # %% ../nbs/11a_serve.ipynb #272ed3f7
-def usage_info(sequences: list[ResponseSequence], n: int) -> dict[str, int]:
+def usage_info(sequences: list[ResponseSequence], n: int) -> dict[str, Any]:
     """Return the token counts of a response with `n` sequences for each prompt."""
     prompt_tokens = sum(one.prompt_tokens for one in sequences[::n])
     completion_tokens = sum(one.completion_tokens for one in sequences)
+    cached_tokens = sum(one.sequence.cached_tokens for one in sequences[::n])
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens}
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens}}
 
 def total_statistics(sequences: list[ResponseSequence]) -> Statistics:
     """Return the sum of the statistics of all sequences."""
@@ -290,27 +295,11 @@ def join_deltas(deltas: list[TextDelta]) -> TextDelta:
 # %% ../nbs/11a_serve.ipynb #bab6151b
 TIME_BUCKETS = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)  # seconds
 
-class Metrics:
-    """Prometheus metrics of a server; the counts of speculative decoding are those of finished requests."""
+class DecodingMetrics:
+    """Prometheus metrics of speculative decoding, of finished requests."""
 
-    def __init__(self, scheduler: Scheduler):
-        self.registry = CollectorRegistry()
+    def __init__(self):
         self.finished = Statistics()  # of all finished sequences
-        self.requests = self._add(Counter, "requests", "HTTP requests by path and status", ("path", "status"))
-        self.first_token = self._add(
-            Histogram, "first_token_seconds", "time from the request to its first token", buckets=TIME_BUCKETS)
-        self.between_tokens = self._add(
-            Histogram, "between_tokens_seconds", "time between two tokens of a sequence", buckets=TIME_BUCKETS)
-        self.broken_streams = self._add(
-            Counter, "broken_streams", "streams that ended with an error after the status was sent")
-        waiting = self._add(Gauge, "waiting_requests", "sequences in the queue")
-        waiting.set_function(lambda: len(scheduler.queue))
-        running = self._add(Gauge, "running_requests", "sequences in the batch")
-        running.set_function(lambda: scheduler.running)
-        self.registry.register(self)
-
-    def _add(self, kind: type, name: str, documentation: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
-        return kind(f"kdcode_{name}", documentation, labels, registry=self.registry, **options)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of speculative decoding; called by `prometheus_client`."""
@@ -323,6 +312,39 @@ class Metrics:
         yield GaugeMetricFamily("kdcode_acceptance_rate", "acceptance rate α", finished.acceptance_rate)
         yield GaugeMetricFamily("kdcode_tokens_per_call", "tokens per target call", finished.tokens_per_call)
 
+# %% ../nbs/11a_serve.ipynb #eac534d2
+class Metrics(DecodingMetrics):
+    """Prometheus metrics of a server."""
+
+    def __init__(self, scheduler: Scheduler):
+        super().__init__()
+        self.registry = CollectorRegistry()
+        self.requests = self._add(Counter, "requests", "HTTP requests by path and status", ("path", "status"))
+        self.first_token = self._add(
+            Histogram, "first_token_seconds", "time from the request to its first token", buckets=TIME_BUCKETS)
+        self.between_tokens = self._add(
+            Histogram, "between_tokens_seconds", "time between two tokens of a sequence", buckets=TIME_BUCKETS)
+        self.broken_streams = self._add(
+            Counter, "broken_streams", "streams that ended with an error after the status was sent")
+        self.prompt_tokens = self._add(Counter, "prompt_tokens", "tokens of the prompts of finished sequences")
+        self.cached_tokens = self._add(Counter, "cached_prompt_tokens", "those that came from the prefix cache")
+        cached = self._add(Gauge, "prefix_cache_bytes", "size of the prefix cache")
+        cached.set_function(lambda: scheduler.batch.prefixes.nbytes)
+        waiting = self._add(Gauge, "waiting_requests", "sequences in the queue")
+        waiting.set_function(lambda: len(scheduler.queue))
+        running = self._add(Gauge, "running_requests", "sequences in the batch")
+        running.set_function(lambda: scheduler.running)
+        self.registry.register(self)
+
+    def _add(self, kind: type, name: str, documentation: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
+        return kind(f"kdcode_{name}", documentation, labels, registry=self.registry, **options)
+
+    def finish(self, sequences: list[ResponseSequence]) -> None:
+        """Count the sequences of a response that is finished or cancelled."""
+        self.finished += total_statistics(sequences)
+        self.prompt_tokens.inc(sum(one.prompt_tokens for one in sequences))
+        self.cached_tokens.inc(sum(one.sequence.cached_tokens for one in sequences))
+
 # %% ../nbs/11a_serve.ipynb #5268951f
 class TokenTimer:
     """Record the time to the first token and between tokens for the sequences of one response."""
@@ -330,12 +352,14 @@ class TokenTimer:
     def __init__(self, metrics: Metrics, started: float):
         self.metrics = metrics
         self.started = started
-        self.last: dict[int, float] = {}  # time of the last token, by index of the sequence
+        self.first: dict[int, float] = {}  # time of the first token, by index of the sequence
+        self.last: dict[int, float] = {}   # time of the last one
 
     def record(self, index: int, tokens: int) -> None:
         """Record that `tokens` tokens of a sequence arrived now."""
         now = time.perf_counter()
         if index not in self.last:
+            self.first[index] = now
             self.metrics.first_token.observe(now - self.started)
         else:
             for _ in range(tokens):
@@ -375,10 +399,42 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     rest = text_ids(tokenizer, text.rpartition(reply)[2].strip(), add_special_tokens=False)
     return {rest[0]} & tokenizer.added_tokens_decoder.keys() if rest else set()
 
-def request_prompts(teacher: Teacher, request: SamplingRequest) -> list[list[int]]:
-    """Return the token ids of each prompt of a request."""
+# %% ../nbs/11a_serve.ipynb #3be6c84e
+def vocabulary_size(teacher: Teacher) -> int:
+    """Return the number of ids that the model has."""
+    return teacher.model.config.get_text_config().vocab_size
+
+def infill_prompts(
+    teacher: Teacher,
+    request: CompletionRequest | InfillRequest,
+    max_tokens: int | None,  # for prompts with parts of other files; None: unlimited
+) -> list[list[int]]:
+    """Return the token ids of each prompt of a request with a suffix.
+
+    Raises `APIError` if the model has no fill-in-the-middle tokens.
+    """
+    tokenizer, size = teacher.tokenizer, vocabulary_size(teacher)
+    fim = find_fim_format(tokenizer, size)
+    if fim is None:
+        message = (f"the tokenizer of {public_name(teacher)!r} has no fill-in-the-middle tokens; put the whole context "
+                   "into prompt, or serve a model that was trained for infilling")
+        raise APIError(400, message, "suffix", "no_infilling")
+    if isinstance(request, CompletionRequest):
+        prompts = [unicode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        return [infill_prompt(fim, tokenizer, size, prompt, unicode(request.suffix)) for prompt in prompts]
+    files = [(unicode(extra.filename), unicode(extra.text)) for extra in request.input_extra]
+    prefix, suffix = unicode(request.input_prefix + request.prompt), unicode(request.input_suffix)
+    return [infill_prompt(fim, tokenizer, size, prefix, suffix, files, max_tokens)]
+
+def request_prompts(teacher: Teacher, request: SamplingRequest, max_tokens: int | None = None) -> list[list[int]]:
+    """Return the token ids of each prompt of a request. `max_tokens` limits the parts of other files in it."""
     if isinstance(request, ChatCompletionRequest):
         return [chat_prompt(teacher, request)]
+    if request.echo and request.num_logprobs is not None:
+        raise APIError(400, "echo with logprobs is not supported: only new tokens have log-probabilities; leave one of "
+                            "them out", "echo")
+    if isinstance(request, InfillRequest) or request.suffix:
+        return infill_prompts(teacher, request, max_tokens)
     return [prompt_ids(teacher, prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
 
 # %% ../nbs/11a_serve.ipynb #a9756860
@@ -413,17 +469,20 @@ def model_not_found(name: str, available: str) -> APIError:
     """Return the error for a model that this server does not have."""
     return APIError(404, f"model {name[:100]!r} is not available; use {available!r}", "model", "model_not_found")
 
+# %% ../nbs/11a_serve.ipynb #b93f2009
 class Service:
     """A target model with its draft model, and the scheduler that decodes requests."""
 
     def __init__(self, teacher: Teacher, student: PreTrainedModel | Drafter, config: Config):
         if isinstance(student, PreTrainedModel):
             check_student(teacher, student)
-        self.teacher, self.decode, self.limits = teacher, config.decode, config.serve
+        self.teacher, self.decode, self.limits = teacher, config.decode, (limits := config.serve)
         self.name = public_name(teacher)
-        self.end_of_turn_ids = end_of_turn_ids(teacher.tokenizer)
-        self.scheduler = Scheduler(
-            Batch(teacher.model, student, config.decode), config.serve.slots, config.serve.queue_size)
+        self.end_of_turn_ids, size = end_of_turn_ids(teacher.tokenizer), vocabulary_size(teacher)
+        fim = find_fim_format(teacher.tokenizer, size)
+        self.fim_end_ids = fim_end_ids(fim, teacher.tokenizer, size) if fim else set()
+        batch = Batch(teacher.model, student, config.decode, int(limits.cache_gb * 1e9), limits.prefill_chunk)
+        self.scheduler = Scheduler(batch, limits.slots, limits.queue_size)
         self.metrics = Metrics(self.scheduler)
         self.tokenizer_lock = asyncio.Lock()
         self.created = int(time.time())
@@ -438,16 +497,47 @@ class Service:
         batch = self.scheduler.batch
         list(batch.add(Sequence(prompt_ids(self.teacher, "def"), 16)))
         batch.drop(batch.sequences)
+        batch.prefixes.clear()
 
     async def submit(self, request: SamplingRequest) -> RequestStream:
         """Queue the sequences of a request. Raise `APIError` if it is invalid, `QueueFull` if there is no room."""
-        if request.model != self.name:
+        if request.model != self.name and not (isinstance(request, InfillRequest) and not request.model):
             raise model_not_found(request.model, self.name)
         if self.scheduler.full:  # before a long prompt is tokenized
             raise QueueFull
         async with self.tokenizer_lock:
-            prompts = await asyncio.to_thread(request_prompts, self.teacher, request)
+            most = min(self.limits.max_prompt_tokens, 3 * self.teacher.context_size // 4)
+            prompts = await asyncio.to_thread(request_prompts, self.teacher, request, most)
         return RequestStream(self.scheduler, response_sequences(self, request, prompts))
+
+# %% ../nbs/11a_serve.ipynb #9059e9fb
+class CountPenalty(LogitsProcessor):
+    """OpenAI's frequency and presence penalties. Source: OpenAI, *API reference*."""
+
+    def __init__(self, prompt_length: int, frequency: float, presence: float):
+        self.prompt_length, self.frequency, self.presence = prompt_length, frequency, presence
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Map scores (1, vocab) after the tokens (1, time) to the same shape."""
+        new = input_ids[:, self.prompt_length:]
+        counts = scores.new_zeros(scores.shape).scatter_add_(1, new, scores.new_ones(new.shape))
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+def request_processors(
+    request: SamplingRequest,
+    prompt_length: int,
+    vocabulary_size: int,  # of the target
+) -> tuple[LogitsProcessor, ...]:
+    """Return the logits processors of a request. Raises `APIError` for a bias of an unknown token."""
+    processors, bias = [], {int(token): value for token, value in request.logit_bias.items()}
+    if unknown := [token for token in bias if token >= vocabulary_size]:
+        raise APIError(400, f"logit_bias contains the id {unknown[0]}, but the model's ids are 0 to "
+                            f"{vocabulary_size - 1}", "logit_bias")
+    if bias:
+        processors.append(SequenceBiasLogitsProcessor([[[token], float(value)] for token, value in bias.items()]))
+    if request.frequency_penalty or request.presence_penalty:
+        processors.append(CountPenalty(prompt_length, request.frequency_penalty, request.presence_penalty))
+    return tuple(processors)
 
 # %% ../nbs/11a_serve.ipynb #e79e2bb8
 MIN_TEMPERATURE = 1e-5  # below this, logits divided by the temperature overflow, so decoding is greedy
@@ -458,6 +548,12 @@ def sampling_settings(decode: DecodeSettings, request: SamplingRequest) -> Decod
         return replace(decode, temperature=0., stop=[])
     return replace(decode, temperature=request.temperature, top_p=request.top_p, stop=[])
 
+def end_ids(service: Service, request: SamplingRequest) -> set[int]:
+    """Return the ids that end a completion of this kind, besides the end-of-text ids of the model."""
+    if isinstance(request, ChatCompletionRequest):
+        return service.end_of_turn_ids
+    return service.fim_end_ids if isinstance(request, InfillRequest) or request.suffix else set()
+
 def response_sequences(service: Service, request: SamplingRequest, prompts: list[list[int]]) -> list[ResponseSequence]:
     """Return `request.n` sequences for each prompt. Raise `APIError` if there are too many, or one is too long."""
     teacher = service.teacher
@@ -466,14 +562,14 @@ def response_sequences(service: Service, request: SamplingRequest, prompts: list
     lengths = [max_sequence_length(request, len(prompt), service.limits, teacher.context_size) for prompt in prompts]
     settings = sampling_settings(service.decode, request)
     seed = secrets.randbelow(2**31) if request.first_seed is None else request.first_seed
-    ends = set(teacher.eos_token_ids)
-    if isinstance(request, ChatCompletionRequest):
-        ends |= service.end_of_turn_ids
+    ends = set(teacher.eos_token_ids) | end_ids(service, request)
     sequences = make_sequences(prompts, settings, seed, ends, teacher.tokenizer, teacher.device)
     for sequence, length in zip(sequences, lengths):
         sequence.max_length = length
         sequence.gamma = request.speculation.gamma
         sequence.top_logprobs = request.num_logprobs
+        processors = request_processors(request, len(sequence.tokens), vocabulary_size(teacher))
+        sequence.sampling = replace(sequence.sampling, processors=sequence.sampling.processors + processors)
     try:
         check_prompts(sequences, teacher.context_size, teacher.model.config.get_text_config().vocab_size)
     except ValueError as error:
@@ -502,7 +598,7 @@ class ResponseBuilder:
                     yield index, delta
         finally:
             self.stream.close()
-            self.service.metrics.finished += total_statistics(self.stream.sequences)
+            self.service.metrics.finish(self.stream.sequences)
 
     def summary(self) -> dict[str, Any]:
         """Return usage and statistics of the finished response."""
@@ -566,6 +662,11 @@ class StreamBuilder(ResponseBuilder):
         fields = {"speculation": step_info(delta)} if self.request.speculation.details else {}
         return self.event([self.format.chunk(index, delta, reason)], **fields)
 
+    def end(self) -> list[str]:
+        """Return the last events of a stream: usage, if the request asks for it, and the end."""
+        with_usage = (self.request.stream_options or StreamOptions()).include_usage
+        return ([self.event([], **self.summary())] if with_usage else []) + ["data: [DONE]\n\n"]
+
     async def events(self) -> AsyncGenerator[str]:
         """Yield the events of the response; an error is the last one."""
         try:
@@ -573,9 +674,8 @@ class StreamBuilder(ResponseBuilder):
                 async for index, delta in deltas:
                     if event := self.chunk(index, delta):
                         yield event
-            if (self.request.stream_options or StreamOptions()).include_usage:
-                yield self.event([], **self.summary())
-            yield "data: [DONE]\n\n"
+            for event in self.end():
+                yield event
         except Exception as error:
             api_error = to_api_error(error)
             self.service.metrics.broken_streams.inc()
@@ -583,11 +683,42 @@ class StreamBuilder(ResponseBuilder):
             if api_error.status == 500:
                 logger.exception("a stream ended with an error")
 
+# %% ../nbs/11a_serve.ipynb #57477707
+class InfillBuilder(StreamBuilder):
+    """Build the response to a request to `/infill`, in one piece or as a stream."""
+
+    def event(self, choices: list[dict], **fields: Any) -> str:
+        """Return a server-sent event with the text of a choice."""
+        text = choices[0]["text"] if self.request.n_predict else ""
+        return f"data: {json.dumps({'content': text, 'stop': False})}\n\n"
+
+    def end(self) -> list[str]:
+        """Return the last event of a stream, with the statistics."""
+        return [f"data: {json.dumps(self.response(''))}\n\n"]
+
+    async def full(self) -> dict[str, Any]:
+        """Return the whole response."""
+        response = await super().full()
+        return self.response(response["choices"][0]["text"] if self.request.n_predict else "")
+
+    def response(self, text: str) -> dict[str, Any]:
+        """Return a response with this text."""
+        one, = self.stream.sequences
+        first, now = self.timer.first.get(0, time.perf_counter()), time.perf_counter()
+        timings = {"prompt_n": one.prompt_tokens - one.sequence.cached_tokens,
+                   "prompt_ms": 1e3 * (first - self.timer.started), "predicted_n": one.completion_tokens,
+                   "predicted_ms": 1e3 * (now - first)}
+        return {"content": text, "stop": True, "model": self.service.name, "truncated": False, "timings": timings,
+                "stop_type": "eos" if one.finish_reason == "stop" else "limit",
+                "tokens_predicted": one.completion_tokens, "tokens_evaluated": one.prompt_tokens,
+                "tokens_cached": one.sequence.cached_tokens}
+
 # %% ../nbs/11a_serve.ipynb #feaa3585
 BODY_TIMEOUT = 30  # seconds between two parts of a request's body
 PUBLIC_PATHS = ("/", "/health", "/ready")  # need no API key: they reveal nothing
 KNOWN_PATHS = (
-    *PUBLIC_PATHS, "/metrics", "/openapi.json", "/v1/models", CompletionFormat.path, ChatCompletionFormat.path)
+    *PUBLIC_PATHS, "/metrics", "/openapi.json", "/v1/models", "/infill", CompletionFormat.path,
+    ChatCompletionFormat.path)
 
 def known_path(path: str) -> str:
     """Return the path as a metric label; `other` for unknown ones, so that clients cannot create labels."""
@@ -607,13 +738,6 @@ def body_too_large(max_bytes: int) -> APIError:
                     code="request_too_large", headers={"Connection": "close"})
 
 # %% ../nbs/11a_serve.ipynb #4dc3ed58
-def is_loopback(host: str) -> bool:
-    """Return whether a host name or address can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
 def host_name(netloc: str) -> str | None:
     """Return the lower-case name or address in a `Host` header or an origin, without the port; None if invalid."""
     try:
@@ -725,7 +849,8 @@ async def respond(service: Service, request: SamplingRequest, format_type: type,
     """Return the response to a completion or chat completion request."""
     started = time.perf_counter()
     stream = await service.submit(request)
-    builder_type = StreamBuilder if request.stream else ResponseBuilder
+    infill = isinstance(request, InfillRequest)
+    builder_type = InfillBuilder if infill else StreamBuilder if request.stream else ResponseBuilder
     builder = builder_type(service, request, stream, format_type(service.teacher, request), started)
     if request.stream:
         events = keep_alive(builder.events())
@@ -749,6 +874,10 @@ def add_completion_routes(app: FastAPI, service: Service) -> None:
     @app.post(ChatCompletionFormat.path, responses=ERROR_RESPONSES | {200: {"model": ChatCompletionResponse}})
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         return await respond(service, body, ChatCompletionFormat, request)
+
+    @app.post("/infill", responses=ERROR_RESPONSES | {200: {"model": InfillResponse}})
+    async def infill(body: InfillRequest, request: Request) -> Response:
+        return await respond(service, body, CompletionFormat, request)
 
 def add_model_routes(app: FastAPI, service: Service) -> None:
     """Add the routes that describe the model."""
@@ -838,27 +967,6 @@ def create_app(
 
 # %% ../nbs/11a_serve.ipynb #ae3bb2c3
 SHUTDOWN_GRACE = 300  # seconds for running requests after SIGTERM
-
-def api_key(host: str) -> str | None:
-    """Return the key in KDCODE_API_KEY.
-
-    Raises `ConfigError` if there is none and other machines can reach the address.
-    """
-    key = os.environ.get("KDCODE_API_KEY", "").strip() or None
-    if key is None and not is_loopback(host):
-        raise ConfigError(
-            f"serve.host {host!r} is reachable from other machines, but KDCODE_API_KEY is not set; set it "
-            "(python -c 'import secrets; print(secrets.token_urlsafe())'), or use 127.0.0.1")
-    return key
-
-def bind_socket(settings: ServeSettings) -> socket.socket:
-    """Return a listening socket. Raise `ConfigError` if the address is not available."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); "
-                          "choose another --serve.port or --serve.host") from None
 
 def server_url(settings: ServeSettings) -> str:
     """Return the URL of the playground."""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEGACY_KEYS', 'SCALE', 'LLAMA_FAMILY', 'LLAMA_FIELDS', 'read_legacy_keys', 'StudentConfig', 'attention',
-           'rotary_angles', 'sinusoidal_table', 'rotary_table', 'apply_rotary', 'RowLengths', 'KVCache', 'Attention',
-           'SwiGLU', 'GELUMLP', 'make_norm', 'StudentLayer', 'build_attention_mask', 'position_table',
+           'rotary_angles', 'sinusoidal_table', 'rotary_table', 'apply_rotary', 'to_device', 'RowLengths', 'KVCache',
+           'Attention', 'SwiGLU', 'GELUMLP', 'make_norm', 'StudentLayer', 'build_attention_mask', 'position_table',
            'select_positions', 'StudentModel', 'scatter_logits', 'ids_to_rows', 'DraftVocabularyMixin', 'pack_weights',
            'unpack_weights', 'Int8LoadingMixin', 'dense_weight', 'rope_parameters', 'check_llama_teacher',
            'teacher_shape', 'narrow_shape', 'student_config', 'copy_module', 'copy_layer', 'principal_directions',
@@ -118,6 +118,14 @@ def apply_rotary(
     first, second = x.chunk(2, -1)
     return x * table[0] + torch.cat([-second, first], -1) * table[1]
 
+# %% ../nbs/02_student.ipynb #5b2bd05f
+def to_device(numbers: list, device: torch.device | str = "cpu") -> Tensor:
+    """Return whole numbers as a tensor on a device, without waiting for the work that is queued there."""
+    if torch.device(device).type != "cuda":
+        return torch.tensor(numbers, dtype=torch.long, device=device)
+    return torch.tensor(numbers, dtype=torch.long, pin_memory=True).to(device, non_blocking=True)
+
+
 # %% ../nbs/02_student.ipynb #884dc1f7
 class RowLengths:
     """Number of cached positions of each row of a batch."""
@@ -131,7 +139,7 @@ class RowLengths:
 
     def next_positions(self, new: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the positions of the next `new` tokens of each row: (batch, new)."""
-        return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(new, device=device)
+        return to_device(self.lengths, device)[:, None] + torch.arange(new, device=device)
 
     def advance(self, new: int) -> None:
         """Add `new` positions to every row."""

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABEL_TOLERANCE', 'FLOAT16_MAX', 'TARGETS_FORMAT', 'TeacherLabels', 'check_head', 'check_labels', 'top_k_targets',
-           'sampled_targets', 'shard_schema', 'targets_to_row', 'row_to_targets', 'row_to_features', 'shard_path',
-           'file_hash', 'write_shard', 'check_shard', 'targets_fingerprint', 'check_fingerprint', 'shard_generator',
-           'block_targets', 'write_targets', 'TargetCache', 'with_shared_targets', 'load_start_student',
-           'draft_vocabulary', 'NotebookLine', 'check_block_size', 'make_targets']
+           'sampled_targets', 'shard_schema', 'targets_to_row', 'row_time', 'row_to_targets', 'row_to_features',
+           'shard_path', 'file_hash', 'write_shard', 'check_shard', 'targets_fingerprint', 'check_fingerprint',
+           'shard_generator', 'block_targets', 'write_targets', 'TargetCache', 'with_shared_targets',
+           'load_start_student', 'draft_vocabulary', 'check_block_size', 'check_corpus', 'make_targets']
 
 # %% ../nbs/05_targets.ipynb #a1c0c4f5
 import hashlib
@@ -27,14 +27,15 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers.utils import is_in_notebook
 
 from .config import Config, ConfigError, TargetsSettings
-from .data import Corpus, most_frequent_ids, tokenizer_fingerprint
+from .data import (
+    block_lengths, check_fim, Corpus, length_batches, longest_block, most_frequent_ids, tokenizer_fingerprint)
 from .eagle import LegacyEagleStudent, load_student, resolve_feature_layers, teacher_depth
 from .loss import log_probs, SparseTargets
+from .notebook import progress_bar
 from .provenance import short_hash, write_atomic
+from .served import CONCURRENT_REQUESTS, ServedTeacher
 from .student import dense_weight, Student
 from .teacher import Teacher, teacher_identity
 
@@ -49,17 +50,14 @@ class TeacherLabels:
         feature_layers: list[int] = (),   # of the student; negative numbers count from the last layer
     ):
         self.rows = slice(teacher.vocabulary_size) if draft_ids is None else draft_ids.to(teacher.device)
-        self.teacher = teacher
+        self.size = teacher.vocabulary_size if draft_ids is None else len(draft_ids)  # ids that the logits cover
+        self.teacher, self.feature_layers = teacher, tuple(feature_layers)
+        if isinstance(teacher, ServedTeacher): return
         bias, dtype = getattr(teacher.head, "bias", None), teacher.model.dtype
         self.weight = dense_weight(teacher.head)[self.rows].to(dtype)
         self.bias = None if bias is None else bias.detach()[self.rows].to(dtype)
         depth = teacher_depth(teacher.model)
         self.feature_layers = tuple(i % depth if i < 0 else i for i in feature_layers)
-
-    @property
-    def size(self) -> int:
-        """Number of ids that the logits cover."""
-        return len(self.weight)
 
     def hidden_and_features(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last hidden states (batch × time, hidden) and the features (batch × time, layers × hidden).
@@ -72,6 +70,7 @@ class TeacherLabels:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (tokens, ids) of hidden states (tokens, hidden)."""
+        if isinstance(self.teacher, ServedTeacher): return self.teacher.head(hidden, self.rows)
         return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
 # %% ../nbs/05_targets.ipynb #d659b53a
@@ -163,11 +162,16 @@ def _column(row: pa.Table, name: str, time: int, dtype: type) -> Tensor:
     values = row[name].combine_chunks().values.to_numpy(zero_copy_only=False)
     return torch.from_numpy(values.astype(dtype)).view(time, -1)
 
+def row_time(row: pa.Table) -> int:
+    """Return the number of positions of a stored block."""
+    column = "entropy" if "entropy" in row.column_names else "log_tail"  # one value for each position
+    return len(row[column].combine_chunks().values)
+
 def row_to_targets(
     row: pa.Table,    # one row
-    time: int,        # positions in a block
 ) -> SparseTargets:   # (time, slots)
     """Return the targets of a stored block; probabilities and tail mass sum to one."""
+    time = row_time(row)
     ids = _column(row, "ids", time, np.int64)
     if "counts" in row.column_names:
         counts, entropy = (_column(row, name, time, np.float32) for name in ("counts", "entropy"))
@@ -177,9 +181,9 @@ def row_to_targets(
 
 def row_to_features(
     row: pa.Table,  # one row
-    time: int,      # positions in a block
 ) -> Tensor:        # (time, layers × hidden), float16; (time, 0) if none are stored
     """Return the features of a stored block."""
+    time = row_time(row)
     if "features" not in row.column_names: return torch.empty(time, 0, dtype=torch.float16)
     return _column(row, "features", time, np.float16)
 
@@ -234,12 +238,16 @@ def targets_fingerprint(
     fingerprint = {"format": TARGETS_FORMAT} | teacher_identity(teacher) | {
         "quantization": config.teacher.quantization, "draft_ids": ids,
         "data": corpus.statistics["train"]["sha256"], "blocks": len(corpus.train),
-        "block_size": len(corpus.train[0]["input_ids"]), "shard_blocks": settings.shard_blocks,
+        "block_size": longest_block(corpus), "shard_blocks": settings.shard_blocks,
         "temperature": config.loss.temperature, "kind": settings.kind}
+    if (tokens := corpus.statistics["train"]["tokens"]) != len(corpus.train) * fingerprint["block_size"]:
+        fingerprint["tokens"] = tokens  # blocks of several lengths
     if settings.kind == "top_k":
         fingerprint["k"] = settings.k
     else:
         fingerprint |= {"samples": settings.samples, "seed": config.seed}
+    if isinstance(teacher, ServedTeacher):
+        fingerprint["listed"] = teacher.k  # log-probabilities that the server gives
     if config.student.feature_layers:
         fingerprint["feature_layers"] = resolve_feature_layers(
             config.student.feature_layers, teacher_depth(teacher.model))
@@ -286,10 +294,11 @@ def block_targets(
     batch_size: int,            # blocks in one forward pass of the teacher
 ) -> Iterator[tuple[SparseTargets, Tensor]]:  # targets (time, slots) and features (time, layers × hidden), on the CPU
     """Yield the targets and features of each block."""
-    for batch in blocks.select_columns("input_ids").with_format("torch").iter(batch_size):
-        time = batch["input_ids"].shape[1]
-        tensors = labels.hidden_and_features(batch["input_ids"])
-        for hidden, features in zip(*(tensor.split(time) for tensor in tensors)):
+    all_ids = blocks.select_columns("input_ids").with_format("torch")
+    for numbers in length_batches(block_lengths(blocks), batch_size):
+        input_ids = all_ids[numbers]["input_ids"]
+        tensors = labels.hidden_and_features(input_ids)
+        for hidden, features in zip(*(tensor.split(input_ids.shape[1]) for tensor in tensors)):
             logits = labels.logits(hidden)
             if settings.kind == "top_k":
                 targets = top_k_targets(logits, settings.k, temperature)
@@ -348,13 +357,9 @@ class TargetCache:
         """Raises `ConfigError` if the targets have another fingerprint, or a shard is missing or damaged."""
         check_fingerprint(folder, fingerprint)
         self.folder, self.blocks = folder, fingerprint["blocks"]
-        self.shard_blocks, self.block_size = fingerprint["shard_blocks"], fingerprint["block_size"]
+        self.shard_blocks = fingerprint["shard_blocks"]
+        self.tokens: int = fingerprint.get("tokens", self.blocks * fingerprint["block_size"])
         for shard in range(math.ceil(self.blocks / self.shard_blocks)): check_shard(shard_path(folder, shard))
-
-    @property
-    def tokens(self) -> int:
-        """Number of positions with targets."""
-        return self.blocks * self.block_size
 
     @property
     def bytes(self) -> int:
@@ -365,7 +370,7 @@ class TargetCache:
         """Return targets (time, slots) and features (time, layers × hidden) of a block of the training split."""
         shard, row = divmod(number, self.shard_blocks)
         with pq.ParquetFile(shard_path(self.folder, shard)) as file: stored = file.read_row_group(row)
-        return row_to_targets(stored, self.block_size), row_to_features(stored, self.block_size)
+        return row_to_targets(stored), row_to_features(stored)
 
     def read(self, numbers: list[int]) -> tuple[SparseTargets, Tensor]:
         """Return targets (blocks × time, slots) and features (blocks × time, layers × hidden) of some blocks."""
@@ -384,7 +389,7 @@ def with_shared_targets(
     if config.targets.kind == "online" or config.targets.folder: return config
     student = config.student
     seed = config.seed if config.targets.kind == "sampled" else None
-    identity = [TARGETS_FORMAT, asdict(config.teacher), asdict(config.data), asdict(config.targets),
+    identity = [TARGETS_FORMAT, config.teacher.identity(), config.data.identity(), asdict(config.targets),
                 student.draft_vocabulary, student.start, student.feature_layers, config.loss.temperature, seed]
     path = folder/f"targets-{short_hash(identity)[:8]}"
     return replace(config, targets=replace(config.targets, folder=str(path)))
@@ -432,28 +437,19 @@ def draft_vocabulary(
     except ValueError as error:
         raise ConfigError(f"student.draft_vocabulary: {error}") from None
 
-# %% ../nbs/05_targets.ipynb #01b417e8
-class NotebookLine:
-    """A text stream for `tqdm` that updates one output of a notebook cell."""
-
-    def __init__(self): self.output = None
-
-    def write(self, text: str) -> None:
-        """Replace the displayed text."""
-        from IPython.display import display  # is installed wherever there is a notebook
-        if self.output is None: self.output = display({"text/plain": ""}, raw=True, display_id=True)
-        self.output.update({"text/plain": text.strip()}, raw=True)
-
-    def flush(self) -> None:
-        """Do nothing: nothing is buffered."""
-
 # %% ../nbs/05_targets.ipynb #3594899a
 def check_block_size(corpus: Corpus, teacher: Teacher) -> None:
     """Raise `ConfigError` if the blocks of a corpus are longer than the teacher's context."""
-    size, limit = len(corpus.train[0]["input_ids"]), teacher.context_size
+    size, limit = longest_block(corpus), teacher.context_size
     if size > limit:
-        raise ConfigError(f"data.block_size is {size}, but the context of teacher {teacher.name} has {limit} "
-                          f"positions; give at most {limit}")
+        raise ConfigError(f"data has blocks of {size} tokens (data.block_size, data.block_sizes), but the context of "
+                          f"teacher {teacher.name} has {limit} positions; give at most {limit}")
+
+def check_corpus(config: Config, corpus: Corpus, teacher: Teacher) -> None:
+    """Raise `ConfigError` if the teacher can't process a corpus: blocks are too long, or have unknown FIM tokens."""
+    check_block_size(corpus, teacher)
+    if config.data.fim_share:
+        check_fim(teacher.tokenizer, teacher.name, teacher.vocabulary_size)
 
 def make_targets(
     config: Config,      # its targets.kind is not online
@@ -464,18 +460,18 @@ def make_targets(
 ) -> TargetCache:
     """Return the targets of a configuration, after writing the missing ones.
 
-    Raises `ConfigError` if the folder holds other targets, and what `check_block_size` and `check_labels` raise.
+    Raises `ConfigError` if the folder holds other targets, and what `check_corpus` and `check_labels` raise.
     """
-    check_block_size(corpus, teacher)
+    check_corpus(config, corpus, teacher)
     draft_ids = draft_vocabulary(config, teacher, corpus)
     labels = TeacherLabels(teacher, draft_ids, config.student.feature_layers)
     check_labels(labels)
     fingerprint = targets_fingerprint(config, teacher, draft_ids, corpus)
     folder = Path(config.targets.folder).expanduser() if config.targets.folder else run/"targets"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    bar_options = {"total": len(corpus.train), "unit": "block", "desc": "targets", "leave": False,
-                   "file": NotebookLine() if is_in_notebook() else None, "disable": not progress}
-    with FileLock(folder.parent/f".{folder.name}.lock"), tqdm(**bar_options) as bar:
+    batch_size = CONCURRENT_REQUESTS if isinstance(teacher, ServedTeacher) else config.train.batch_size
+    with (FileLock(folder.parent/f".{folder.name}.lock"),
+          progress_bar("targets", "block", len(corpus.train), progress) as report):
         write_targets(labels, corpus.train, config.targets, config.loss.temperature, folder, fingerprint, config.seed,
-                      lambda done, total: bar.update(done - bar.n), config.train.batch_size)
+                      report, batch_size)
     return TargetCache(folder, fingerprint)

@@ -40,9 +40,11 @@ from transformers import (
     PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper,
     TopKLogitsWarper, TopPLogitsWarper)
 
+from .cached_model import without_cudnn_attention
 from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
 from .data import Document, read_source, text_after, text_ids, tokenizer_fingerprint, usable_documents
 from .files import embedded_teacher, model_source
+from .notebook import working
 from .provenance import short_hash, write_atomic
 from .threads import THREADS
 
@@ -214,6 +216,10 @@ class Teacher(LanguageModel):
                                               output_hidden_states=not last_only)
         return output.last_hidden_state if last_only else torch.cat([output.hidden_states[i] for i in which], -1)
 
+    def continuations(self, prompts: list[str], *options: float, **named: float) -> list[tuple[str, bool]]:
+        """Return what `continuations` returns."""
+        return continuations(self, prompts, *options, **named)
+
     def to_dtype(self, dtype: torch.dtype) -> "Teacher":
         """Return a copy in another dtype; `self` if it has that dtype already or its weights are quantised."""
         if dtype == self.model.dtype or getattr(self.model, "hf_quantizer", None): return self
@@ -261,6 +267,8 @@ def weights_hash(model: PreTrainedModel) -> str:
 # %% ../nbs/04_teacher.ipynb #61d84277
 def teacher_identity(teacher: LanguageModel) -> dict[str, str]:
     """Return name, dtype, quantisation, the `weights_hash` and the tokenizer's fingerprint of a model."""
+    if hasattr(teacher, "identity"):  # a teacher on a server, whose weights are not here
+        return teacher.identity()
     quantizer = getattr(teacher.model, "hf_quantizer", None)
     return {"teacher": teacher.name,
             "dtype": str(teacher.model.dtype).removeprefix("torch."),
@@ -312,16 +320,17 @@ def load_teacher(
 ) -> Teacher:
     """Return a frozen teacher in eval mode. Raises `ConfigError` if it cannot be loaded as the settings say."""
     if isinstance(settings, str): settings = TeacherSettings(name=settings)
+    if settings.is_served:
+        raise ConfigError(f"teacher.name is {settings.name}, a server, which gives text and labels to kdcode targets "
+                          "and kdcode distill; this command needs a teacher on this machine")
     source, gguf_options = load_source(settings.name, settings.quantization)
     device = pick_device(settings.device)
-    if device.type == "cuda":
-        # cuDNN attention plans anew for every sequence length: on an H200 a token took 40 to 75 ms instead of 18 to 23
-        torch.backends.cuda.enable_cudnn_sdp(False)
     options = quantization_options(settings, gguf=bool(gguf_options)) | gguf_options
     tokenizer = load_tokenizer(settings.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, settings.dtype),
-                                                     device_map={"": device}, **options)
+        with working(f"loading teacher {settings.name} in {settings.dtype} …"):
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, settings.dtype), device_map={"": device}, **options)
     except (OSError, ValueError) as error:
         raise load_error(settings.name, error) from None
     rows = model.get_output_embeddings().weight.shape[0]
@@ -414,7 +423,8 @@ def generate_ids(
         for start in range(0, len(prompts), batch_size):
             batch = left_pad(teacher, prompts[start:start + batch_size], pad)
             criteria = StoppingCriteriaList([TimedSteps(teacher.device)])
-            output = teacher.model.generate(**batch, **options, stopping_criteria=criteria)
+            with without_cudnn_attention(teacher.device):
+                output = teacher.model.generate(**batch, **options, stopping_criteria=criteria)
             new = output[:, batch["input_ids"].shape[1]:]
             rows += [truncate_at_eos(row, teacher.eos_token_ids) for row in new.tolist()]
     return rows
@@ -583,8 +593,8 @@ def teacher_documents(
             key = _batch_key(prompts, temperature, seen)
             texts = finished.get(key)
             if texts is None:
-                texts = continuations(teacher, prompts, settings.max_new_tokens, temperature,
-                                      seed=seed + SEED_STEP * number, batch_size=len(prompts))
+                texts = teacher.continuations(prompts, settings.max_new_tokens, temperature,
+                                              seed=seed + SEED_STEP * number, batch_size=len(prompts))
                 with file.open("a") as out: out.write(json.dumps([key, texts]) + "\n")
             for (prompt, document), (text, ended) in zip(batch, texts):
                 yield Document(text, prompt, f"{teacher.name}, prompt from {document.origin}", document.text,

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_SPACE', 'QUARTERS', 'Objective', 'FINISHED', 'suggest', 'with_quarterly_validation', 'objective_value',
            'PruningCallback', 'folder_number', 'requeue_trial', 'open_storage', 'open_study', 'worker_lock', 'working',
            'has_ended', 'requeue_lost_trials', 'acceptance_objective', 'run_trial', 'trial_config', 'TrialRunner',
-           'trial_values', 'trials_table', 'plot_search', 'check_search', 'save_search', 'tune']
+           'trial_values', 'trials_table', 'plot_search', 'save_search', 'tune']
 
 # %% ../nbs/06c_tune.ipynb #1fef442c
 import json
@@ -23,7 +23,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import optuna
 import pandas as pd
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,7 +33,8 @@ from transformers import TrainerCallback
 
 from .config import check_search_space, Config, ConfigError, save_config, SearchSpace, with_overrides
 from .data import Corpus
-from .files import check_same_run
+from .files import check_search
+from .notebook import plot_style
 from .provenance import write_atomic
 from .student import Student
 from .targets import with_shared_targets
@@ -240,12 +240,13 @@ def trials_table(study: optuna.Study, space: SearchSpace) -> pd.DataFrame:
 def _plot_trials(axes: Axes, table: pd.DataFrame) -> None:
     """Plot the objective of each trial, and the best one so far."""
     complete, pruned = table[~table["pruned"]], table[table["pruned"]]
-    axes.plot(complete.index, complete["objective"], "o", color="tab:green", ms=4, label="complete")
-    axes.plot(pruned.index, pruned["objective"], "x", color="gray", ms=5, label="pruned")
+    axes.plot(complete.index, complete["objective"], "o", color="C2", ms=4, label="complete")
+    axes.plot(pruned.index, pruned["objective"], "x", color="C7", ms=5, label="pruned")
     axes.step(complete.index, complete["objective"].cummax(), where="post", color="black", lw=1, label="best so far")
     axes.set(xlabel="trial", ylabel="objective", title="History")
     axes.legend(frameon=False, fontsize=8)
 
+@plot_style
 def plot_search(study: optuna.Study, space: SearchSpace) -> Figure:
     """Return a figure of the objective of each trial (left) and the importance of each field (right)."""
     table = trials_table(study, space).sort_index()
@@ -253,21 +254,11 @@ def plot_search(study: optuna.Study, space: SearchSpace) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     _plot_trials(left, table)
     importances = optuna.importance.get_param_importances(study) if objectives.nunique() > 1 else {}
-    right.barh(list(importances)[::-1], list(importances.values())[::-1], color="tab:green", alpha=.7)
+    right.barh(list(importances)[::-1], list(importances.values())[::-1], color="C2")
     right.set(xlabel="share of the objective's variance", xlim=(0, 1), title="Importance")
     return figure
 
 # %% ../nbs/06c_tune.ipynb #33a7d531
-def check_search(config: Config, folder: Path) -> None:
-    """Raise `ConfigError` if a folder holds a run or another search, or if there are several processes."""
-    if PartialState().num_processes > 1:
-        raise ConfigError("a search can't run under accelerate launch; start kdcode tune several times "
-                          "with the same --name instead")
-    if not (folder/"config.yaml").exists(): return
-    if not (folder/"study.db").exists():
-        raise ConfigError(f"{folder} holds a run and no search; choose another --name")
-    check_same_run((folder/"config.yaml").read_text(), config, folder)
-
 def save_search(study: optuna.Study, config: Config, space: SearchSpace, corpus: Corpus, folder: Path) -> None:
     """Write best.yaml, trials.csv and tuning.png. Raises `ConfigError` if no trial is complete."""
     if not study.get_trials(states=(TrialState.COMPLETE,)):

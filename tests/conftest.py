@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import command
+import forked
 
 ROOT = Path(__file__).parent.parent
 COUNT = itertools.count()
@@ -46,11 +46,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Forked:
-    """The command in its own process, with the interface of `subprocess.Popen`."""
-    def __init__(self, forks, words, folder, environment):
+    """A program, by default the command, in its own process, with the interface of `subprocess.Popen`."""
+    def __init__(self, forks, words, folder, environment, program="kdcode.cli:main"):
         self.streams = [folder.parent/f"{folder.name}-{name}-{next(COUNT)}.txt" for name in ("out", "err")]
-        arguments = (list(map(str, words)), folder, environment, *self.streams)
-        self.process = forks.Process(target=command, args=arguments, daemon=True)
+        arguments = (program, list(map(str, words)), folder, environment, *self.streams)
+        self.process = forks.Process(target=forked.run, args=arguments, daemon=True)
         self.process.start()
 
     @property
@@ -83,8 +83,9 @@ def forks():
 @pytest.fixture
 def start(forks, tmp_path):
     """Start the command in an empty working folder, without waiting for it."""
-    def starting(*words, **variables):
-        return Forked(forks, words, tmp_path, os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables)
+    def starting(*words, program="kdcode.cli:main", **variables):
+        environment = os.environ | OFFLINE | {"KDCODE_HOME": str(tmp_path)} | variables
+        return Forked(forks, words, tmp_path, environment, program)
     return starting
 
 
@@ -119,9 +120,10 @@ def pair(tiny_teacher):
 def step(request, monkeypatch):
     """Let decoders and drafters use a form of the step (ordinary, static, compiled), and check that it was used.
 
-    A compiled model compiles what is missing, and a call that does not fit its graph is an error.
+    A compiled model compiles what is missing, and a call that does not fit its graph is an error. "replayed" is a
+    static step with the sizes and the storage of CUDA graphs.
     """
-    from kdcode import decode, drafters
+    from kdcode import compiled_step, decode, drafters
     from kdcode.compiled_step import CompiledModel, StaticModel
     used = []
 
@@ -135,6 +137,7 @@ def step(request, monkeypatch):
             used.append(ready)
             return ready
 
+    if request.param == "replayed": monkeypatch.setattr(compiled_step, "uses_cuda_graphs", lambda device: True)
     if request.param == "compiled": Form.stance = "fail_on_recompile"
     for module in (decode, drafters): monkeypatch.setattr(module, "CompiledModel", Form)
     yield request.param
@@ -162,8 +165,9 @@ def served(pair):
     from kdcode.serve import create_app, make_server, Service
 
     @contextmanager
-    def serving(**limits):
-        service = Service(*pair, Config(decode=DecodeSettings(gamma=3, adaptive=False), serve=ServeSettings(**limits)))
+    def serving(models=pair, **limits):
+        config = Config(decode=DecodeSettings(gamma=3, adaptive=False), serve=ServeSettings(**limits))
+        service = Service(*models, config)
         listening = socket.create_server(("127.0.0.1", 0))
         server = make_server(create_app(service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -1,5 +1,6 @@
-"""Run the command in a process forked from one that has imported the library: real, without the import time."""
+"""Run a program in a process forked from one that has imported the library: real, without the import time."""
 import gc
+import importlib
 import os
 import sys
 
@@ -7,11 +8,11 @@ import sys
 gc.freeze()
 
 
-def command(words, folder, environment, out, err):
-    """Run the command in a folder with an environment, and write its streams to two files."""
+def run(program, words, folder, environment, out, err):
+    """Run a program, `module:function`, in a folder with an environment, and write its streams to two files."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     for stream, path in ((0, os.devnull), (1, out), (2, err)): os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), stream)
-    from kdcode.cli import main
-    sys.exit(main(words))
+    module, function = program.split(":")
+    sys.exit(getattr(importlib.import_module(module), function)(words))

@@ -67,13 +67,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from kdcode.cached_model import CachedModel, call_times, clock, deviation, machine_limits, rounding_noise, timed
+from kdcode.cached_model import (
+    CachedModel, call_times, clock, deviation, machine_limits, rounding_noise, timed, without_cudnn_attention)
 from kdcode.compiled_step import CompiledModel, compile_steps, REFUSED, StepKind, usual_kinds
 from kdcode.config import Config, ConfigError, DecodeSettings, load_config, with_overrides
 from kdcode.data import Corpus
 from kdcode.decode import make_sequences, SpeculativeDecoder
-from kdcode.drafters import (
-    AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, EagleDrafter, empty_draft, LatencyModel, one_hot_draft)
+from kdcode.drafters import AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, EagleDrafter, LatencyModel
 from kdcode.eagle import EagleStudent
 from kdcode.report import markdown_table, Report
 from kdcode.result import Statistics
@@ -236,11 +236,9 @@ def draft_head(shape: Shape, model: LlamaForCausalLM) -> EagleStudent:
 class NoDrafts(Drafter):
     """Never drafts."""
 
-    def __init__(self, device: torch.device): self.device = device
-
     def propose(self, sequences, budgets) -> list[Draft]:
         """Return an empty draft for each sequence."""
-        return [empty_draft(self.device)] * len(sequences)
+        return [Draft([]) for _ in sequences]
 
 
 class SimulatedDrafter(EagleDrafter):
@@ -260,7 +258,7 @@ class SimulatedDrafter(EagleDrafter):
         wrong = torch.rand(count, generator=self.random) >= self.rate
         tokens = [(token + error) % self.vocabulary_size
                   for token, error in zip(self.text[start:start + count], wrong.tolist())]
-        return one_hot_draft(tokens, self.vocabulary_size, self.model.device)
+        return Draft(tokens)
 
 
 # Parts
@@ -309,7 +307,7 @@ class ModelParts:
         """Return the models with the kinds of calls to compile, the most important ones first."""
         features = tuple(self.head.config.feature_layers)
         target, draft = usual_kinds(self.device, features), usual_kinds(self.device, (-1,))
-        if self.is_small: target, draft = target[:0 if self.shape.nf4 else 2], []
+        if self.is_small: target, draft = target[1:2] if self.shape.nf4 else target[:1], []
         pairs = [(self.model, kind) for kind in target] + [(self.head, kind) for kind in draft if kind.tokens < 16]
         return sorted(pairs, key=lambda pair: FIRST_COUNTS.index(pair[1].tokens))
 
@@ -392,19 +390,22 @@ class ModelParts:
     def generate(self, new_tokens: int) -> tuple[list[int], None]:
         """Return the new tokens of `generate`."""
         ids = torch.tensor([self.prompt], device=self.device)
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "do_sample": False}
+        with without_cudnn_attention(self.device):  # it plans anew for every length
+            out = self.model.generate(ids, **options)
         return out[0, len(self.prompt):].tolist(), None
 
     def methods(self) -> dict[str, Callable]:
         """Return the ways of decoding by label; each takes a number of new tokens."""
         drafted = {f"kdcode, head, α = {rate}": partial(self.drafted, rate) for rate in RATES}
         return {"generate": self.generate,
-                "kdcode without drafting": partial(self.decode, NoDrafts(self.device), 0)} | drafted
+                "kdcode without drafting": partial(self.decode, NoDrafts(), 0)} | drafted
 
     def decoding(self) -> None:
         """Measure tokens/s of each method, interleaved, and check their text; three rounds if the time allows."""
         methods, times, longest = self.methods(), {}, 0.
-        for method in methods.values(): method(16)
+        for name, method in methods.items():  # to the end, because a CUDA graph is recorded for each span
+            method(16 if name == "generate" else self.shape.new_tokens)
         reset_peak(self.device)
         for _ in range(1 if self.is_small else 3):
             if times and time.monotonic() + longest > self.found.deadline: break
@@ -587,7 +588,6 @@ def main(words: list[str]) -> int:
     except ConfigError:
         sys.exit(f"test-gpu: PyTorch finds no {options.device} device, so nothing was measured; run it on a machine "
                  "with a GPU, or with --device cpu --small to test the script")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, which slows the eager steps down
     options.out.mkdir(parents=True, exist_ok=True)
     config = with_overrides(load_config(ROOT/"configs"/"codellama.yaml"), {"name": "gpu"})
     found = Measurements(shlex.join(["python3", "tests/gpu.py", *words]), config, options.out)

@@ -4,8 +4,8 @@ python tests/screenshot.py
     serves SmolLM2 with its shipped student, decodes in the playground, and writes playground.png and a report
     to runs/playground
 python tests/screenshot.py decode-picture
-    decodes a HumanEval prompt, and writes the result as a notebook shows it, decode.png, and a report
-    to runs/decode-picture
+    decodes an example prompt, and writes the result as a notebook shows it, decode.png, and a report
+    to runs/decode-picture; the picture is as wide as a phone, so that it is readable there
 """
 import re
 import shutil
@@ -17,21 +17,18 @@ from contextlib import contextmanager
 from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
 
-from kdcode.config import Config, DecodeSettings
-from kdcode.data import humaneval_problems
+from kdcode.config import Config, DecodeSettings, EXAMPLE_PROMPT
 from kdcode.decode import complete, load_draft
 from kdcode.report import Report
 from kdcode.teacher import load_teacher
 
-PROMPT = "def fibonacci(n):\n"
-PROBLEM = "HumanEval/28"
 WARM_UP_TOKENS, TOKENS = 8, 96
 STYLE = """
 body {
-    display: inline-block; max-width: 820px; margin: 0; padding: 18px 24px;
-    font: 15px/1.5 system-ui, sans-serif; color: #1d232b; background: #fff
+    display: inline-block; max-width: 390px; margin: 0; padding: 12px 14px;
+    font: 13px/1.5 system-ui, sans-serif; color: #1d232b; background: #fff
 }
-pre { margin: 0 0 14px; font: 14px/1.5 monospace }
+pre { margin: 0 0 10px; font: 13px/1.5 monospace }
 """
 
 
@@ -48,7 +45,7 @@ def take_playground_picture(url, file):
     with browser() as chromium:
         page = chromium.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=1.5)
         page.goto(url)
-        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("Prompt").fill(EXAMPLE_PROMPT)
         for tokens in (WARM_UP_TOKENS, TOKENS):
             page.get_by_label("Max. tokens").fill(str(tokens))
             page.get_by_role("button", name="Run").click()
@@ -80,18 +77,19 @@ def playground(folder):
 def decode_picture(folder):
     """Write a picture of a result as a notebook shows it, and a report with its statistics."""
     teacher = load_teacher("smollm2")
-    config = Config(name="decode-picture", decode=DecodeSettings(max_new_tokens=68, gamma=4, adaptive=False))
-    prompt = next(problem["prompt"] for problem in humaneval_problems(164) if problem["task_id"] == PROBLEM)
-    result = complete(teacher, load_draft("smollm2", teacher), prompt, config.decode)
+    settings = DecodeSettings(max_new_tokens=TOKENS, gamma=4, adaptive=False, stop=["\n\n"])
+    config = Config(name="decode-picture", decode=settings)
+    result = complete(teacher, load_draft("smollm2", teacher), EXAMPLE_PROMPT, config.decode)
     with browser() as chromium:
-        page = chromium.new_page(viewport={"width": 900, "height": 700}, device_scale_factor=2)
+        page = chromium.new_page(viewport={"width": 420, "height": 700}, device_scale_factor=2)
         page.set_content(f"<meta charset=utf-8><style>{STYLE}</style>{result._repr_html_()}")
         page.locator("body").screenshot(path=folder/"decode.png")
     statistics, accepted = result.statistics, sum(result.drafted)
     figures = {"acceptance_rate": statistics.acceptance_rate, "tokens_per_call": statistics.tokens_per_call,
                "drafted_share": accepted / statistics.tokens}
-    rows = [{"prompt": PROBLEM, "new tokens": statistics.tokens, "accepted draft tokens": accepted,
-             "target calls": statistics.calls, "tokens per target call": statistics.tokens_per_call,
+    rows = [{"prompt": EXAMPLE_PROMPT.splitlines()[0], "new tokens": statistics.tokens,
+             "accepted draft tokens": accepted, "target calls": statistics.calls,
+             "tokens per target call": statistics.tokens_per_call,
              "acceptance rate α": statistics.acceptance_rate}]
     note = "Greedy decoding of SmolLM2 with γ = 4 draft tokens of its shipped student, and the origin of each token."
     Report("python tests/screenshot.py decode-picture", config, figures, rows, [note], ("decode.png",)).save(folder)

@@ -1,9 +1,17 @@
 """The `kdcode` command as a process: output, exit status, files, and recovery after it was killed."""
+import io
 import json
+import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from kdcode import cli
+from kdcode.config import SHORT_PROMPT
 
 
 def settings(teacher):
@@ -21,6 +29,10 @@ def test_demo_writes_all_files(kdcode, tiny_teacher, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [f"[{i}/4]" in done.stderr for i in range(1, 5)] == [True] * 4
     assert "kdcode, student draft" in done.stdout and "Warning" not in done.stderr
+    assert done.stderr.startswith(f"kdcode demo: teacher {tiny_teacher}, run folder runs/trial")
+    written, following = done.stdout.splitlines()[-1], done.stderr.splitlines()[-1]
+    assert written.startswith("run folder: runs/trial") and following.startswith("next: kdcode generate")
+    assert f"--draft runs/trial/student --teacher.name {tiny_teacher}" in following
     run = tmp_path/"runs"/"trial"
     for name in ("config.yaml", "run.json", "report.json", "report.md", "loss.png", "acceptance.png", "history.json",
                  "student/model.safetensors", "corpus/corpus.json"):
@@ -49,12 +61,17 @@ def test_tensorboard_has_curves_and_text(kdcode, tiny_teacher, tmp_path):
 
 def test_generate_streams_the_output_of_the_teacher(kdcode, tiny_teacher, tmp_path):
     assert kdcode("distill", "--name", "pair", *settings(tiny_teacher)).returncode == 0
-    words = ("generate", "def quicksort(arr):", "--name", "pair", "--teacher.name", tiny_teacher,
+    words = ("generate", "def is_palindrome(s):", "--name", "pair", "--teacher.name", tiny_teacher,
              "--decode.max_new_tokens", 16)
     drafted, without_draft = kdcode(*words), kdcode(*words, "--decode.gamma", 0)
     assert drafted.returncode == 0, drafted.stderr
-    assert drafted.stdout.startswith("def quicksort(arr):")
+    assert drafted.stdout.startswith("def is_palindrome(s):") and "\x1b" not in drafted.stdout + drafted.stderr
     assert drafted.stdout == without_draft.stdout
+    first, *_, summary = drafted.stderr.splitlines()
+    assert first == f"kdcode generate: teacher {tiny_teacher}, draft runs/pair/student"
+    assert "16 tokens in" in summary and "acceptance rate" in summary and "tokens/s" in summary
+    piped = kdcode(*words, "--plain")
+    assert (piped.stdout, piped.stderr) == (drafted.stdout, "")
     measured = kdcode("bench", "decode", "--name", "pair", "--teacher.name", tiny_teacher,
                       "--decode.problems", 2, "--decode.max_new_tokens", 12)
     assert measured.returncode == 0, measured.stderr
@@ -126,6 +143,9 @@ def test_a_student_with_another_tokenizer_is_rejected(kdcode, tiny_teacher, tmp_
     (["generate", "x", "--draft", "nowhere"], "no student"),
     (["distill", "--out", "/dev/null/run"], "cannot create run folder"),
     (["distill", "--data.block_size", "1"], "data.block_size"),
+    (["distill", "--data.block_sizes", "[256,256]"], "data.block_sizes is [256, 256]"),
+    (["distill", "--data.fim_share", ".5"], "no tokens for filling in the middle"),
+    (["distill", "--teacher.name", "http://localhost/v1"], "teacher.tokenizer is needed"),
     (["distill", "--student.architecture", "classic"], "classic"),
     (["distill", "--name", "../up"], "name is"),
     (["distill", "--name", ".."], "name is"),
@@ -140,3 +160,121 @@ def test_an_error_is_one_line(kdcode, words, message):
     *before, last = done.stderr.rstrip().splitlines()
     assert last.startswith("kdcode: ") and message in last, done.stderr
     assert not [line for line in before if line.startswith("kdcode:") or "Traceback" in line], done.stderr
+
+
+def output(capsys, *words):
+    """Run a command line in this process; return its exit status, standard output and last line of standard error."""
+    status = cli.main([*words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err.rstrip()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["distill", "--train.epoch", "2"], "did you mean --train.epochs?"),
+    (["distill", "--epochs", "2"], "did you mean --train.epochs?"),
+    (["distill", "--re"], "did you mean --resume?"),
+    (["generate", "x", "--gama=3"], "did you mean --decode.gamma?"),
+    (["generate", "x", "decode.gamma=3"], "did you mean --decode.gamma?"),
+    (["serve", "--port", "80"], "did you mean --serve.port?"),
+    (["distil"], "did you mean distill?"),
+    (["--name", "x", "distill"], "options follow the command"),
+    (["bench", "decod"], "did you mean decode?"),
+    (["bench"], "needs a benchmark; choose one of decode, tasks"),
+    (["generate"], "needs a prompt; write it in quotes"),
+    (["generate", "def", "f(x):"], "put the whole prompt in quotes"),
+    (["record", "runs/x"], "kdcode record FOLDER NAME"),
+    (["distill", "--name"], "--name is the last word"),
+    (["distill", "--config", "no/such.yaml"], "there is no such file"),
+    (["distill", "--config=no/such.yaml"], "there is no such file"),
+    (["generate", ""], "has no text"),
+    (["generate", " \n"], "has no text"),
+    (["generate", "x", "--draft", "smolm2"], "did you mean smollm2?"),
+    (["generate", "x", "--draft", "qwen2.5-coder-1.5b"], "whose tokenizer differs from that of smollm2"),
+    (["bench", "decode", "--draft", "qwen2.5-coder-1.5b"], "whose tokenizer differs from that of smollm2"),
+    (["eval", "--draft", "nowhere"], "no student in nowhere"),
+    (["distill", "--student.start", "nowhere"], "no student in nowhere"),
+    (["generate", "x", "--teacher.name", "smolm2"], "did you mean smollm2?"),
+    (["distill", "--teacher.name", "/nowhere/at/all"], "no such file or folder"),
+    (["distill", "--out", "/dev/null/run"], "cannot create run folder"),
+    (["bench", "steps", "--out", "/dev/null/run"], "cannot create run folder"),
+    (["distill", "--data.source", "folder", "--data.path", "nowhere"], "not a folder"),
+    (["targets"], "targets.kind is online"),
+    (["tune", "--trials", "0"], "--trials is 0"),
+    (["export", "smollm2", "--repo", "me/x"], "require --to hub"),
+    (["serve", "--serve.host", "0.0.0.0"], "KDCODE_API_KEY is not set"),
+])
+def test_a_mistake_is_explained(capsys, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
+    monkeypatch.delenv("KDCODE_API_KEY", raising=False)
+    status, out, error = output(capsys, *words)
+    assert (status, out, error.count("\n")) == (2, "", 0) and error.startswith("kdcode: ") and message in error, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_exists_is_found_at_once(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
+    run = tmp_path/"runs"/"old"
+    run.mkdir(parents=True)
+    _, config, _ = cli.parse(["distill", "--name", "old"])
+    from kdcode.config import save_config
+    save_config(config, run/"config.yaml")
+    for words, message in ((["distill", "--name", "old"], "--resume"), (["tune", "--name", "old"], "no search"),
+                           (["demo", "--name", "old", "--loss.alpha", "0.3"], "different loss.alpha")):
+        status, _, error = output(capsys, *words)
+        assert (status, message in error, error.count("\n")) == (2, True, 0), error
+
+
+def test_the_home_folder_of_configurations_is_searched(capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert "did you mean configs/quickstart.yaml?" in output(capsys, "distill", "--config", "quickstart")[2]
+
+
+LATE = ("torch", "transformers", "pandas", "matplotlib", "scipy")  # large libraries
+
+
+def test_help_and_mistakes_load_no_large_library(tmp_path):
+    lines = [["--version"], ["--help"], ["generate", "--help"], ["distill", "--help-all"], ["distill", "--epochs", "2"],
+             ["generate", "x", "--draft", "nowhere"], ["generate", "x", "--draft", "qwen2.5-coder-1.5b"],
+             ["distill", "--teacher.name", "/nowhere"], ["distill", "--out", "/dev/null/run"], ["record", "x", "y"]]
+    program = (f"import sys\nfrom kdcode.cli import main\nfor words in {lines[:-1]}:\n    main(words)\n"
+               f"    print([name for name in {LATE} if name in sys.modules], file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    loaded = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    assert loaded == ["[]"] * len(lines[:-1]), done.stderr
+
+
+def test_the_first_line_comes_before_large_libraries(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
+    monkeypatch.setattr(cli, "silence_libraries", lambda: 1 / 0)  # the first import of a large library
+    for words in (["generate", "x"], ["demo"], ["distill"], ["bench", "decode"], ["eval"], ["export", "smollm2"]):
+        status, out, error = output(capsys, *words)
+        first, failure = error.splitlines()
+        assert (status, failure) == (1, "kdcode: division by zero")
+        assert first.startswith(f"kdcode {words[0]}: teacher smollm2"), first
+        if words[0] in ("generate", "bench"):
+            assert "smollm2-135m-draft (shipped for smollm2; choose another with --draft)" in first
+
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+@pytest.mark.parametrize("options, coloured", [([], True), (["--plain"], False)])
+def test_a_terminal_shows_who_wrote_each_token(capsys, monkeypatch, pair, options, coloured):
+    from kdcode.decode import complete
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(cli, "load_pair", lambda *arguments: pair)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    words = ["generate", SHORT_PROMPT, "--decode.max_new_tokens", "24", "--decode.adaptive", "false", *options]
+    _, config, parsed = cli.parse(words)
+    cli.run_generate(config, parsed)
+    shown, errors = sys.stdout.getvalue(), capsys.readouterr().err
+    result = complete(*pair, SHORT_PROMPT, config.decode)
+    plain = re.sub(r"\x1b\[(?:0|2|32|1;33)m", "", shown)
+    assert plain == f"{SHORT_PROMPT}{result.text}\n"
+    assert ("\x1b[1;33m" in shown, bool(errors)) == (coloured, coloured)
+    if coloured:
+        drafted = "".join(re.findall(r"\x1b\[32m(.*?)\x1b\[0m", shown, re.S))
+        assert drafted == "".join(piece for piece, draft in result.pieces() if draft)
+        assert f"{result.statistics.tokens} tokens in {result.statistics.calls} target calls" in errors

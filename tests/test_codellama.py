@@ -117,6 +117,21 @@ def test_generated_text_keeps_its_first_space(teacher, student, tmp_path):
     assert "".join(stream(teacher, student, prompts[0], settings)) == results[0].text
 
 
+def test_infilling_prompt(tokenizer_of):
+    from kdcode.data import fim_ids, fim_prompt
+    tokenizer, rows = tokenizer_of("CodeLlama"), tokenizer_of("CodeLlama").vocab_size
+    for suffix_first in (False, True):
+        of_transformers = tokenizer_of("CodeLlama")("x = ", suffix=" + 1\n", suffix_first=suffix_first).input_ids
+        assert fim_prompt(tokenizer, "x = ", " + 1\n", suffix_first) == of_transformers
+    # transformers would put a space before this suffix, which Meta's own code does not
+    assert tokenizer.convert_ids_to_tokens(fim_prompt(tokenizer, "x", "x\n")) == [
+        "<s>", "▁<PRE>", "▁x", "▁<SUF>", "x", "<0x0A>", "▁<MID>"]
+    assert fim_ids(tokenizer, rows).end == tokenizer.convert_tokens_to_ids("▁<EOT>")
+    for kind in ("CodeLlama-Python", "Llama"):
+        other = tokenizer_of(kind)
+        assert fim_ids(other, other.vocab_size) is None  # the model has no rows for tokens behind its vocabulary
+
+
 def test_text_in_the_middle_of_bytes_and_after_special_tokens(teacher):
     from kdcode.data import text_after
     from kdcode.result import incremental_text
@@ -355,3 +370,44 @@ def test_whole_configuration(folder, code, tmp_path, monkeypatch, capsys):
     with TestClient(create_app(service), base_url="http://localhost") as client:
         request = {"model": service.name, "prompt": "x = '<FILL_ME>'", "max_tokens": 4, "logprobs": 2}
         assert client.post("/v1/completions", json=request).status_code == 200
+
+
+def test_infilling_prompt_is_that_of_the_tokenizer(folder, teacher):
+    """CodeLlama's own tokenizer makes the same prompt of a text with `<FILL_ME>`, if the model has the tokens."""
+    from kdcode.infill import find_fim_format, infill_prompt
+    size, prefix, suffix = teacher.model.config.vocab_size, "def f(x):\n    return ", " + 1\n\nf(3)"
+    fim = find_fim_format(teacher.tokenizer, size)
+    if not folder.name.startswith("CodeLlama0"):  # CodeLlama-Python's model has no rows for them
+        assert fim is None
+        return
+    expected = teacher.tokenizer(f"{prefix}<FILL_ME>{suffix}").input_ids
+    assert infill_prompt(fim, teacher.tokenizer, size, prefix, suffix) == expected
+
+
+def test_infilling_in_the_server(folder, teacher, student, served):
+    """With a suffix in a completion and in the form of llama.cpp: equal texts, which stop at the family's own end."""
+    texts = {"input_prefix": "x = 1\n", "prompt": "def f(x):\n    return ", "input_suffix": " + 1\n\nf(3)"}
+    body = {"model": folder.name, "prompt": texts["input_prefix"] + texts["prompt"], "suffix": texts["input_suffix"],
+            "max_tokens": 8, "temperature": 0}
+    extra = {"input_extra": [{"text": f"y = {i}\n" * 5} for i in range(60)], "cache_prompt": True, "id_slot": 0}
+    with served(models=(teacher, student)) as (client, _):
+        completion = client.post("/v1/completions", json=body)
+        if not folder.name.startswith("CodeLlama0"):
+            assert completion.status_code == 400 and "no fill-in-the-middle" in completion.json()["error"]["message"]
+            return
+        found = client.post("/infill", json=texts | {"n_predict": 8}).json()
+        lines = client.post("/infill", json=texts | {"n_predict": 8, "stream": True}).text.split("\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+        end = {"logit_bias": {str(teacher.tokenizer.convert_tokens_to_ids("▁<EOT>")): 100}}
+        ended = client.post("/v1/completions", json=body | end).json()["choices"][0]
+        warm = client.post("/infill", json=texts | extra | {"n_predict": 0}).json()
+        again = client.post("/infill", json=texts | extra | {"n_predict": 8}).json()
+        long = client.post("/v1/completions", json=body | {"suffix": "x = 1\n" * 1000})
+        broken = client.post("/infill", json={"input_prefix": "x"})
+    assert found["content"] == completion.json()["choices"][0]["text"] and found["stop_type"] == "limit"
+    assert "".join(event["content"] for event in events) == found["content"]
+    assert [event["stop"] for event in events] == [False] * (len(events) - 1) + [True]
+    assert (ended["text"], ended["finish_reason"]) == ("", "stop")
+    assert warm["content"] == "" and again["tokens_cached"] >= warm["tokens_evaluated"] - 2 > 300
+    assert long.status_code == 400 and "context" in long.json()["error"]["message"]
+    assert broken.status_code == 400 and "input_suffix" in broken.json()["error"]["message"]

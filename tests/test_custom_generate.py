@@ -80,14 +80,14 @@ def test_a_text_that_ends_is_padded_as_by_generate():
         assert found.tolist() == expected.tolist()
 
 
-def hybrid(): return HybridDrafter(NGramDrafter(48), ModelDrafter(STUDENT))
+def hybrid(): return HybridDrafter(NGramDrafter(), ModelDrafter(STUDENT))
 def adaptive(): return AdaptiveDrafter(hybrid(), TEACHER.device, LatencyModel())
 def eagle(): return EagleDrafter(EagleStudent.from_teacher(TEACHER, [0, -1]).eval())
 
 
 @step_forms("ordinary", "static")
-@pytest.mark.parametrize("drafter", [lambda: NGramDrafter(48), lambda: ModelDrafter(STUDENT), eagle, hybrid, adaptive,
-                                     lambda: HybridDrafter(NGramDrafter(48), eagle())])
+@pytest.mark.parametrize("drafter", [NGramDrafter, lambda: ModelDrafter(STUDENT), eagle, hybrid, adaptive,
+                                     lambda: HybridDrafter(NGramDrafter(), eagle())])
 def test_batch_with_a_drafter_object(step, drafter):
     settings = DecodeSettings(gamma=3, max_new_tokens=12, adaptive=False)
     sequences = make_sequences(PROMPTS.tolist(), settings, 0, {EOS}, None, TEACHER.device)

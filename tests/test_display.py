@@ -44,30 +44,33 @@ def test_type_checkers_see_the_same_names():
 
 
 def test_imports_are_lazy():
-    """Neither `import kdcode` nor the configuration imports a large library; reports need pandas."""
+    """Neither `import kdcode` nor the configuration imports a large library. Control: what is imported is found."""
     print_loaded = "print(*sorted({'torch', 'pandas', 'transformers', 'matplotlib', 'IPython'} & set(sys.modules)))"
     assert python(f"import sys, kdcode; dir(kdcode); hasattr(kdcode, 'nothing'); {print_loaded}") == "\n"
     assert python(f"import sys; from kdcode import Config; Config(); {print_loaded}") == "\n"
-    assert "pandas" in python(f"import sys, kdcode.report; {print_loaded}")
+    assert "pandas" in python(f"import sys, pandas; {print_loaded}")
 
 
 # Terminal
 
-WITHOUT_IPYTHON = """
+MODULES = sorted(path.stem for path in (ROOT/"kdcode").glob("*.py") if path.stem not in ("_modidx", "__init__"))
+WITHOUT_NOTEBOOKS = f"""
 import sys
-sys.modules["IPython"] = None  # importing it fails
+sys.modules |= {{"nbdev": None, "fastcore": None, "IPython": None}}  # importing them fails
+from kdcode import {', '.join(MODULES)}
 from kdcode import Config
 from kdcode.callbacks import progress_callback
 from kdcode.report import Report
 from kdcode.result import SpeculativeResult, Statistics
-report = Report("command", Config(), {}, [{"a": 1}], ["note"])
+report = Report("command", Config(), {{}}, [{{"a": 1}}], ["note"])
 result = SpeculativeResult([1], [2], [True], Statistics())
 print(Config(), report, Statistics(), result, type(progress_callback()).__name__, sep="\\n")
 """
 
 
-def test_terminal_display_needs_no_ipython():
-    lines = python(WITHOUT_IPYTHON).splitlines()
+def test_library_and_its_terminal_display_need_neither_nbdev_nor_fastcore_nor_ipython():
+    assert {"config", "serve"} <= set(MODULES)
+    lines = python(WITHOUT_NOTEBOOKS).splitlines()
     report = ["quickstart: command", "", "a", "1", "", "note"]
     assert lines == ["Config()", *report, "0 tokens in 0 target calls", "[2]", "LineProgress"]
 
@@ -187,3 +190,34 @@ def test_markdown_without_styles_is_readable(page):
     assert len(shown.find_all("table")) == 13  # ten of the configuration, corpus, statistics, report
     assert len(resources["outputs"]) == 2  # plots of the training and of the report
     assert "█" in shown.text or "░" in shown.text
+
+
+def plot_functions():
+    """The functions of the library that make a figure."""
+    for path in sorted((ROOT/"kdcode").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "plt.subplots" in ast.unparse(node): yield path.stem, node
+
+
+def test_every_plot_has_the_style_of_all_plots():
+    functions = list(plot_functions())
+    styled = [name for name, node in functions if "plot_style" in map(ast.unparse, node.decorator_list)]
+    assert len(functions) > 7 and styled == [name for name, _ in functions]
+
+
+def test_a_plot_is_the_same_in_a_dark_session():
+    """A notebook with a dark style of its own gets the light, opaque plots of the library."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_hex
+    from kdcode.callbacks import plot_history
+    from kdcode.notebook import COLORS
+    names = ("loss", "ce", "kl", "agreement", "acceptance_rate", "perplexity")
+    history = [{"step": 0} | {f"eval_{name}": .5 for name in names}, {"step": 4, "loss": 2., "ce": 2.}]
+    with plt.style.context("dark_background"):
+        assert plt.rcParams["figure.facecolor"] == "black"
+        figure = plot_history(history)
+        assert plt.rcParams["figure.facecolor"] == "black"  # only the plot is changed
+    lines = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
+    assert to_hex(figure.get_facecolor()) == "#ffffff" and lines & set(COLORS)
+    assert to_hex(figure.axes[0].xaxis.label.get_color()) == "#1d232b"
+    plt.close(figure)

@@ -318,6 +318,20 @@ def test_start_page_shows_results_without_code():
     assert page.select(".cell_output table") and not page.select(".cell_input")
 
 
+def imports_only(code): return site_pages.only_imports(code) if code.strip() and "%" not in code else False
+
+
+@docs
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_imports_are_collapsed(notebook):
+    cells = soup(page_of(notebook)).select("article .cell_input pre")
+    imports = [cell for cell in cells if imports_only(cell.text)]
+    assert all(cell.find_parent("details") and not cell.find_parent("details").has_attr("open") for cell in imports)
+    others = [cell for cell in cells if cell not in imports]
+    assert not any(cell.find_parent("details") for cell in others)
+    assert imports or notebook.endswith("index.ipynb") or "experiments" in notebook
+
+
 @docs
 def test_parameters_are_shown_in_tables():
     entry = soup("api/decode.html").find(id="kdcode.decode.speculative_generate").parent
@@ -473,6 +487,35 @@ def test_search_finds_functions_and_words(visit):
     page.keyboard.type("rejection")
     page.keyboard.press("Enter")
     page.locator("#search-results li a", has_text="Speculative decoding").first.wait_for()
+
+
+def results_of(page):
+    """Wait for the excerpts of a search; return the pages found, each once, in their order, and the excerpts."""
+    page.wait_for_selector("#search-results li p.context")
+    page.wait_for_load_state("networkidle")
+    links = page.locator("#search-results li > a").evaluate_all("all => all.map(link => link.getAttribute('href'))")
+    return list(dict.fromkeys(link.partition("#")[0].partition("?")[0] for link in links)), \
+        page.locator("#search-results p.context").all_text_contents()
+
+
+@docs
+@needs_browser
+@pytest.mark.parametrize("term", ["acceptance rate", "gamma"])
+def test_search_finds_the_explanation_of_a_term_first(visit, term):
+    found, excerpts = results_of(visit(f"search.html?q={term}"))
+    assert found[:2] == ["glossary.html", "tutorials/speculative_decoding.html"]
+    assert len(excerpts) > 20
+    assert [text for text in excerpts if "\\" in text or text.startswith("Contents")] == []  # no TeX, no navigation
+
+
+@docs
+@needs_browser
+def test_start_picture_is_readable_on_a_phone(visit):
+    """Its letters are 13 pixels high at its full width."""
+    page = visit("index.html", width=390)
+    shown, natural = page.locator("article img").first.evaluate(
+        "async image => { await image.decode(); return [image.clientWidth, image.naturalWidth / 2] }")
+    assert 13 * shown / natural > 10
 
 
 @docs

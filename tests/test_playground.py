@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from kdcode.config import EXAMPLE_PROMPT, EXAMPLE_PROMPTS
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
 expect.set_options(timeout=120_000)  # ms; a busy machine decodes slowly
@@ -511,17 +513,56 @@ def test_keyboard_alone_is_enough(visit, stub):
     page = visit()
     expect(page.locator("#model")).to_have_text("smollm2")
     order = []
-    for key in ("", "ArrowLeft", "ArrowRight", "", "", "Space", "", ""):
+    for key in ("", "", "ArrowLeft", "ArrowRight", "", "", "Space", "", ""):
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id"))
         if order[-1] == "prompt": page.keyboard.type("def f():")
         if key: page.keyboard.press(key)
-    assert order == ["prompt", "gamma", "temperature", "max-tokens", "seed", "compare", "run", "stop"]
+    assert order == ["example", "prompt", "gamma", "temperature", "max-tokens", "seed", "compare", "run", "stop"]
     page.keyboard.press("Control+Enter")
     expect(page.get_by_role("status")).to_contain_text("Done")
     request, = stub.requests
     assert request["prompt"].endswith("def f():")
     assert (request["speculation"]["gamma"], request["temperature"]) == (3, .1)
+
+
+def test_examples_are_those_of_the_library(visit, stub):
+    page = visit()
+    example, prompt = page.get_by_label("Example"), page.get_by_label("Prompt")
+    assert prompt.input_value() == EXAMPLE_PROMPT
+    assert example.locator("option").all_text_contents() == list(EXAMPLE_PROMPTS)
+    for name, text in reversed(EXAMPLE_PROMPTS.items()):
+        example.select_option(name)
+        assert prompt.input_value() == text
+    run(page)
+    assert stub.requests[0]["prompt"] == EXAMPLE_PROMPT
+
+
+@pytest.mark.parametrize("prompt", ["x" * 50_000, "x\n" * 25_000, "\n" * 50_000], ids=["line", "lines", "empty lines"])
+def test_a_long_prompt_is_shown_shortened(visit, stub, console, prompt):
+    """Refused or not: the page stays short, and the request has the whole prompt."""
+    page = visit()
+    stub.error = (400, f"the prompt is too long: {prompt}")
+    page.get_by_label("Prompt").evaluate("(element, text) => { element.value = text }", prompt)  # typing takes minutes
+    page.get_by_role("button", name="Run").click()
+    expect(page.get_by_role("alert")).to_contain_text("not shown")
+    expect(page.locator("#text")).to_contain_text("characters not shown")
+    assert page.evaluate("document.documentElement.scrollHeight") < 6000
+    expect_failed_requests(console)
+    stub.error = None
+    run(page)
+    assert [request["prompt"] for request in stub.requests] == [prompt] * 3
+    assert page.evaluate("document.documentElement.scrollHeight") < 6000
+    assert page.locator("#text").text_content().endswith("".join(token["text"] for token in displayed_tokens(page)))
+
+
+def test_baselines_are_named_as_in_the_readme(visit, stub):
+    """The same sentence says what a speedup is over, in the README and beside the number in the playground."""
+    page = visit()
+    run(page)
+    expect(page.locator("#headline-unit")).to_have_text("speedup over kdcode without drafting")
+    readme = (PAGE.parent.parent/"README.md").read_text().replace("`", "")
+    assert page.locator("#baselines").text_content() in readme
 
 
 def test_every_control_has_an_accessible_name(visit, stub):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import prepare_multi_gpu_env
 from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 
@@ -105,35 +107,50 @@ def test_preempted_run_saves_a_checkpoint_and_resumes(kdcode, start, tiny_teache
     assert same_weights(run, tmp_path/"runs"/"whole")
 
 
-def launch(folder, launcher, *words):
-    """Run the command in two processes, which communicate by gloo on a machine without a GPU."""
-    environment = os.environ | {"KDCODE_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                                "ACCELERATE_USE_CPU": "true"}
-    command = [Path(sys.executable).parent/"accelerate", "launch", "--num_processes", 2, *launcher, *words]
-    return subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True,
-                          timeout=300)
+CPU_PROCESSES = {"ACCELERATE_USE_CPU": "true"}  # they communicate by gloo on a machine without a GPU
+
+
+def launch(folder, *words):
+    """Run the command in two processes by `accelerate launch`."""
+    environment = os.environ | {"KDCODE_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # --multi_gpu is the launcher's option for several processes
+    command = [Path(sys.executable).parent/"accelerate", "launch", "--multi_gpu", "--num_processes", 2,
+               "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "kdcode.cli", *words]
+    return subprocess.run(list(map(str, command)), cwd=folder, env=environment | CPU_PROCESSES, capture_output=True,
+                          text=True, timeout=300)
+
+
+def run_sharded(start, *words):
+    """Run the command in two forked processes with the environment of `accelerate launch`; return what they print."""
+    parser, file = launch_command_parser(), ROOT/"configs"/"accelerate"/"fsdp.yaml"
+    arguments, *_ = _validate_launch_command(parser.parse_args(
+        ["--config_file", str(file), "--num_processes", "2", "--main_process_port", "0", "fsdp_on_cpu.py"]))
+    environment = prepare_multi_gpu_env(arguments) | CPU_PROCESSES | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.main_process_port)}
+    for name in ("KDCODE_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"): environment.pop(name, None)
+    processes = [start(*words, program="fsdp_on_cpu:main", **environment, RANK=rank, LOCAL_RANK=rank)
+                 for rank in ("0", "1")]
+    errs = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errs
+    return errs[0]
 
 
 def close(a, b): return len(a) == len(b) == 16 and max(abs(x - y) for x, y in zip(a, b)) < 1e-4
 
 
-def test_two_processes_train_like_one(kdcode, tiny_teacher, tmp_path):
+def test_two_processes_train_like_one(kdcode, start, tiny_teacher, tmp_path):
     words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "top_k",
              "--train.precision", "float32"]
     assert kdcode(*words, "--name", "one").returncode == 0
     one, half = losses(tmp_path/"runs"/"one"), ["--train.batch_size", 2]
     assert max(abs(a - b) for a, b in zip(one, one[1:])) > 1e-3  # negative control: the losses of two steps differ
-    # DDP: each process has the whole student; --multi_gpu is the launcher's option for several processes
-    launcher = ["--multi_gpu", "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no",
-                "-m", "kdcode.cli"]
-    ddp = launch(tmp_path, launcher, *words, *half, "--name", "ddp")
+    # DDP: each process has the whole student
+    ddp = launch(tmp_path, *words, *half, "--name", "ddp")
     assert ddp.returncode == 0, ddp.stderr
     assert close(one, losses(tmp_path/"runs"/"ddp"))
     # FSDP: each process has a shard of the student
-    launcher = ["--config_file", ROOT/"configs"/"accelerate"/"fsdp.yaml", ROOT/"tests"/"fsdp_on_cpu.py"]
     sharded, run = [*words, *half, "--name", "fsdp"], tmp_path/"runs"/"fsdp"
-    fsdp = launch(tmp_path, launcher, *sharded)
-    assert fsdp.returncode == 0, fsdp.stderr
+    run_sharded(start, *sharded)
     assert close(one, losses(run)) and (run/"checkpoints"/"checkpoint-16"/"pytorch_model_fsdp_0").is_dir()
     trained, expected = weights(run), weights(tmp_path/"runs"/"one")
     assert all((trained[key] - expected[key]).abs().max() < 1e-4 for key in expected)
@@ -141,9 +158,8 @@ def test_two_processes_train_like_one(kdcode, tiny_teacher, tmp_path):
     shutil.rmtree(run/"student")
     shutil.rmtree(run/"checkpoints"/"checkpoint-16")
     (run/"history.json").unlink()
-    again = launch(tmp_path, launcher, *sharded, "--resume")
-    assert again.returncode == 0, again.stderr
-    assert close(one, losses(run)) and "[3/3]" in again.stderr
+    assert "[3/3]" in run_sharded(start, *sharded, "--resume")
+    assert close(one, losses(run))
 
 
 @pytest.fixture

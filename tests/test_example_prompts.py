@@ -1,0 +1,45 @@
+"""The embedded teacher completes the example prompts with correct functions."""
+import textwrap
+
+import pytest
+
+from kdcode.config import DecodeSettings, EXAMPLE_PROMPTS
+from kdcode.sandbox import isolation, run_program
+
+CHECKS = {
+    "is_prime": "assert [n for n in range(12) if is_prime(n)] == [2, 3, 5, 7, 11]",
+    "fibonacci": "assert [fibonacci(n) for n in range(8)] == [0, 1, 1, 2, 3, 5, 8, 13]",
+    "mean": "assert mean([1, 2, 6]) == 3",
+    "is_palindrome": "assert is_palindrome('level') and not is_palindrome('levels') and is_palindrome('')",
+    "find_max": "assert find_max([3, 9, 2]) == 9 and find_max([-3, -9]) == -3",
+}
+
+
+def first_function(text):
+    """Return the text up to the first further line that is not indented."""
+    first, *lines = text.splitlines()
+    end = next((i for i, line in enumerate(lines) if line and not line[0].isspace()), len(lines))
+    return "\n".join([first, *lines[:end]])
+
+
+@pytest.fixture(scope="module")
+def embedded_pair():
+    from kdcode.decode import load_draft
+    from kdcode.teacher import load_teacher
+    teacher = load_teacher("smollm2")
+    return teacher, load_draft("smollm2", teacher)
+
+
+@pytest.mark.parametrize("name", EXAMPLE_PROMPTS)
+def test_an_example_prompt_gets_a_correct_function(embedded_pair, name):
+    from kdcode.decode import complete
+    settings = DecodeSettings(max_new_tokens=80, compile=False, stop=["\n\n", "\n```"])
+    result = complete(*embedded_pair, EXAMPLE_PROMPTS[name], settings)
+    program = first_function(EXAMPLE_PROMPTS[name] + result.text)
+    assert run_program(f"{program}\n\n{CHECKS[name]}\n", isolation()) == "passed", program
+
+
+def test_a_wrong_function_is_noticed():
+    for name, prompt in EXAMPLE_PROMPTS.items():
+        wrong = first_function(prompt + textwrap.indent("\nreturn None", "    "))
+        assert run_program(f"{wrong}\n\n{CHECKS[name]}\n", isolation()) != "passed"
