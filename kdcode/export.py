@@ -45,9 +45,10 @@ def _check_exportable(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
                           "llama architecture")
     config = student.config
     if isinstance(student, EagleStudent):
+        other_form = "" if isinstance(student, LegacyEagleStudent) else "export it with --to eagle3, or "
         raise ConfigError("an EAGLE student needs the hidden states of its teacher "
-                          f"({config.teacher or 'unnamed'}) and cannot become a Llama; export it with --to eagle3, or "
-                          "train one with student.feature_layers []")
+                          f"({config.teacher or 'unnamed'}) and cannot become a Llama; {other_form}train one with "
+                          "student.feature_layers []")
     if getattr(student, "hf_quantizer", None):
         raise ConfigError("the student's weights are in 4 bits and cannot be exported; export the unquantised student")
     fingerprint = getattr(config, "tokenizer_fingerprint", "")
