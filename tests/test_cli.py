@@ -77,7 +77,7 @@ def test_generate_streams_the_output_of_the_teacher(kdcode, tiny_teacher, tmp_pa
     assert measured.returncode == 0, measured.stderr
     report = json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())
     assert report["figures"]["identical"] == 1.0 and report["figures"]["ratio_to_assisted"] > 0
-    assert [row["identical outputs"] for row in report["rows"]] == [None] + ["100%"] * 14
+    assert [row["identical outputs"] for row in report["rows"]] == [None] + ["100%"] * 15
 
     steps = kdcode("bench", "steps", "--name", "pair", "--teacher.name", tiny_teacher, "--decode.compile", "off")
     assert steps.returncode == 0, steps.stderr
