@@ -362,6 +362,14 @@ class EaglePrompts(ModelDrafter):
         processed = self.cached.lengths[0]
         self.rows = [EagleRow(pending[:pairs - processed], processed)]
 
+    def select_rows(self, rows: list[int]) -> None:
+        super().select_rows(rows)
+        self.rows = [self.rows[i] for i in rows]
+
+    def extend(self, other: "EaglePrompts") -> None:
+        super().extend(other)
+        self.rows = self.rows + other.rows
+
 # %% ../nbs/07b_drafters.ipynb #9e94c2c5
 class EagleDrafter(EaglePrompts):
     """Drafts with an `EagleStudent`. Source: Li et al. 2025 (EAGLE-3)."""
@@ -399,14 +407,6 @@ class EagleDrafter(EaglePrompts):
         self.cached.crop([row.processed for row in self.rows])
         for row, new in zip(self.rows, features):
             row.pending_features = torch.cat([row.pending_features, self.model.fuse_features(new)])
-
-    def select_rows(self, rows: list[int]) -> None:
-        super().select_rows(rows)
-        self.rows = [self.rows[i] for i in rows]
-
-    def extend(self, other: "EagleDrafter") -> None:
-        super().extend(other)
-        self.rows = self.rows + other.rows
 
 # %% ../nbs/07b_drafters.ipynb #342464f8
 class NGramIndex:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ARCHITECTURE', 'RENAMED', 'UNUSED', 'SharedModule', 'teacher_depth', 'resolve_feature_layers', 'EagleConfig',
            'check_variant', 'is_eagle_config', 'plain_keys', 'EagleLayer', 'TrainingTimeTestCache',
-           'training_time_test_mask', 'head_weights', 'sort_draft_ids', 'FeatureProjection', 'EagleBase', 'attach_head',
-           'EagleBody', 'feature_scales', 'start_fc', 'copy_first_layer', 'head_shape', 'head_config', 'start_head',
-           'EagleStudent', 'open_student', 'load_student', 'LegacyEagleConfig', 'OldestEagleConfig', 'LegacyEagleModel',
-           'LegacyEagleStudent']
+           'training_time_test_mask', 'head_weights', 'sort_draft_ids', 'FeatureProjection', 'EagleModules',
+           'EagleBase', 'attach_head', 'EaglePairs', 'EagleBody', 'feature_scales', 'start_fc', 'copy_first_layer',
+           'head_shape', 'head_config', 'start_head', 'TrainableHead', 'EagleStudent', 'open_student', 'load_student',
+           'LegacyEagleConfig', 'OldestEagleConfig', 'LegacyEagleModel', 'LegacyEagleStudent']
 
 # %% ../nbs/02a_eagle.ipynb #855d80b6
 from pathlib import Path
@@ -59,12 +59,9 @@ def resolve_feature_layers(
     return sorted({i % depth for i in feature_layers})
 
 # %% ../nbs/02a_eagle.ipynb #09777452
-ARCHITECTURE = "LlamaForCausalLMEagle3"  # in config.json; vLLM, SGLang and llama.cpp's converter look for it
-
 class EagleConfig(LlamaConfig):
     """Shape of an `EagleStudent`, saved as a config.json that vLLM reads."""
     architecture = "llama"  # of the layers
-
     draft_vocab_size: int | None = 0         # number of ids that the head can predict; 0: all
     target_hidden_size: int | None = None    # width of the features; None: the head's own
     norm_before_residual: bool = False       # whether the residual connection of the first layer starts after the norm
@@ -103,6 +100,8 @@ class EagleConfig(LlamaConfig):
         return {name: value for name, value in written.items() if name not in absent}
 
 # %% ../nbs/02a_eagle.ipynb #9baae338
+ARCHITECTURE = "LlamaForCausalLMEagle3"  # in config.json; vLLM, SGLang and llama.cpp's converter look for it
+
 def check_variant(config: EagleConfig) -> None:
     """Raise `ValueError` for a variant of EAGLE-3 that kdcode does not have."""
     for name in ("fc_norm", "norm_output", "mlp_bias"):
@@ -207,12 +206,13 @@ def sort_draft_ids(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Ten
         raise ValueError(f"d2t is not a draft vocabulary: {error}") from None
     return weights | {"d2t": ids - rows, "lm_head.weight": weights["lm_head.weight"][order]}
 
-# %% ../nbs/02a_eagle.ipynb #cbc9953f
+# %% ../nbs/02a_eagle.ipynb #e3a1f001
 class FeatureProjection(nn.Linear):
     """A linear layer that is not quantised for drafting; it runs once per target call."""
 
-class EagleBase(Student):
-    """The modules of a draft head, and the connection to its teacher."""
+# %% ../nbs/02a_eagle.ipynb #cbc9953f
+class EagleModules(Student):
+    """The modules of a draft head, and the embedding of its teacher."""
     config: EagleConfig
     config_class = EagleConfig
     base_model_prefix = ""
@@ -249,9 +249,9 @@ class EagleBase(Student):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.shared_embedding = SharedModule(value)
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Map states (..., hidden) to logits (..., draft vocabulary)."""
-        return self.lm_head(self.norm(hidden))
+# %% ../nbs/02a_eagle.ipynb #e3a1f002
+class EagleBase(EagleModules):
+    """Loads a draft head from a file."""
 
     @classmethod
     def from_pretrained(cls, path, *inputs, config: PreTrainedConfig | None = None, **options) -> "EagleStudent":
@@ -291,8 +291,8 @@ def attach_head(head: EagleBase, teacher: PreTrainedModel) -> None:
     head.set_input_embeddings(teacher.get_input_embeddings())
 
 # %% ../nbs/02a_eagle.ipynb #9b6b999b
-class EagleBody(EagleBase):
-    """The forward pass of a draft head over pairs."""
+class EaglePairs(EagleBase):
+    """The connection of a draft head to its teacher: embedding, features and pairs of both."""
 
     def attach(self, teacher: PreTrainedModel) -> "EagleStudent":
         """Use this teacher's embedding and features; return self. Raises `ValueError` for one of another shape."""
@@ -318,6 +318,14 @@ class EagleBody(EagleBase):
             raise ValueError(f"this head needs hidden states of {teacher} as features; "
                              "decode with kdcode.decode, which passes them")
         return torch.cat([embedding(input_ids).detach().to(features.dtype), features], -1)
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Map states (..., hidden) to logits (..., draft vocabulary)."""
+        return self.lm_head(self.norm(hidden))
+
+# %% ../nbs/02a_eagle.ipynb #e3a1f003
+class EagleBody(EaglePairs):
+    """The forward pass of a draft head over pairs."""
 
     def hidden_states(self, input_ids: Tensor, cache=None, attention_mask: Tensor | None = None,
                       position_ids: Tensor | None = None, features: Tensor | None = None) -> Tensor:
@@ -400,12 +408,41 @@ def start_head(head: "EagleBase", teacher: PreTrainedModel, layers: list[int], d
         source = decoder.layers[i]
         copy_first_layer(source, target, head.config) if isinstance(target, EagleLayer) else copy_layer(source, target)
 
-# %% ../nbs/02a_eagle.ipynb #d686ef5c
-class EagleStudent(EagleBody):
-    """A draft head whose input is pairs of a token and the state of the position before it.
+# %% ../nbs/02a_eagle.ipynb #e3a1f004
+class TrainableHead(EagleBody):
+    """The training-time test of a draft head."""
 
-    Source: Li et al. 2025 (EAGLE-3); tensor names and layout are those of vLLM's `llama_eagle3`.
-    """
+    def training_time_test(
+        self,
+        input_ids: Tensor,  # (batch, time)
+        features: Tensor,   # (batch, time, layers × teacher width), the teacher's, of the same positions
+        steps: int,         # tokens to draft after each position
+    ) -> list[Tensor]:      # one (batch, time, hidden) per step
+        """Return the states of each step; step n drafts the n-th token after the verified prefix.
+
+        Those of step n at position t predict token t + 1; the first n positions of step n have no meaning.
+        Source: Li et al. 2025 (EAGLE-3), section 3.2.
+        """
+        cache, states, outputs, skip = None, self.fuse_features(features), [], self.skipped_tokens
+        for step in range(1, steps + 1):
+            cache = TrainingTimeTestCache(cache)
+            mask = None if step == 1 else training_time_test_mask(step, input_ids.shape[1] - skip, input_ids.device)
+            shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
+            states = self.hidden_states(input_ids[:, skip:], cache, mask, features=shifted[:, skip:])
+            states = F.pad(states, (0, 0, skip, 0))  # index t again belongs to token t
+            outputs.append(states)
+        return outputs
+
+    def forward(self, input_ids, *args, features=None, head=None, steps: int = 1, **kwargs) -> StudentOutput:
+        """Return logits as `Student.forward`, or `head_outputs`, one for each step, if there is a `head`."""
+        if head is None:
+            return super().forward(input_ids, *args, features=features, **kwargs)
+        states = self.training_time_test(input_ids, features, steps)
+        return StudentOutput(head_outputs=[head(self.norm(state), self.lm_head.weight) for state in states])
+
+# %% ../nbs/02a_eagle.ipynb #d686ef5c
+class EagleStudent(TrainableHead):
+    """A draft head over pairs of a token and the state before it, named as in vLLM. Li et al. 2025 (EAGLE-3)."""
 
     @classmethod
     def from_teacher(
@@ -439,34 +476,6 @@ class EagleStudent(EagleBody):
         head = new_student(cls, config, seed)
         start_head(head, teacher, [] if isinstance(layers, int) else resolve_layers(layers, depth), draft_ids)
         return head.attach(teacher)
-
-    def training_time_test(
-        self,
-        input_ids: Tensor,  # (batch, time)
-        features: Tensor,   # (batch, time, layers × teacher width), the teacher's, of the same positions
-        steps: int,         # tokens to draft after each position
-    ) -> list[Tensor]:      # one (batch, time, hidden) per step
-        """Return the states of each step; step n drafts the n-th token after the verified prefix.
-
-        Those of step n at position t predict token t + 1; the first n positions of step n have no meaning.
-        Source: Li et al. 2025 (EAGLE-3), section 3.2.
-        """
-        cache, states, outputs, skip = None, self.fuse_features(features), [], self.skipped_tokens
-        for step in range(1, steps + 1):
-            cache = TrainingTimeTestCache(cache)
-            mask = None if step == 1 else training_time_test_mask(step, input_ids.shape[1] - skip, input_ids.device)
-            shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
-            states = self.hidden_states(input_ids[:, skip:], cache, mask, features=shifted[:, skip:])
-            states = F.pad(states, (0, 0, skip, 0))  # index t again belongs to token t
-            outputs.append(states)
-        return outputs
-
-    def forward(self, input_ids, *args, features=None, head=None, steps: int = 1, **kwargs) -> StudentOutput:
-        """Return logits as `Student.forward`, or `head_outputs`, one for each step, if there is a `head`."""
-        if head is None:
-            return super().forward(input_ids, *args, features=features, **kwargs)
-        states = self.training_time_test(input_ids, features, steps)
-        return StudentOutput(head_outputs=[head(self.norm(state), self.lm_head.weight) for state in states])
 
 # %% ../nbs/02a_eagle.ipynb #af4cddbf
 def open_student(folder: str | Path) -> PreTrainedModel:
@@ -522,8 +531,7 @@ class LegacyEagleModel(StudentModel):
 # %% ../nbs/02a_eagle.ipynb #6ba89447
 class LegacyEagleStudent(EagleStudent):
     """A head of an earlier version. It drafts, but cannot be trained further or exported."""
-    config_class = LegacyEagleConfig
-    model_class = LegacyEagleModel
+    config_class, model_class = LegacyEagleConfig, LegacyEagleModel
     base_model_prefix = "model"
     skipped_tokens = 0
 
@@ -561,5 +569,6 @@ class LegacyEagleStudent(EagleStudent):
         """Map states (..., hidden) to logits (..., draft vocabulary)."""
         return self.lm_head(hidden)
 
+# %% ../nbs/02a_eagle.ipynb #e3a1f005
 for kind in (LegacyEagleConfig, OldestEagleConfig): AutoConfig.register(kind.model_type, kind, exist_ok=True)
 AutoModelForCausalLM.register(LegacyEagleConfig, LegacyEagleStudent, exist_ok=True)

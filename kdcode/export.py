@@ -352,7 +352,7 @@ def write_shape(writer: gguf.GGUFWriter, llama: LlamaForCausalLM, name: str, kin
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
 
-# %% ../nbs/10_export.ipynb #b9edf7cc
+# %% ../nbs/10_export.ipynb #e3a1f006
 def open_head(head: PreTrainedModel | str | Path) -> EagleStudent:
     """Return an EAGLE-3 head that can be exported. Raises `ConfigError` for any other model."""
     head = load_draft(str(head)) if isinstance(head, (str, Path)) else head
@@ -365,6 +365,7 @@ def open_head(head: PreTrainedModel | str | Path) -> EagleStudent:
         raise ConfigError("the head's weights are in 4 bits and cannot be exported; export the unquantised head")
     return head
 
+# %% ../nbs/10_export.ipynb #b9edf7cc
 def plain_config(config: EagleConfig) -> dict[str, Any]:
     """Return the content of config.json for vLLM, SGLang and llama.cpp's converter."""
     return config.to_diff_dict() | {"eagle_aux_hidden_state_layer_ids": config.feature_layers, "dtype": "float32"}
