@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import ConfigError, DecodeSettings
-from .data import fim_ids, fim_text, humaneval_problems
+from .data import humaneval_problems
 from .decode import prompt_ids
 from .eagle import EagleStudent
+from .infill import fim_text, find_fim_format
 from .loss import acceptance_probability, drop_padding_rows, log_probs
 from .provenance import write_atomic
 from .result import Statistics
@@ -201,7 +202,7 @@ def teacher_task_prompts(
 ) -> dict[str, list[dict]]:  # with `task_id` and `prompt`
     """Return the prompts of all tasks of a teacher, by task."""
     prompts = {task: task_prompts(task, n) for task in TASKS}
-    if fim_ids(teacher.tokenizer, teacher.vocabulary_size):
+    if find_fim_format(teacher.tokenizer, teacher.vocabulary_size):
         prompts[INFILLING] = [{"task_id": f"{INFILLING}/{i}", "prompt": infilling_task(code, teacher.tokenizer)}
                               for i, code in enumerate(FUNCTIONS[:n])]
     return prompts

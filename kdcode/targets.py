@@ -30,8 +30,9 @@ from torch.nn import functional as F
 
 from .config import Config, ConfigError, TargetsSettings
 from .data import (
-    block_lengths, check_fim, Corpus, length_batches, longest_block, most_frequent_ids, tokenizer_fingerprint)
+    block_lengths, Corpus, length_batches, longest_block, most_frequent_ids, tokenizer_fingerprint)
 from .eagle import LegacyEagleStudent, load_student, resolve_feature_layers, teacher_depth
+from .infill import check_fim
 from .loss import log_probs, SparseTargets
 from .notebook import progress_bar
 from .provenance import short_hash, write_atomic

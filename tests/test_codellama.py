@@ -118,18 +118,37 @@ def test_generated_text_keeps_its_first_space(teacher, student, tmp_path):
 
 
 def test_infilling_prompt(tokenizer_of):
-    from kdcode.data import fim_ids, fim_prompt
+    from kdcode.data import text_ids
+    from kdcode.infill import (
+        beginning_ids, fim_marks, fim_text, find_fim_format, infill_prompt, middle_end_id, order_parts, part_encoding)
     tokenizer, rows = tokenizer_of("CodeLlama"), tokenizer_of("CodeLlama").vocab_size
+    fim, prefix, suffix = find_fim_format(tokenizer, rows), "x = ", " + 1\n"
+    parts = part_encoding(tokenizer, prefix, True)[0], part_encoding(tokenizer, suffix, False)[0]
     for suffix_first in (False, True):
-        of_transformers = tokenizer_of("CodeLlama")("x = ", suffix=" + 1\n", suffix_first=suffix_first).input_ids
-        assert fim_prompt(tokenizer, "x = ", " + 1\n", suffix_first) == of_transformers
+        of_transformers = tokenizer_of("CodeLlama")(prefix, suffix=suffix, suffix_first=suffix_first).input_ids
+        ordered = order_parts(fim, fim_marks(fim, tokenizer), *parts, suffix_first)
+        assert beginning_ids(tokenizer) + ordered == of_transformers
+    psm = infill_prompt(fim, tokenizer, rows, prefix, suffix)
+    assert psm == tokenizer_of("CodeLlama")(prefix, suffix=suffix).input_ids
+    assert psm == text_ids(tokenizer, fim_text(tokenizer, prefix, suffix))
     # transformers would put a space before this suffix, which Meta's own code does not
-    assert tokenizer.convert_ids_to_tokens(fim_prompt(tokenizer, "x", "x\n")) == [
+    assert tokenizer.convert_ids_to_tokens(infill_prompt(fim, tokenizer, rows, "x", "x\n")) == [
         "<s>", "▁<PRE>", "▁x", "▁<SUF>", "x", "<0x0A>", "▁<MID>"]
-    assert fim_ids(tokenizer, rows).end == tokenizer.convert_tokens_to_ids("▁<EOT>")
+    assert middle_end_id(fim, tokenizer) == tokenizer.convert_tokens_to_ids("▁<EOT>")
     for kind in ("CodeLlama-Python", "Llama"):
         other = tokenizer_of(kind)
-        assert fim_ids(other, other.vocab_size) is None  # the model has no rows for tokens behind its vocabulary
+        assert find_fim_format(other, other.vocab_size) is None  # no rows for tokens behind the vocabulary
+
+
+def test_only_the_prefix_starts_a_document(tokenizer_of):
+    """The tokenizer puts a space before the prefix; before another part, even the first, it would be new text."""
+    import random
+    from kdcode.data import Document, encode_infilling
+    tokenizer = tokenizer_of("CodeLlama")
+    found = {" ".join(tokenizer.convert_ids_to_tokens(encode_infilling(Document("x"), tokenizer, random.Random(i))[0]))
+             for i in range(60)}
+    assert found == {f"<s> ▁<PRE> {middle} ▁<EOT>" for middle in (
+        "▁x ▁<SUF> ▁<MID>", "▁<SUF> ▁<MID> ▁x", "▁<SUF> x ▁<MID>", "▁<SUF> ▁<MID> x")}
 
 
 def test_text_in_the_middle_of_bytes_and_after_special_tokens(teacher):
