@@ -353,6 +353,8 @@ def feature_scales(
 
     Models often use the first token as an attention sink, whose states are far larger than all others.
     """
+    if teacher.device.type == "meta":  # has a shape but no values
+        return torch.ones(len(feature_layers), teacher.config.get_text_config().hidden_size, device="meta")
     last = teacher.config.get_text_config().vocab_size - 1
     ids = torch.linspace(0, last, tokens, device=teacher.device).long()[None]
     states = teacher.get_decoder()(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
