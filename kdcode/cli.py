@@ -11,12 +11,12 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
            'shipped_student', 'load_graphs', 'run_demo', 'bench_decode', 'bench_tasks', 'bench_engines', 'bench_busy',
            'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'record_command', 'run_bench',
-           'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
-           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
-           'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
-           'parse', 'read_prompt', 'choose_draft', 'check_export', 'check_evaluation', 'check_corpus', 'check_targets',
-           'check_training', 'check_models', 'check_files', 'silence_libraries', 'print_error', 'announce',
-           'run_command', 'main']
+           'run_eval', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'is_eagle_head',
+           'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help',
+           'help_text', 'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command',
+           'read_config_file', 'parse', 'read_prompt', 'choose_draft', 'check_export', 'check_evaluation',
+           'check_corpus', 'check_targets', 'check_training', 'check_models', 'check_files', 'silence_libraries',
+           'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -43,7 +43,7 @@ from .config import (
     one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, SHORT_PROMPT)
 from .files import (
     api_key, bind_socket, check_draft, check_run, check_search, check_teacher_name, check_writable,
-    did_you_mean, is_hub_id, model_source, shipped_draft, shipped_drafts, source_folder)
+    did_you_mean, draft_folder, is_hub_id, model_source, shipped_draft, shipped_drafts, source_folder)
 from .provenance import short_hash
 from .threads import THREADS
 
@@ -464,15 +464,17 @@ def write_student(
     model: str | Path,  # folder or hub id, or the name of a teacher with a shipped student
     teacher: str,
     folder: Path,
-    form: Literal["llama", "gguf", "int8", "int4"],
+    form: Literal["llama", "gguf", "eagle3", "speculators", "int8", "int4"],
 ) -> Path:
     """Export a student to a folder or file, and return its path."""
-    from kdcode.export import export_gguf, export_llama
+    from kdcode.export import export_gguf, export_head, export_llama
     from kdcode.quantise import export_quantised
     if form == "llama":
         return export_llama(model, teacher, folder/"llama")
     if form == "gguf":
         return export_gguf(model, teacher, folder/"student.gguf")
+    if form == "eagle3" or form == "speculators":
+        return export_head(model, folder/form, form)
     return export_quantised(model, folder/form, form)
 
 def grow_student(config: Config, options) -> Path:
@@ -503,6 +505,12 @@ def push_student(config: Config, options) -> None:
     else:
         print(f"pushed: {pushed}")
 
+def is_eagle_head(name: str) -> bool:
+    """Return whether a student is an EAGLE-3 head, which `kdcode bench engines` does not run."""
+    from transformers import PreTrainedConfig
+    from kdcode.eagle import is_eagle_config
+    return is_eagle_config(PreTrainedConfig.get_config_dict(draft_folder(name) or name)[0])
+
 def run_export(config: Config, options) -> None:
     """Run `kdcode export MODEL`: convert a student for another engine, quantise it, or push it to the hub."""
     if options.to == "hub":
@@ -510,7 +518,8 @@ def run_export(config: Config, options) -> None:
     model = grow_student(config, options) if options.grow_vocabulary else options.model
     path = write_student(model, config.teacher.name, run_folder(config), options.to)
     print(f"student: {display_path(path)}")
-    following = ["bench", "engines"] if options.to == "gguf" else ["generate", SHORT_PROMPT]
+    engines = options.to == "gguf" and not is_eagle_head(str(model))
+    following = ["bench", "engines"] if engines else ["generate", SHORT_PROMPT]
     draft = options.model if options.to == "gguf" else display_path(path)
     print_next(with_teacher(config, *following, "--draft", draft))
 
@@ -616,8 +625,10 @@ DECODING_OPTIONS: dict[str, dict[str, dict]] = {
 EXPORT_OPTIONS: dict[str, dict[str, dict]] = {
     "export": {
         "model": {"type": str, "help": DRAFT_HELP},
-        "--to": {"choices": ["llama", "gguf", "int8", "int4", "hub"], "default": "llama", "help": (
-            "llama: a folder for transformers, vLLM and llama.cpp's converter; gguf: a file for llama.cpp; "
+        "--to": {"choices": ["llama", "gguf", "eagle3", "speculators", "int8", "int4", "hub"],
+                 "default": "llama", "help": (
+            "llama: a folder for transformers, vLLM and llama.cpp's converter; gguf: a file for llama.cpp; eagle3, "
+            "speculators: an EAGLE-3 head for vLLM and other engines; "
             "int8, int4: a quantised student; hub: a repository on the Hugging Face Hub with a model card")},
         "--grow-vocabulary": {"action": "store_true", "help": (
             "extend a draft vocabulary to the teacher's vocabulary and train the result with the given settings")},

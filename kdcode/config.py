@@ -267,7 +267,7 @@ class StudentSettings(Settings):
     start: str | None = None
     """folder of a trained student to continue from, with its layers and draft vocabulary; null: use the teacher"""
     feature_layers: list[int] = list_field()
-    """teacher hidden states for an EAGLE head (0: embedding, i: after layer i, -1: last); empty: independent student"""
+    """teacher layers whose inputs an EAGLE-3 head gets (0: embedding, -1: last layer); empty: independent student"""
 
     def __post_init__(self):
         super().__post_init__()

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList,
+    GenerationConfig, LogitsProcessor, LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor, NoBadWordsLogitsProcessor, PrefixConstrainedLogitsProcessor, PreTrainedModel,
     PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria)
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -31,7 +31,7 @@ from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
     check_vocabularies, Draft, Drafter, drafts_in_int8, estimates_for, is_adaptive, LatencyModel, make_drafter,
     model_tokenizer, Sequence, StopCriteria, Timestamp)
-from .eagle import EagleStudent
+from .eagle import EagleStudent, open_student
 from .files import draft_folder, other_tokenizer
 from .prefix_cache import copy_row, load_row
 from .result import incremental_text, SpeculativeResult
@@ -610,16 +610,15 @@ def check_student(
         return
     try:
         student.attach(teacher.model)
-    except ValueError:
-        raise ConfigError(f"the student was made for the hidden states of teacher {student.config.teacher}, and those "
-                          f"of {teacher.name} have another shape; distil one for {teacher.name}") from None
+    except ValueError as error:
+        raise ConfigError(f"the student does not fit {teacher.name}: {error}; distil one for {teacher.name}") from None
 
 # %% ../nbs/07c_decode.ipynb #896998e1
 def _load_student(name: str) -> PreTrainedModel:
     """Load a student from a shipped name, a folder or a hub id. Raises `ConfigError` if that fails."""
     folder = draft_folder(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder or name, dtype=torch.float32).eval()
+        return open_student(folder or name)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"the student in {name} can't be loaded: {reason}") from None

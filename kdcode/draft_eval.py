@@ -259,7 +259,7 @@ def replay(
     for prompt, text in texts:
         ids = torch.tensor(prompt + text, device=teacher.device)
         matches = matching_drafts(teacher, student, ids, gamma)[len(prompt) - 1:].tolist()
-        lacks_features = isinstance(student, EagleStudent) and len(prompt) > 1
+        lacks_features = isinstance(student, EagleStudent) and len(prompt) > 1 - student.skipped_tokens
         done = 0
         while done < len(text):
             drafted = 0 if done == 0 and lacks_features else min(gamma, max_new_tokens - done - 1)

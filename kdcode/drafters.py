@@ -324,8 +324,8 @@ class EagleRow:
     """(1, hidden), the head's own state after its last draft token of this round"""
 
     def is_ready(self, length: int) -> bool:
-        """Return whether there are features for all tokens of a sequence of this length."""
-        return self.processed + len(self.pending_features) == length
+        """Return whether there are features for all of this number of tokens, and at least one."""
+        return 0 < length == self.processed + len(self.pending_features)
 
     def features(self, count: int) -> Tensor:
         """Return the features for the next `count` tokens: the target's first, then the head's own state."""
@@ -342,11 +342,13 @@ class EagleRow:
 class EaglePrompts(ModelDrafter):
     """Reads the tokens of prompts whose features are there, and saves the features that wait for their tokens."""
     rows: list[EagleRow]
+    skipped: int  # tokens at the beginning of a sequence that have no pair
 
     def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
         """Process all tokens that have features."""
         for row in self.rows: row.own_state = None
-        super().read(sequences, budgets, [row.processed + len(row.pending_features) for row in self.rows])
+        read = [row.processed + len(row.pending_features) + self.skipped for row in self.rows]
+        super().read(sequences, budgets, read)
 
     def save(self, row: int) -> Any:
         """Return a copy of one row of the KV cache and of the features that it has not processed."""
@@ -355,28 +357,42 @@ class EaglePrompts(ModelDrafter):
     def resume(self, state: Any, length: int) -> None:
         """Continue from a saved row. The feature of the target's last token belongs to the token after it."""
         cache, pending = state
-        super().resume(cache, length + 1)
+        pairs = length + 1 - self.skipped
+        super().resume(cache, pairs)
         processed = self.cached.lengths[0]
-        self.rows = [EagleRow(pending[:length + 1 - processed], processed)]
+        self.rows = [EagleRow(pending[:pairs - processed], processed)]
+
+    def select_rows(self, rows: list[int]) -> None:
+        super().select_rows(rows)
+        self.rows = [self.rows[i] for i in rows]
+
+    def extend(self, other: "EaglePrompts") -> None:
+        super().extend(other)
+        self.rows = self.rows + other.rows
 
 # %% ../nbs/07b_drafters.ipynb #9e94c2c5
 class EagleDrafter(EaglePrompts):
-    """Drafts with an `EagleStudent`. Source: Li et al. 2024 (EAGLE), section 4."""
+    """Drafts with an `EagleStudent`. Source: Li et al. 2025 (EAGLE-3)."""
 
     def __init__(self, model: EagleStudent, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
         self.feature_layers = tuple(model.config.feature_layers)
+        self.skipped = model.skipped_tokens
 
     def start(self, sequences: list[Sequence]) -> None:
-        """Begin with an empty KV cache; the feature before the first token is 0."""
-        super().start(sequences)
-        zero = torch.zeros(1, self.model.config.hidden_size, device=self.model.device)
-        self.rows = [EagleRow(zero) for _ in sequences]
+        """Begin with an empty KV cache and no features."""
+        super().start(sequences)  # a head of an earlier version has a pair for the first token, with a zero state
+        zeros = torch.zeros(1 - self.skipped, self.model.config.hidden_size, device=self.model.device)
+        self.rows = [EagleRow(zeros) for _ in sequences]
+
+    def new_tokens(self, tokens: list[list[int]], active: list[int]) -> list[list[int]]:
+        """Return the unprocessed tokens of each active row, without the first token of the sequence."""
+        return super().new_tokens([row[self.skipped:] for row in tokens], active)
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Draft for the sequences whose tokens all have features."""
         for row in self.rows: row.own_state = None
-        ready = [row.is_ready(len(sequence.tokens)) for row, sequence in zip(self.rows, sequences)]
+        ready = [row.is_ready(len(sequence.tokens) - self.skipped) for row, sequence in zip(self.rows, sequences)]
         return super().propose(sequences, [budget if is_ready else 0 for budget, is_ready in zip(budgets, ready)])
 
     def forward(self, tokens: list[list[int]], active: list[int]) -> list[Tensor]:
@@ -390,15 +406,7 @@ class EagleDrafter(EaglePrompts):
         """Roll back all draft tokens, and store the target's features of the newly verified tokens."""
         self.cached.crop([row.processed for row in self.rows])
         for row, new in zip(self.rows, features):
-            row.pending_features = torch.cat([row.pending_features, self.model.model.fuse_features(new)])
-
-    def select_rows(self, rows: list[int]) -> None:
-        super().select_rows(rows)
-        self.rows = [self.rows[i] for i in rows]
-
-    def extend(self, other: "EagleDrafter") -> None:
-        super().extend(other)
-        self.rows = self.rows + other.rows
+            row.pending_features = torch.cat([row.pending_features, self.model.fuse_features(new)])
 
 # %% ../nbs/07b_drafters.ipynb #342464f8
 class NGramIndex:

@@ -40,7 +40,7 @@ from .data import (
     usable_documents)
 from .decode import complete, load_draft, prompt_ids, speculative_generate
 from .draft_eval import PromptTexts, replay, top1_agreement
-from .eagle import EagleStudent
+from .eagle import EagleStudent, is_eagle_config
 from .notebook import plot_style
 from .provenance import machine, short_hash, write_atomic
 from .report import cached_figures, Report
@@ -221,7 +221,8 @@ def is_student(name: str) -> bool:
     """Return whether a folder holds a student of kdcode."""
     file = Path(name).expanduser()/"config.json"
     try:
-        return json.loads(file.read_text())["model_type"].startswith("kdcode-")
+        config = json.loads(file.read_text())
+        return config["model_type"].startswith("kdcode-") or is_eagle_config(config)
     except (OSError, ValueError, KeyError):
         return False
 

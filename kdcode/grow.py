@@ -77,7 +77,7 @@ def grow_vocabulary(
     config.draft_vocab_size = 0
     ids, rows = student.draft_ids, student.lm_head.weight
     mapped = head @ head_map(head[ids], rows)
-    weights = {name: weight for name, weight in student.state_dict().items() if name != "draft_ids"}
+    weights = {name: weight for name, weight in student.state_dict().items() if name not in ("draft_ids", "d2t")}
     weights["lm_head.weight"] = mapped.to(rows.dtype).index_copy(0, ids, rows)
     grown = type(student)(config).to(student.device, rows.dtype).eval()
     grown.load_state_dict(weights)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'DATA_SOURCES', 'teacher_and_licence', 'data_lines', 'without_paths', 'settings_yaml',
-           'read_training_report', 'speedup_section', 'training_section', 'not_llama_reason', 'usage_section',
-           'model_card', 'check_repo', 'student_folder', 'write_hub_folder', 'hub_token', 'push', 'export_hub']
+           'read_training_report', 'speedup_section', 'training_section', 'not_llama_reason', 'head_usage',
+           'usage_section', 'model_card', 'check_repo', 'student_folder', 'write_hub_folder', 'hub_token', 'push',
+           'export_hub']
 
 # %% ../nbs/10b_hub.ipynb #c7323898
 import json
@@ -23,8 +24,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from .config import ConfigError
 from .decode import load_draft
-from .eagle import EagleStudent
-from .export import as_llama, atomic_folder, export_llama, EXPORT_MARKER, open_tokenizer
+from .eagle import EagleStudent, LegacyEagleStudent
+from .export import as_llama, atomic_folder, export_llama, EXPORT_MARKER, llama_cpp_obstacle, open_tokenizer
 from .files import shipped_drafts
 from .report import markdown_table
 from .student import Student
@@ -222,6 +223,32 @@ LLM("{hub_id}", speculative_config=draft)
 ```
 """
 
+# %% ../nbs/10b_hub.ipynb #hub25d
+_HEAD_USAGE = """
+In vLLM, as an EAGLE-3 head; the export prints its `FOLDER`:
+
+```sh
+kdcode export {repo} --to eagle3
+vllm serve {hub_id} --speculative-config '{{"method": "eagle3", "model": "FOLDER", "num_speculative_tokens": 4}}'
+```"""
+
+_HEAD_LLAMA_CPP_USAGE = """
+
+In llama.cpp, as a GGUF file, if the teacher is a Llama:
+
+```sh
+kdcode export {repo} --to gguf --teacher.name {teacher}
+llama-server --model TEACHER.gguf --spec-draft-model student.gguf --spec-type draft-eagle3
+```"""
+
+def head_usage(student: PreTrainedModel) -> str | None:
+    """Return how engines use an EAGLE-3 head, a template for `usage_section`; None for any other student."""
+    if not isinstance(student, EagleStudent) or isinstance(student, LegacyEagleStudent):
+        return None
+    if getattr(student, "hf_quantizer", None):
+        return None
+    return _HEAD_USAGE + ("" if llama_cpp_obstacle(student.config) else _HEAD_LLAMA_CPP_USAGE)
+
 # %% ../nbs/10b_hub.ipynb #hub25c
 _LLAMA_CPP_USAGE = """
 In llama.cpp, as a GGUF file:
@@ -236,9 +263,12 @@ def usage_section(
     teacher: str,         # its name in kdcode
     hub_id: str,          # of the teacher
     reason: str | None,   # of `not_llama_reason`
+    head: str | None = None,  # of `head_usage`
 ) -> str:
     """Return the section "Usage": code for each engine, or the reason why only kdcode can load the student."""
     names = {"repo": repo, "teacher": teacher, "hub_id": hub_id}
+    if head:
+        return (_KDCODE_USAGE + head).format(**names)
     if reason:
         return (f"{_KDCODE_USAGE.format(**names)}\nIt drafts only in kdcode, not in `transformers`' assisted "
                 f"generation, vLLM or llama.cpp: {reason}.")
@@ -287,7 +317,7 @@ def model_card(
     sections = [
         _card_metadata(hub_id, card_licence, "kdcode" if reason else "transformers"),
         _introduction(student, hub_id),
-        usage_section(repo, teacher, hub_id, reason),
+        usage_section(repo, teacher, hub_id, reason, head_usage(student)),
         speedup_section(report),
         training_section(report, hub_id),
         _limits_section(hub_id, card_licence, inherited=not licence),

@@ -45,10 +45,11 @@ _NF4_BLOCK = 64  # weights in a row that share a scale
 _CPU_ROWS = 32   # bitsandbytes packs the rows of a matrix for its CPU kernel in blocks of this size
 
 def unquantised_layers(student: Student) -> list[str]:
-    """Return the names of the linear layers that stay unquantised: the head, and shapes that CPU kernels reject."""
+    """Return the linear layers that stay unquantised: the output head, `fc`, and shapes that CPU kernels reject."""
     layers = {name: layer for name, layer in student.named_modules() if isinstance(layer, nn.Linear)}
     return [name for name, layer in layers.items()
-            if layer is student.lm_head or layer.in_features % _NF4_BLOCK or layer.out_features % _CPU_ROWS]
+            if layer is student.lm_head or type(layer) is not nn.Linear
+            or layer.in_features % _NF4_BLOCK or layer.out_features % _CPU_ROWS]
 
 def int4(
     student: Student,

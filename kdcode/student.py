@@ -219,16 +219,17 @@ class KVCache(RowLengths):
 class Attention(nn.Module):
     """Self-attention with an optional KV cache."""
 
-    def __init__(self, config: StudentConfig, layer: int):
+    def __init__(self, config: StudentConfig, layer: int, inputs: int = 0):  # 0: the hidden size
         super().__init__()
         self.layer = layer
         self.dim = config.head_dim
+        inputs = inputs or config.hidden_size
         queries = config.num_attention_heads * self.dim
         keys = config.num_key_value_heads * self.dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.q_proj = nn.Linear(inputs, queries, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.k_proj = nn.Linear(inputs, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(inputs, keys, bias=config.attention_bias)
 
     def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None, cache=None) -> Tensor:
         """Map `x` (batch, new, hidden) to the same shape."""

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from .config import Config, ConfigError, TargetsSettings
 from .data import (
     block_lengths, Corpus, length_batches, longest_block, most_frequent_ids, tokenizer_fingerprint)
-from .eagle import load_student
+from .eagle import LegacyEagleStudent, load_student, resolve_feature_layers, teacher_depth
 from .infill import check_fim
 from .loss import log_probs, SparseTargets
 from .notebook import progress_bar
@@ -48,7 +48,7 @@ class TeacherLabels:
         self,
         teacher: Teacher,
         draft_ids: Tensor | None = None,  # (ids,), the student's draft vocabulary; None: all ids
-        feature_layers: list[int] = (),   # the teacher's hidden states that are features of the student
+        feature_layers: list[int] = (),   # of the student; negative numbers count from the last layer
     ):
         self.rows = slice(teacher.vocabulary_size) if draft_ids is None else draft_ids.to(teacher.device)
         self.size = teacher.vocabulary_size if draft_ids is None else len(draft_ids)  # ids that the logits cover
@@ -57,6 +57,8 @@ class TeacherLabels:
         bias, dtype = getattr(teacher.head, "bias", None), teacher.model.dtype
         self.weight = dense_weight(teacher.head)[self.rows].to(dtype)
         self.bias = None if bias is None else bias.detach()[self.rows].to(dtype)
+        depth = teacher_depth(teacher.model)
+        self.feature_layers = tuple(i % depth if i < 0 else i for i in feature_layers)
 
     def hidden_and_features(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last hidden states (batch × time, hidden) and the features (batch × time, layers × hidden).
@@ -248,7 +250,8 @@ def targets_fingerprint(
     if isinstance(teacher, ServedTeacher):
         fingerprint["listed"] = teacher.k  # log-probabilities that the server gives
     if config.student.feature_layers:
-        fingerprint["feature_layers"] = list(config.student.feature_layers)
+        fingerprint["feature_layers"] = resolve_feature_layers(
+            config.student.feature_layers, teacher_depth(teacher.model))
     return fingerprint
 
 # %% ../nbs/05_targets.ipynb #53f7a43d
@@ -401,10 +404,13 @@ def load_start_student(config: Config, teacher: Teacher) -> Student:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"student.start is {start}, which can't be loaded: {reason}") from None
-    layers = list(getattr(student.config, "feature_layers", None) or [])
-    if layers != config.student.feature_layers:
+    layers, wanted = list(getattr(student.config, "feature_layers", None) or []), config.student.feature_layers
+    if isinstance(student, LegacyEagleStudent):
+        raise ConfigError(f"student.start is {start}, a draft head of an earlier version, which cannot be trained; "
+                          "leave student.start out, and train an EAGLE-3 head from the teacher")
+    if layers != (wanted and resolve_feature_layers(wanted, teacher_depth(teacher.model))):
         raise ConfigError(f"student.start is {start}, whose feature layers are {layers}; "
-                          f"set student.feature_layers to them (now {config.student.feature_layers})")
+                          f"set student.feature_layers to them (now {wanted})")
     if getattr(student, "hf_quantizer", None):
         raise ConfigError(f"student.start is {start}, whose weights are in 4 bits and can't be trained; "
                           "give the student it was quantised from")

@@ -74,7 +74,7 @@ def make_student(
                "tokenizer_fingerprint": tokenizer_fingerprint(teacher.tokenizer), "seed": config.seed}
     try:
         if s.feature_layers:
-            student = EagleStudent.from_teacher(teacher.model, feature_layers=s.feature_layers, **options)
+            student = EagleStudent.from_teacher(teacher.model, s.feature_layers, **options)
         else:
             student = Student.from_teacher(teacher.model, **options)
     except ValueError as error:
@@ -165,6 +165,8 @@ class TeacherTrainer(BoundedTrainer):
         if isinstance(rows[0], list):
             rows, = rows
         batch = collate(rows)
+        if isinstance(self.student, EagleStudent):
+            batch["labels"][:, :self.student.skipped_tokens] = -100  # the first token has no pair
         labels = self.student.to_draft_rows(batch["labels"].to(self.student.device)).cpu()
         return batch | {"labels": labels, "block": torch.tensor([row["block"] for row in rows])}
 

@@ -149,6 +149,8 @@ def _batch_metrics(student: Student, teacher: Teacher, model, batch: tuple, chun
     """Return the sums (steps, 6) of a batch: input ids, labels, the teacher's hidden states, features."""
     input_ids, labels, teacher_hidden, features = batch
     valid = labels != -100
+    if isinstance(student, EagleStudent):
+        valid[:, :student.skipped_tokens] = False  # the first token has no pair, so nothing follows from it
     chunks = zip(labels[valid].split(chunk_size), teacher_hidden[valid].split(chunk_size))
     targets = [(chunk_labels, *teacher_log_probs(student, teacher, chunk)) for chunk_labels, chunk in chunks]
     head = partial(_sum_metrics, student=student, valid=valid, targets=targets, chunk_size=chunk_size)

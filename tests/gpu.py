@@ -180,7 +180,7 @@ TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hid
 
 def small(shape: Shape, device: torch.device) -> Shape:
     """Return a tiny version of a shape."""
-    head = {"layers": [0], "feature_layers": [1, -1]}
+    head = {"layers": [0], "feature_layers": [0, -1]}
     dtype = torch.float32 if device.type == "cpu" else shape.dtype
     return replace(shape, name=f"{shape.name}, tiny", target=TINY, dtype=dtype, head=head, draft_vocabulary=128,
                    new_tokens=24)
@@ -557,7 +557,7 @@ def measure(key: str, device: torch.device, is_small: bool, found: Measurements,
     """Run all parts for one shape, without those that lack a model. `scale` multiplies the time limits."""
     shape = small(SHAPES[key], device) if is_small else SHAPES[key]
     parts = ModelParts(shape, device, is_small, found)
-    slim = {"student.feature_layers": [1, -1], "train.ttt_steps": 2} if is_small else SLIM_HEAD
+    slim = {"student.feature_layers": [0, -1], "train.ttt_steps": 2} if is_small else SLIM_HEAD
     trained = {
         "training": (60, lambda: training(parts, "training, three layers", {}, found.config)),
         "training of the slim head": (40, lambda: training(parts, "training, slim head", slim, found.config))}

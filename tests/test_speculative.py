@@ -114,8 +114,7 @@ def test_multimodal_wrapper_is_a_teacher(step):
     teacher = Teacher(wrapper, None, "wrapper")
     assert teacher.context_size == 96
     assert teacher.hidden_states(torch.tensor([[1, 2, 3]]), which=(0, 1)).shape == (1, 3, 2 * 24)
-    options = {"layers": 1, "architecture": "classic"}
-    students = Student.from_teacher(wrapper, **options), EagleStudent.from_teacher(wrapper, [-1], **options)
+    students = Student.from_teacher(wrapper, 1, "classic"), EagleStudent.from_teacher(wrapper, [-1], 1)
     prompt = torch.tensor([[3, 1, 4, 1, 8]])
     expected = wrapper.generate(prompt, max_new_tokens=12, do_sample=False)[0, 5:].tolist()
     for draft in students:
