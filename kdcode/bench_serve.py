@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from .bench import save_plots
 from .config import Config
 from .data import text_ids
+from .notebook import plot_style
 from .report import Report
 from .serve import create_app, make_server, Service
 from .teacher import Teacher
@@ -272,6 +273,7 @@ def running_server(teacher: Teacher, student: PreTrainedModel, config: Config) -
         server.should_exit = True
         thread.join()
 
+@plot_style
 def plot_serve(figures: dict[str, float]) -> Figure:
     """Plot tokens per second by number of clients, and the times of a single user."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")

@@ -470,6 +470,7 @@ def plot_models(
     return figure
 
 # %% ../nbs/09e_eval.ipynb #9f92d5d2
+@plot_style
 def plot_contexts(figures: dict[str, dict[str, Any]]) -> Figure:
     """Return a plot of the acceptance rate by context length, with a line for each draft."""
     figure, ax = plt.subplots(figsize=(4.5, 2.8), layout="constrained")

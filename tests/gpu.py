@@ -384,7 +384,9 @@ class ModelParts:
     def drafted(self, rate: float, new_tokens: int) -> tuple[list[int], Statistics]:
         """Return the same with the head and a simulated acceptance rate; γ adapts over all texts of a rate."""
         drafter = SimulatedDrafter(self.head, self.text, rate, self.shape.target["vocab_size"])
-        return self.decode(AdaptiveDrafter(drafter, self.device, self.latency, self.estimates[rate]), GAMMA, new_tokens)
+        if not self.is_small:  # with tiny models, drafting does not pay, and γ would be 0
+            drafter = AdaptiveDrafter(drafter, self.device, self.latency, self.estimates[rate])
+        return self.decode(drafter, GAMMA, new_tokens)
 
     @torch.inference_mode()
     def generate(self, new_tokens: int) -> tuple[list[int], None]:
