@@ -962,6 +962,8 @@ TRAINING = ("demo", "targets", "distill", "tune", "experiment")
 def check_models(config: Config, options) -> None:
     """Raise `ConfigError` for a prompt without text, and for models that are not there or do not fit."""
     name = config.teacher.name
+    if options.command not in ("targets", "distill"):
+        config.teacher.check_local()
     if name != "smollm2" and not name.endswith(".gguf") and not config.teacher.is_served:
         check_teacher_name(name)
     model_source(name)

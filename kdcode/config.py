@@ -139,6 +139,12 @@ class TeacherSettings(Settings):
         """Whether the teacher runs on a server."""
         return self.name.startswith(("http://", "https://"))
 
+    def check_local(self) -> None:
+        """Raise `ConfigError` if the teacher answers over HTTP."""
+        if self.is_served:
+            raise ConfigError(f"teacher.name is {self.name}, a server, which gives text and labels to kdcode targets "
+                              "and kdcode distill; this command needs a teacher on this machine")
+
 # %% ../nbs/00a_config.ipynb #daa94b21
 Sources = Literal["stdlib", "packages", "folder", "humanized", "ds-coder", "the-stack", "teacher"]
 

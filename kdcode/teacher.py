@@ -320,9 +320,7 @@ def load_teacher(
 ) -> Teacher:
     """Return a frozen teacher in eval mode. Raises `ConfigError` if it cannot be loaded as the settings say."""
     if isinstance(settings, str): settings = TeacherSettings(name=settings)
-    if settings.is_served:
-        raise ConfigError(f"teacher.name is {settings.name}, a server, which gives text and labels to kdcode targets "
-                          "and kdcode distill; this command needs a teacher on this machine")
+    settings.check_local()
     source, gguf_options = load_source(settings.name, settings.quantization)
     device = pick_device(settings.device)
     options = quantization_options(settings, gguf=bool(gguf_options)) | gguf_options
