@@ -352,11 +352,12 @@ class ReusedCache(KVCache):
             torch._foreach_zero_(all_tensors(self.layers))
 
     def own(self, storage: Storage) -> None:
-        """Use the first rows of storage from now on, and leave it to others when this cache ends."""
-        if self.storage: self.end.detach()
+        """Use the first rows of storage from now on; leave the one before to others now, and this one at the end."""
+        if storage is not self.storage:
+            if self.storage: self.end()
+            self.end = weakref.finalize(self, free_storage, self.free, storage)
+            self.end.atexit = False
         self.storage, self.capacity = storage, storage.size[1]
-        self.end = weakref.finalize(self, free_storage, self.free, storage)
-        self.end.atexit = False
         self.layers = self.settled = storage.first_rows(len(self.lengths))
 
     def settle(self) -> None:
