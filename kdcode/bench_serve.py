@@ -59,6 +59,14 @@ class Answer:
         """Seconds until the first token; NaN if there is none."""
         return self.events[0][0] - self.started if self.events else float("nan")
 
+    def add(self, event: dict[str, Any]) -> None:
+        """Add an event of the stream that has just arrived."""
+        for choice in event.get("choices", []):
+            self.text += choice.get("text") or choice.get("delta", {}).get("content", "")
+            if tokens := event["speculation"]["tokens"]:
+                self.events.append((time.perf_counter(), len(tokens)))
+                self.begun.set()
+
     def between_tokens(self, start: float = -np.inf, end: float = np.inf) -> list[float]:
         """Return the seconds between tokens, for those that arrived between two times."""
         pairs = zip(self.events, self.events[1:])
@@ -74,12 +82,8 @@ async def send(client: httpx.AsyncClient, path: str, body: dict[str, Any], answe
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
                     answer.complete = response.status_code == 200
-                elif line.startswith("data: {") and (choices := json.loads(line[6:]).get("choices")):
-                    tokens = json.loads(line[6:])["speculation"]["tokens"]
-                    if tokens:
-                        answer.events.append((time.perf_counter(), len(tokens)))
-                        answer.begun.set()
-                    answer.text += choices[0].get("text") or choices[0].get("delta", {}).get("content", "")
+                elif line.startswith("data: {"):
+                    answer.add(json.loads(line[6:]))
     except httpx.HTTPError:
         pass  # the answer stays incomplete
     finally:
@@ -273,6 +277,7 @@ def running_server(teacher: Teacher, student: PreTrainedModel, config: Config) -
         server.should_exit = True
         thread.join()
 
+# %% ../nbs/11b_bench_serve.ipynb #15333037
 @plot_style
 def plot_serve(figures: dict[str, float]) -> Figure:
     """Plot tokens per second by number of clients, and the times of a single user."""
