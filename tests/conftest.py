@@ -3,6 +3,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import forked
 
 ROOT = Path(__file__).parent.parent
 COUNT = itertools.count()
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 
 
 def pytest_collection_finish():
@@ -25,21 +28,35 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory):
-    """A random Llama of two layers with SmolLM2's tokenizer, saved as safetensors."""
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def save_random_llama(folder, head_scale=1., **sizes):
+    """Save a random Llama with SmolLM2's tokenizer as safetensors, and return its folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from kdcode.teacher import load_tokenizer
-    folder, tokenizer = tmp_path_factory.mktemp("teacher"), load_tokenizer("smollm2")
+    tokenizer = load_tokenizer("smollm2")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=.1, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2, **sizes))
+    model.lm_head.weight.data *= head_scale
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    """A random Llama of two layers."""
+    return save_random_llama(tmp_path_factory.mktemp("teacher"), num_hidden_layers=2, initializer_range=.1)
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

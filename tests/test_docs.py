@@ -8,7 +8,6 @@ import itertools
 import json
 import posixpath
 import re
-import shutil
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +18,8 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
+from conftest import needs_browser
+
 ROOT = Path(__file__).parent.parent
 SITE = ROOT/"_docs"
 sys.path[:0] = [str(ROOT/"docs"), str(ROOT/"onyxia")]
@@ -26,9 +27,7 @@ import launch  # noqa: E402
 import library  # noqa: E402
 import pages as site_pages  # noqa: E402
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 docs = pytest.mark.docs
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 FOLDERS = [ROOT/"nbs"/folder for folder in ("", "tutorials", "experiments")]
 NOTEBOOKS = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in folder.glob("*.ipynb"))
 GENERATED = {"search.html", "genindex.html", "py-modindex.html"}
@@ -395,15 +394,6 @@ def address():
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    engine = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with engine.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -17,12 +17,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from conftest import OFFLINE, wait_until
+from conftest import needs_browser, OFFLINE, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.docs, pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")]
+pytestmark = [pytest.mark.docs, needs_browser]
 ROOT = Path(__file__).parent.parent
 PAGES = ("tutorials/01_speculative_decoding", "tutorials/02_first_student", "03_loss")
 FIRST = 6  # cells, at the top of a page
@@ -97,14 +96,6 @@ def write_setting(state, name, values):
     file = state/"JUPYTERLAB_SETTINGS_DIR"/"@jupyterlab"/"apputils-extension"/f"{name}.jupyterlab-settings"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

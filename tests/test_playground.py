@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import select
-import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,13 +16,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from conftest import needs_browser
 from kdcode.config import EXAMPLE_PROMPT, EXAMPLE_PROMPTS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
 expect.set_options(timeout=120_000)  # ms; a busy machine decodes slowly
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+pytestmark = needs_browser
 PAGE = Path(__file__).parent.parent/"kdcode"/"playground.html"
 
 
@@ -163,14 +162,6 @@ def server(request, stub, served):
 
 
 both_servers = pytest.mark.parametrize("server", ["stub", "kdcode"], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

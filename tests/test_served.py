@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from conftest import save_random_llama
+
 K = 32
 SHORT = ["--data.tokens", 1024, "--data.validation_tokens", 256, "--data.block_size", 64, "--train.batch_size", 4,
          "--train.eval_steps", 2, "--targets.kind", "top_k", "--targets.k", K, "--targets.shard_blocks", 4]
@@ -14,21 +16,9 @@ SHORT = ["--data.tokens", 1024, "--data.validation_tokens", 256, "--data.block_s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Llama whose distributions have a few probable tokens, with SmolLM2's tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from kdcode.teacher import load_tokenizer
-    folder, tokenizer = tmp_path_factory.mktemp("large"), load_tokenizer("smollm2")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=False)
-    model = LlamaForCausalLM(config)
-    model.lm_head.weight.data *= 80
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    """A random Llama whose distributions have a few probable tokens."""
+    return save_random_llama(
+        tmp_path_factory.mktemp("large"), head_scale=80, num_hidden_layers=1, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
