@@ -42,7 +42,7 @@ from transformers.utils import flatten_dict, is_in_notebook
 
 from .config import Config, ConfigError
 from .data import text_after
-from .notebook import Interrupted, LiveOutput, plot_style, progress_html, time_text, UPDATE_SECONDS
+from .notebook import Interrupted, LiveOutput, plot_style, progress_html, time_text, time_to_go, UPDATE_SECONDS
 from .teacher import Teacher
 from .validate import ValidationSet
 
@@ -245,9 +245,9 @@ class LineProgress(TrainerCallback):
 
     def time_to_go(self, state: TrainerState) -> str:
         """Return the estimated rest of the time, from the steps since the training began or was resumed."""
-        done, left = state.global_step - self.first_step, state.max_steps - state.global_step
-        if self.first_step < 0 or not done or not left: return ""
-        return f", {timedelta(seconds=round((time.monotonic() - self.began) / done * left))} to go"
+        if self.first_step < 0: return ""
+        done, total = state.global_step - self.first_step, state.max_steps - self.first_step
+        return time_to_go(time.monotonic() - self.began, done, total)
 
 # %% ../nbs/06a_callbacks.ipynb #1caca65e
 PLOTTING_SHARE = .05  # the largest share of the time that goes into plotting

@@ -31,7 +31,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +43,7 @@ from .config import (
 from .files import (
     api_key, bind_socket, check_draft, check_run, check_search, check_teacher_name, check_writable,
     did_you_mean, draft_folder, is_hub_id, model_source, shipped_draft, shipped_drafts, source_folder)
+from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
 
@@ -201,8 +201,8 @@ class TrialProgress:
         self.done += 1
         value = "no value" if trial.value is None else f"{trial.value:.4f}"
         left = max(0, self.trials - trial.number - 1)
-        rest = timedelta(seconds=round((time.monotonic() - self.began) / self.done * left))
-        print(f"trial {trial.number}: {value}, {trial.state.name.lower()}, {trial.params}; about {rest} to go",
+        rest = time_to_go(time.monotonic() - self.began, self.done, self.done + left)
+        print(f"trial {trial.number}: {value}, {trial.state.name.lower()}, {trial.params}{rest}",
               file=sys.stderr, flush=True)
 
 def run_tune(config: Config, options) -> None:

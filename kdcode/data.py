@@ -45,10 +45,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError, DataSettings, SourceSettings
-from .files import source_folder
+from .files import source_folder, vocabulary_fingerprint
 from .infill import beginning_ids, check_fim, fim_marks, middle_end_id, order_parts, part_encoding
 from .notebook import watched_bar
-from .provenance import short_hash
 
 # %% ../nbs/01_data.ipynb #eb4e0532
 @dataclass(frozen=True)
@@ -342,9 +341,8 @@ def split_of(
 
 # %% ../nbs/01_data.ipynb #bc374174
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of all tokens and ids, without rows that only pad the vocabulary."""
-    vocabulary = [(index, token) for token, index in tokenizer.get_vocab().items() if token != f"[PAD{index}]"]
-    return short_hash(sorted(vocabulary))
+    """Return the `vocabulary_fingerprint` of a tokenizer."""
+    return vocabulary_fingerprint(tokenizer.get_vocab())
 
 def different_tokens(
     a: PreTrainedTokenizerBase,

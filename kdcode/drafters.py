@@ -16,12 +16,12 @@ __all__ = ['MIN_NGRAM', 'MAX_NGRAM', 'HYBRID_MIN_NGRAM', 'PROBE_SHARE', 'PROBE_R
 import statistics
 import time
 import weakref
-from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -543,12 +543,7 @@ class LatencyModel:
         if not self.medians:
             return float("nan")
         counts = sorted(self.medians)
-        i = bisect_left(counts, count)
-        if i == len(counts) or counts[i] == count or i == 0:
-            return self.medians[counts[min(i, len(counts) - 1)]]
-        low, high = counts[i - 1:i + 1]
-        share = (count - low) / (high - low)
-        return (1 - share) * self.medians[low] + share * self.medians[high]
+        return float(np.interp(count, counts, [self.medians[n] for n in counts]))
 
 # %% ../nbs/07b_drafters.ipynb #f2c502c6
 class Timestamp:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'RESULT_NEUTRAL', 'embedded_teacher', 'did_you_mean', 'is_hub_id', 'hub_problem',
            'check_teacher_name', 'model_source', 'shipped_drafts', 'shipped_draft', 'draft_folder',
-           'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'changed_fields', 'with_defaults', 'check_same_run',
-           'check_run', 'check_search', 'check_writable', 'source_folder', 'is_loopback', 'api_key', 'bind_socket']
+           'vocabulary_fingerprint', 'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'changed_fields',
+           'with_defaults', 'check_same_run', 'check_run', 'check_search', 'check_writable', 'source_folder',
+           'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -122,8 +123,14 @@ def draft_folder(
     return None
 
 # %% ../nbs/00c_files.ipynb #4812f382
+def vocabulary_fingerprint(
+    vocabulary: dict[str, int],  # token -> id
+) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of all tokens and ids, without rows that only pad the vocabulary."""
+    return short_hash(sorted((index, token) for token, index in vocabulary.items() if token != f"[PAD{index}]"))
+
 def teacher_fingerprint(name: str) -> str:
-    """Return the fingerprint of a teacher's tokenizer, as `kdcode.data.tokenizer_fingerprint`; empty if unknown."""
+    """Return the fingerprint of a teacher's tokenizer; empty if unknown."""
     if shipped := shipped_draft(name):
         return json.loads((shipped/"config.json").read_text())["tokenizer_fingerprint"]
     file = Path(name).expanduser()/"tokenizer.json"
@@ -135,8 +142,7 @@ def teacher_fingerprint(name: str) -> str:
         settings = json.loads((file.parent/"tokenizer_config.json").read_text())
         added = {token["content"]: int(index) for index, token in settings.get("added_tokens_decoder", {}).items()}
     except Exception: return ""  # `tokenizers` raises no other class; loading the teacher reports it
-    vocabulary |= added
-    return short_hash(sorted((index, token) for token, index in vocabulary.items() if token != f"[PAD{index}]"))
+    return vocabulary_fingerprint(vocabulary | added)
 
 def other_tokenizer(
     made_for: str | None,  # the teacher of the student

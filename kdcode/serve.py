@@ -8,13 +8,13 @@ __all__ = ['TIME_BUCKETS', 'MIN_TEMPERATURE', 'KEEP_ALIVE', 'logger', 'BODY_TIME
            'searched_text', 'partial_stop_length', 'truncate_tokens', 'StopStringSearch', 'IncrementalDecoder',
            'special_text', 'TextBuffer', 'ResponseSequence', 'make_delta', 'RequestStream', 'usage_info',
            'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'DecodingMetrics', 'Metrics',
-           'TokenTimer', 'public_name', 'chat_prompt', 'end_of_turn_ids', 'vocabulary_size', 'infill_prompts',
-           'request_prompts', 'check_sequence_count', 'max_sequence_length', 'model_not_found', 'Service',
-           'CountPenalty', 'request_processors', 'sampling_settings', 'end_ids', 'response_sequences',
-           'ResponseBuilder', 'keep_alive', 'StreamBuilder', 'InfillBuilder', 'known_path', 'check_api_key',
-           'body_too_large', 'host_name', 'check_host', 'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect',
-           'respond', 'error_responses', 'add_completion_routes', 'add_model_routes', 'content_security_policy',
-           'add_service_routes', 'create_app', 'server_url', 'make_server', 'serve']
+           'TokenTimer', 'public_name', 'chat_prompt', 'end_of_turn_ids', 'infill_prompts', 'request_prompts',
+           'check_sequence_count', 'max_sequence_length', 'model_not_found', 'Service', 'CountPenalty',
+           'request_processors', 'sampling_settings', 'end_ids', 'response_sequences', 'ResponseBuilder', 'keep_alive',
+           'StreamBuilder', 'InfillBuilder', 'known_path', 'check_api_key', 'body_too_large', 'host_name', 'check_host',
+           'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses',
+           'add_completion_routes', 'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app',
+           'server_url', 'make_server', 'serve']
 
 # %% ../nbs/11a_serve.ipynb #a052de94
 import asyncio
@@ -400,10 +400,6 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {rest[0]} & tokenizer.added_tokens_decoder.keys() if rest else set()
 
 # %% ../nbs/11a_serve.ipynb #3be6c84e
-def vocabulary_size(teacher: Teacher) -> int:
-    """Return the number of ids that the model has."""
-    return teacher.model.config.get_text_config().vocab_size
-
 def infill_prompts(
     teacher: Teacher,
     request: CompletionRequest | InfillRequest,
@@ -413,7 +409,7 @@ def infill_prompts(
 
     Raises `APIError` if the model has no fill-in-the-middle tokens.
     """
-    tokenizer, size = teacher.tokenizer, vocabulary_size(teacher)
+    tokenizer, size = teacher.tokenizer, teacher.vocabulary_size
     fim = find_fim_format(tokenizer, size)
     if fim is None:
         message = (f"the tokenizer of {public_name(teacher)!r} has no fill-in-the-middle tokens; put the whole context "
@@ -476,11 +472,12 @@ class Service:
     def __init__(self, teacher: Teacher, student: PreTrainedModel | Drafter, config: Config):
         if isinstance(student, PreTrainedModel):
             check_student(teacher, student)
-        self.teacher, self.decode, self.limits = teacher, config.decode, (limits := config.serve)
+        self.teacher, self.decode, self.limits = teacher, config.decode, config.serve
         self.name = public_name(teacher)
-        self.end_of_turn_ids, size = end_of_turn_ids(teacher.tokenizer), vocabulary_size(teacher)
+        self.end_of_turn_ids, size = end_of_turn_ids(teacher.tokenizer), teacher.vocabulary_size
         fim = find_fim_format(teacher.tokenizer, size)
         self.fim_end_ids = fim_end_ids(fim, teacher.tokenizer, size) if fim else set()
+        limits = config.serve
         batch = Batch(teacher.model, student, config.decode, int(limits.cache_gb * 1e9), limits.prefill_chunk)
         self.scheduler = Scheduler(batch, limits.slots, limits.queue_size)
         self.metrics = Metrics(self.scheduler)
@@ -568,7 +565,7 @@ def response_sequences(service: Service, request: SamplingRequest, prompts: list
         sequence.max_length = length
         sequence.gamma = request.speculation.gamma
         sequence.top_logprobs = request.num_logprobs
-        processors = request_processors(request, len(sequence.tokens), vocabulary_size(teacher))
+        processors = request_processors(request, len(sequence.tokens), teacher.vocabulary_size)
         sequence.sampling = replace(sequence.sampling, processors=sequence.sampling.processors + processors)
     try:
         check_prompts(sequences, teacher.context_size, teacher.model.config.get_text_config().vocab_size)
