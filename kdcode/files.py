@@ -122,13 +122,14 @@ def draft_folder(
         raise ConfigError(f"there is no student in {name}: {problem}; give a folder, or unset HF_HUB_OFFLINE")
     return None
 
-# %% ../nbs/00c_files.ipynb #4812f382
+# %% ../nbs/00c_files.ipynb #d32aab1c
 def vocabulary_fingerprint(
     vocabulary: dict[str, int],  # token -> id
 ) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of all tokens and ids, without rows that only pad the vocabulary."""
     return short_hash(sorted((index, token) for token, index in vocabulary.items() if token != f"[PAD{index}]"))
 
+# %% ../nbs/00c_files.ipynb #4812f382
 def teacher_fingerprint(name: str) -> str:
     """Return the fingerprint of a teacher's tokenizer; empty if unknown."""
     if shipped := shipped_draft(name):

@@ -477,9 +477,8 @@ class Service:
         self.end_of_turn_ids, size = end_of_turn_ids(teacher.tokenizer), teacher.vocabulary_size
         fim = find_fim_format(teacher.tokenizer, size)
         self.fim_end_ids = fim_end_ids(fim, teacher.tokenizer, size) if fim else set()
-        limits = config.serve
-        batch = Batch(teacher.model, student, config.decode, int(limits.cache_gb * 1e9), limits.prefill_chunk)
-        self.scheduler = Scheduler(batch, limits.slots, limits.queue_size)
+        batch = Batch(teacher.model, student, config.decode, int(self.limits.cache_gb * 1e9), self.limits.prefill_chunk)
+        self.scheduler = Scheduler(batch, self.limits.slots, self.limits.queue_size)
         self.metrics = Metrics(self.scheduler)
         self.tokenizer_lock = asyncio.Lock()
         self.created = int(time.time())
