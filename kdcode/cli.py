@@ -322,7 +322,8 @@ def run_demo(config: Config, options) -> None:
     load_graphs(teacher, [student, *(one for one, _ in others.values())], config)
     report = bench_decode(teacher, student, problems, config, folder, options.command_line, ProgressBar("prompt"),
                           others=others)
-    files = "report.md, loss.png, acceptance.png, tensorboard, student"
+    plots = ", ".join(name for name in ("loss.png", "acceptance.png") if (folder/name).is_file())
+    files = f"report.md, {plots}, tensorboard, student"
     print_report(report, f"run folder: {display_path(folder)} ({files})")
     print_next(with_teacher(config, "generate", SHORT_PROMPT, "--draft", display_path(folder/"student")))
 
