@@ -8,17 +8,19 @@ __all__ = ['ASSISTANT_OPTIONS', 'Method', 'GENERATE', 'STUDENT_DRAFT', 'NO_DRAFT
            'LEAST_NOISE', 'WARM_UP_TOKENS', 'BY_TASK', 'BUSY_PROCESSES', 'BLOCK', 'MEMORY', 'LOSS_SHAPE',
            'TOKEN_COUNTS', 'LLAMA_CPP', 'NF4_BLOCK', 'generate_baseline', 'generate_assisted', 'fixed_gamma_name',
            'kdcode_method', 'generate_method', 'assisted_method', 'transformers_methods', 'random_copy',
-           'decode_methods', 'Decoded', 'decode_interleaved', 'StepCosts', 'step_costs', 'speedup_objective',
-           'predicted_run_speedup', 'decode_figures', 'decode_rows', 'explain_speed', 'plot_acceptance', 'plot_speedup',
-           'first_difference', 'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode',
-           'prompt_speedups', 'task_row', 'plot_tasks', 'bench_tasks', 'busy_processes', 'busy_row', 'bench_busy',
-           'loss_tensors', 'plain_distillation_loss', 'loss_step', 'peak_memory', 'largest_batches', 'bench_loss',
-           'train_step', 'step_seconds', 'bench_targets', 'teacher_variants', 'llama_cpp_times', 'plot_steps',
-           'time_graphs', 'graph_seconds', 'compile_figures', 'bench_steps', 'bench_profile']
+           'decode_methods', 'Decoded', 'decode_interleaved', 'part_counter', 'StepCosts', 'step_costs',
+           'speedup_objective', 'predicted_run_speedup', 'decode_figures', 'decode_rows', 'explain_speed',
+           'plot_acceptance', 'plot_speedup', 'first_difference', 'logit_noise', 'explain_differences', 'sampling_name',
+           'save_plots', 'bench_decode', 'prompt_speedups', 'task_row', 'plot_tasks', 'bench_tasks', 'busy_processes',
+           'busy_row', 'bench_busy', 'loss_tensors', 'plain_distillation_loss', 'loss_step', 'peak_memory',
+           'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets', 'teacher_variants',
+           'llama_cpp_times', 'plot_steps', 'time_graphs', 'graph_seconds', 'compile_figures', 'bench_steps',
+           'bench_profile']
 
 # %% ../nbs/09a_bench.ipynb #65218b79
 import copy
 import functools
+import itertools
 import json
 import math
 import operator
@@ -268,6 +270,15 @@ def decode_interleaved(
             progress(done, len(problems))
     return decoded
 
+# %% ../nbs/09a_bench.ipynb #93097cc5
+def part_counter(
+    progress: Callable[[int, int], None] | None,  # called with the parts done and the total
+    total: int,
+) -> Callable[[], None]:  # to be called after each part
+    """Return a function that reports one more finished part of a benchmark."""
+    done = itertools.count(1)
+    return lambda: progress(next(done), total) if progress else None
+
 # %% ../nbs/09a_bench.ipynb #ee1e850e
 CONTEXT = 100                              # tokens in the KV cache before a timed call
 COST_COUNTS = (1, 2, 3, 4, 5, 6, 9, 13, 17)  # tokens per target call; every count where γ usually is
@@ -403,10 +414,14 @@ def explain_speed(figures: dict[str, float], gamma: int) -> str:
     text = (f"c = {figures['c']:.2f}: one draft step costs {figures['c']:.0%} of one target step. "
             f"v = {figures['v']:.2f}: one target call over γ + 1 = {gamma + 1} tokens costs {figures['v']:.2f} target "
             "steps. ")
+    drafted = not math.isnan(figures["acceptance_rate"])
+    if not drafted:
+        text += "This run has no draft tokens, so there is no acceptance rate α. "
     if not math.isnan(figures["without_draft_speedup"]):
-        text += (f"kdcode without drafting is {figures['without_draft_speedup']:.2f} times as fast as `generate`. From "
-                 f"α = {figures['acceptance_rate']:.2f}, the draft lengths and the drafting time of this run, theory "
-                 f"predicts a speedup over `generate` of {figures['predicted_speedup']:.2f}. ")
+        text += f"kdcode without drafting is {figures['without_draft_speedup']:.2f} times as fast as `generate`. "
+        text += (f"From α = {figures['acceptance_rate']:.2f}, the draft lengths and the drafting time of this run, "
+                 "theory predicts a speedup over `generate` of "
+                 f"{figures['predicted_speedup']:.2f}. ") if drafted else ""
     return text + (f"The measured speedup is {figures['speedup']:.2f}, with {figures['tokens_per_call']:.2f} tokens "
                    f"per target call. Drafting took {figures['draft_share']:.1%} of the time, and "
                    f"{figures['outside_share']:.1%} was spent in neither model.")
@@ -526,8 +541,8 @@ def explain_differences(
     tolerance = 2 * logit_noise(teacher, texts)
     near = sum(gap <= tolerance for gap in gaps)
     note += (f"; {near} first differ at a near-tie, where the target's logits for the two tokens are within "
-             f"{tolerance:.2g} (twice their measured rounding), and {len(gaps) - near} elsewhere; "
-             f"the largest gap is {gaps[-1]:.2g}.")
+             f"{tolerance:.2g} (twice their measured rounding), and {len(gaps) - near} elsewhere; ")
+    note += f"the largest gap is {gaps[-1]:.2g}." if math.isfinite(gaps[-1]) else "one output ends before the other."
     return {"different": len(gaps), "near_ties": near, "largest_gap": gaps[-1], "logit_noise": tolerance / 2}, note
 
 # %% ../nbs/09a_bench.ipynb #d60417e7
@@ -565,7 +580,8 @@ def _decode_plots(decoded: dict[str, Decoded], costs: StepCosts, gamma: int, dra
     figures = {}
     if any(decoded[drafter].statistics.drafted):
         figures["acceptance.png"] = plot_acceptance(decoded[drafter].statistics, gamma)
-    if fixed_gamma_name(GAMMAS[0]) in decoded:
+    fixed = decoded.get(fixed_gamma_name(GAMMAS[0]))
+    if fixed and any(fixed.statistics.drafted):
         figures["speedup.png"] = plot_speedup(decoded, costs, drafter=drafter)
     return figures
 
@@ -849,12 +865,28 @@ def largest_batches(
 # %% ../nbs/09a_bench.ipynb #c7ba9d00
 LOSS_SHAPE = (8 * BLOCK, 576, 49_152)  # tokens, and SmolLM2's width and vocabulary
 
-def _loss_seconds(shape: tuple[int, int, int], chunk_size: int, repeats: int) -> list[float]:
+def _loss_peaks(
+    shape: tuple[int, int, int], chunk_size: int, end_part: Callable[[], object]
+) -> dict[int, tuple[float, float]]:
+    """Measure the peak memory of the plain and the chunked loss, with a quarter of the tokens and with all."""
+    tokens, width, vocabulary = shape
+    peaks = {}
+    for n in (tokens // 4, tokens):
+        plain = peak_memory(n, width, vocabulary, 0)
+        end_part()
+        peaks[n] = plain, peak_memory(n, width, vocabulary, chunk_size)
+        end_part()
+    return peaks
+
+def _loss_seconds(
+    shape: tuple[int, int, int], chunk_size: int, repeats: int, end_part: Callable[[], object]
+) -> list[float]:
     """Measure the plain and the chunked loss interleaved; return median seconds of both."""
     tensors, times = loss_tensors(*shape), []
     for _ in range(repeats + 1):
         times.append([timed(functools.partial(loss_step, tensors, size), torch.device("cpu"))[1]
                       for size in (0, chunk_size)])
+        end_part()
     return [statistics.median(column) for column in zip(*times[1:])]  # the first round warms up
 
 def bench_loss(
@@ -863,12 +895,13 @@ def bench_loss(
     command: str,     # the command line
     shape: tuple[int, int, int] = LOSS_SHAPE,
     repeats: int = 3,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare memory and time of the chunked loss with the plain loss."""
     (tokens, width, vocabulary), size = shape, config.loss.chunk_size
-    peaks = {n: (peak_memory(n, width, vocabulary, 0), peak_memory(n, width, vocabulary, size))
-             for n in (tokens // 4, tokens)}
-    seconds = _loss_seconds(shape, size, repeats)
+    end_part = part_counter(progress, 4 + repeats + 1)  # four peaks, and the rounds with the first, which warms up
+    peaks = _loss_peaks(shape, size, end_part)
+    seconds = _loss_seconds(shape, size, repeats, end_part)
     rows = [{"loss": name, "peak memory, MiB": peak, "time, s": time}
             for name, peak, time in zip(("plain", f"chunks of {size} tokens"), peaks[tokens], seconds)]
     figures = {"peak_memory_ratio": peaks[tokens][1] / peaks[tokens][0], "time_ratio": seconds[1] / seconds[0]}
@@ -911,6 +944,7 @@ def bench_targets(
     corpus: Corpus,
     folder: Path,      # gets both training runs, report.json and report.md
     command: str,      # the command line
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare cached with online targets: size, speed and acceptance. Raises `ConfigError` for `data.block_sizes`."""
     if config.data.block_sizes:
@@ -919,10 +953,14 @@ def bench_targets(
     config = replace(config, train=replace(config.train, upload=None))
     runs = {"online": (replace(config, targets=TargetsSettings()), folder/"online"),
             f"cached, {config.targets.kind}": (config, folder/"cached")}
-    students = [distill(settings, teacher, corpus, run, resume=True) for settings, run in runs.values()]
+    end_part, students = part_counter(progress, len(runs) + 1), []
+    for settings, run in runs.values():
+        students.append(distill(settings, teacher, corpus, run, resume=True))
+        end_part()
     trainers = [make_trainer(settings, teacher, corpus, run, progress=False) for settings, run in runs.values()]
     seconds = step_seconds(trainers, config.train.batch_size)
     rates = [validate(student, teacher, trainers[0].validation)["acceptance_rate"] for student in students]
+    end_part()
     batch = config.train.batch_size * config.data.block_size
     sizes = [None, trainers[1].targets.bytes / trainers[1].targets.tokens]
     rows = [{"targets": name, "bytes per token": size, "training, tokens/s": batch / time,
@@ -1017,11 +1055,16 @@ def graph_seconds(
                           env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)}, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
 
-def compile_figures(settings: TeacherSettings) -> tuple[dict[str, float], list[str]]:
+def compile_figures(
+    settings: TeacherSettings,
+    end_part: Callable[[], object] = lambda: None,  # called after each process
+) -> tuple[dict[str, float], list[str]]:
     """Return the seconds of all graphs in a first and in a second process, and a note; both empty without graphs."""
+    times = {}
     with tempfile.TemporaryDirectory() as folder:
-        times = {"compile_seconds": graph_seconds(settings, Path(folder)),
-                 "load_seconds": graph_seconds(settings, Path(folder))}
+        for name in ("compile_seconds", "load_seconds"):
+            times[name] = graph_seconds(settings, Path(folder))
+            end_part()
     if not all(times.values()):
         return {}, []
     first, second = (" + ".join(f"{part:.0f}" for part in parts) for parts in times.values())
@@ -1075,16 +1118,21 @@ def bench_steps(
     teacher: Teacher,
     folder: Path,    # gets report.json, report.md and steps.png
     command: str,    # the command line
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Measure t(n) of the variants of a target, and compare it with the roofline of the machine."""
     compiling, about_compiling = {}, []
+    end_part = part_counter(progress, 5 if config.decode.compile else 3)
     if config.decode.compile:
         print_progress("measuring the compiler in two new processes")
-        compiling, about_compiling = compile_figures(config.teacher)
+        compiling, about_compiling = compile_figures(config.teacher, end_part)
     with tempfile.TemporaryDirectory() as copy:
         models = _step_models(config, teacher, Path(copy))
+    end_part()
     warm = {name: _warm_up_seconds(model) for name, model in models.items()}
+    end_part()
     times = call_times(models, list(TOKEN_COUNTS), CONTEXT) | _gguf_times(config.teacher.name)
+    end_part()
     rows = [_step_row(name, calls, warm.get(name)) for name, calls in times.items()]
     dtype, itemsize = config.teacher.dtype, teacher.model.dtype.itemsize
     bandwidth, speed = limits = machine_limits(teacher.device, teacher.model.dtype)
@@ -1120,15 +1168,20 @@ def bench_profile(
     config: Config,
     folder: Path,  # gets report.json and report.md
     command: str,  # the command line
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Report milliseconds by kind of operation for a draft step, a target step and a verify call over γ + 1 tokens."""
     gamma = config.decode.gamma
     new_model = functools.partial(CompiledModel, capacity=CONTEXT + gamma + 1, compile=config.decode.compile)
     draft = drafting_model(student, config.decode)
-    profiles = {"draft step": profile_call(new_model(draft), 1, CONTEXT),
-                "teacher, 1 token": profile_call(new_model(teacher.model), 1, CONTEXT),
-                f"teacher, {gamma + 1} tokens": profile_call(new_model(teacher.model), gamma + 1, CONTEXT)}
+    calls = {"draft step": (draft, 1), "teacher, 1 token": (teacher.model, 1),
+             f"teacher, {gamma + 1} tokens": (teacher.model, gamma + 1)}
+    end_part, profiles = part_counter(progress, len(calls) + 1), {}
+    for name, (model, count) in calls.items():
+        profiles[name] = profile_call(new_model(model), count, CONTEXT)
+        end_part()
     costs = step_costs(teacher.model, student, gamma, config.decode)
+    end_part()
     for profile, whole in zip(profiles.values(), (costs.draft, costs.calls[1], costs.calls[gamma + 1])):
         profile["total, interleaved"] = whole
     rows = [{"operation": kind} | {f"{name}, ms": profile[kind] for name, profile in profiles.items()}

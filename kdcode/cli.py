@@ -41,8 +41,9 @@ from .config import (
     add_config, check_keys, check_search_space, Config, ConfigError, field_docs, generated_text_folder, home,
     one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, SHORT_PROMPT)
 from .files import (
-    api_key, bind_socket, check_draft, check_run, check_search, check_teacher_name, check_writable,
-    did_you_mean, draft_folder, is_hub_id, model_source, shipped_draft, shipped_drafts, source_folder)
+    api_key, bind_socket, check_draft, check_engine, check_run, check_search, check_teacher_name, check_writable,
+    did_you_mean, draft_folder, is_hub_id, model_source, report_files, result_folder, shipped_draft, shipped_drafts,
+    source_folder)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -62,10 +63,10 @@ class Steps:
             print(f"[{self.number}/{self.total}] {description}", file=sys.stderr, flush=True)
 
 class ProgressBar:
-    """A progress bar on standard error that appears at the first call."""
+    """A progress bar on standard error that appears at the first call, and counts the time from its creation."""
 
     def __init__(self, unit: str):
-        self.unit = unit
+        self.unit, self.began = unit, time.time()  # the clock of tqdm
         self.bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
@@ -73,6 +74,7 @@ class ProgressBar:
         from tqdm import tqdm
         if self.bar is None:
             self.bar = tqdm(total=total, unit=self.unit, file=sys.stderr, leave=False)
+            self.bar.start_t = self.bar.last_print_t = self.began
         self.bar.update(done - self.bar.n)
         if done >= total:
             self.bar.close()
@@ -366,19 +368,21 @@ def bench_server(config: Config, folder: Path, options):
 def bench_profile(config: Config, folder: Path, options):
     """Measure the operations of a draft step and a verify call."""
     from kdcode import bench
-    return bench.bench_profile(*load_compiled_pair(config, options.draft), config, folder, options.command_line)
+    pair = load_compiled_pair(config, options.draft)
+    return bench.bench_profile(*pair, config, folder, options.command_line, ProgressBar("part"))
 
 def bench_steps(config: Config, folder: Path, options):
     """Measure a target call by number of tokens, dtype and kernels."""
     from kdcode import bench
     from kdcode.teacher import load_teacher
-    return bench.bench_steps(config, load_teacher(config.teacher), folder, options.command_line)
+    teacher = load_teacher(config.teacher)
+    return bench.bench_steps(config, teacher, folder, options.command_line, ProgressBar("part"))
 
 # %% ../nbs/12_cli.ipynb #9b3eee81
 def bench_loss(config: Config, folder: Path, options):
     """Measure memory and time of the chunked loss."""
     from kdcode import bench
-    return bench.bench_loss(config, folder, options.command_line)
+    return bench.bench_loss(config, folder, options.command_line, progress=ProgressBar("part"))
 
 def bench_targets(config: Config, folder: Path, options):
     """Compare training with cached targets and training with online targets."""
@@ -386,7 +390,8 @@ def bench_targets(config: Config, folder: Path, options):
     steps = Steps(3)
     corpus, _, labelling_teacher = load_corpus_and_teachers(config, folder, steps)
     steps("training: once with online targets, once with cached targets (finished runs are kept)")
-    return bench.bench_targets(config, labelling_teacher, corpus, folder, options.command_line)
+    return bench.bench_targets(
+        config, labelling_teacher, corpus, folder, options.command_line, ProgressBar("part"))
 
 BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "decode": (bench_decode, "speculative decoding against decoding without drafting"),
@@ -528,16 +533,13 @@ def run_export(config: Config, options) -> None:
 def serve_with_vllm(config: Config, draft: str | None, key: str | None, arguments: list[str]) -> None:
     """Export teacher and student, and replace this process with vLLM."""
     from kdcode.engines import engine_files, find_program, vllm_command, VLLM_ENVIRONMENT
-    program = find_program("vLLM")
-    if program is None:
-        raise ConfigError("vLLM is not installed; run make engines, or put vllm on the PATH")
     teacher, student = load_pair(config, draft)
     files = engine_files("vLLM", teacher, student, config.teacher.name, run_folder(config)/"vllm")
     dtype = str(teacher.model.dtype).removeprefix("torch.")
-    command = vllm_command(program, *files, config.decode.gamma, dtype, teacher.name)
+    command = vllm_command(find_program("vLLM"), *files, config.decode.gamma, dtype, teacher.name)
     address = ["--host", config.serve.host, "--port", str(config.serve.port)]
     environment = os.environ | VLLM_ENVIRONMENT | ({"VLLM_API_KEY": key} if key else {})
-    os.execve(program, [*command, *address, *arguments], environment)
+    os.execve(command[0], [*command, *address, *arguments], environment)
 
 def run_serve(config: Config, options) -> None:
     """Run `kdcode serve`: start the server."""
@@ -978,6 +980,8 @@ def check_models(config: Config, options) -> None:
 def check_files(config: Config, options) -> None:
     """Raise `ConfigError` for mistakes that show without loading anything large; read the prompt, open the port."""
     if options.command == "record":
+        result_folder(home()/"results", options.result)
+        report_files(Path(options.folder))
         return
     if options.command == "export":
         check_export(options)
@@ -990,6 +994,7 @@ def check_files(config: Config, options) -> None:
         check_writable(run_path(config))
     if options.command == "serve":
         api_key(config.serve.host)
+        check_engine(options.engine, options.engine_options)
         options.listening = bind_socket(config.serve)
 
 # %% ../nbs/12_cli.ipynb #49181c44

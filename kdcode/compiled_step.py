@@ -7,17 +7,19 @@ __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'R
            'FREE_LOCK', 'CUDA_GRAPHS', 'COMPILING', 'HOOKS', 'StaticCache', 'transposed_rows_linear',
            'transposed_dtypes', 'TransposedKernels', 'grouped_sdpa', 'grouped_attention', 'static_step', 'round_up',
            'uses_cuda_graphs', 'padded_count', 'span_size', 'storage_capacity', 'StepKind', 'step_kind', 'ready_kind',
-           'code_folder', 'use_compiler_cache', 'lasting_guards', 'compiler', 'graph_marker', 'is_on_disk',
-           'mark_on_disk', 'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind', 'take_storage', 'free_storage',
-           'ReusedCache', 'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'hook_ids',
-           'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits',
-           'compile_step', 'compile_steps', 'usual_kinds', 'load_steps', 'compile_in_background']
+           'code_folder', 'use_compiler_cache', 'discard_code', 'lasting_guards', 'compiler', 'graph_marker',
+           'is_on_disk', 'mark_on_disk', 'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind', 'take_storage',
+           'free_storage', 'ReusedCache', 'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs', 'StaticModel',
+           'hook_ids', 'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding',
+           'plain_logits', 'compile_step', 'first_line', 'check_graph', 'add_graph', 'compile_steps', 'usual_kinds',
+           'load_steps', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import inspect
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import warnings
@@ -237,6 +239,19 @@ def use_compiler_cache() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code_folder())
     except OSError as error:
         warnings.warn(f"compiled code is not kept: {folder} cannot be written ({error.strerror})", stacklevel=2)
+
+def discard_code() -> bool:
+    """Remove all compiled code from the user's cache; return whether it could be. A folder that was named stays."""
+    folder = code_folder()
+    if folder != cache_folder()/"compiled":
+        return False
+    removed = folder.with_name(f"{folder.name}-{os.getpid()}-removed")  # code of other processes stays loaded
+    try: folder.rename(removed)
+    except OSError: return False
+    shutil.rmtree(removed, ignore_errors=True)
+    torch._inductor.utils.clear_caches()
+    use_compiler_cache()
+    return True
 
 def lasting_guards(guards: Sequence) -> list[bool]:
     """Return which guards of a graph are checked: not those of the global state, which includes the number of threads,
@@ -584,6 +599,29 @@ def compile_step(model: PreTrainedModel, kind: StepKind) -> tuple[float, float]:
     return worst(logits[:, :count]), worst(perturbed)
 
 # %% ../nbs/02c_compiled_step.ipynb #f508be09
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+def check_graph(model: PreTrainedModel, kind: StepKind) -> None:
+    """Compile or load the graph of one kind of call. Raise the compiler's error, or `RuntimeError` for wrong logits."""
+    uncached = uncached_graphs()
+    difference, noise = compile_step(model, kind)
+    if difference > max(least_tolerance(model), NOISE_FACTOR * noise):
+        raise RuntimeError(f"logits differ by {difference:.2g} standard deviations")
+    if uncached_graphs() == uncached: mark_on_disk(model, kind)
+
+def add_graph(model: PreTrainedModel, kind: StepKind, progress: Callable[[str], object]) -> None:
+    """Compile or load a graph, as `check_graph`; if it cannot be loaded, remove the code on disk and compile once."""
+    on_disk = is_on_disk(model, kind)
+    progress(f"{'loading' if on_disk else 'compiling'} {type(model).__name__}: {kind}")
+    try: check_graph(model, kind)
+    except Exception as error:  # of any layer of the compiler
+        if not on_disk or not discard_code(): raise
+        warnings.warn(f"compiled code in {code_folder()} was damaged ({first_line(error)}) and is removed; "
+                      f"compiling {type(model).__name__} again", stacklevel=2)
+        check_graph(model, kind)
+
 def compile_steps(
     model: PreTrainedModel,
     kinds: Iterable[StepKind],
@@ -592,15 +630,9 @@ def compile_steps(
     """Compile the graphs of some kinds of calls; return whether they are used from now on."""
     missing = [kind for kind in kinds if kind not in READY.get(model, ())]
     try:
-        for kind in missing:
-            progress(f"{'loading' if is_on_disk(model, kind) else 'compiling'} {type(model).__name__}: {kind}")
-            uncached = uncached_graphs()
-            difference, noise = compile_step(model, kind)
-            if difference > max(least_tolerance(model), NOISE_FACTOR * noise):
-                raise RuntimeError(f"logits differ by {difference:.2g} standard deviations")
-            if uncached_graphs() == uncached: mark_on_disk(model, kind)
+        for kind in missing: add_graph(model, kind, progress)
     except Exception as error:  # of any layer of the compiler
-        REFUSED[model] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        REFUSED[model] = first_line(error)
         warnings.warn(f"{type(model).__name__} runs without compiled steps: {REFUSED[model]}", stacklevel=2)
         return False
     READY[model] = READY.get(model, set()) | set(missing)  # a new set, because other threads go through the old one

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'TYPES', 'LABELS', 'report_rows', 'parse_report', 'join_rows', 'empty_history', 'write_history',
-           'read_history', 'report_files', 'result_folder', 'record', 'from_git', 'machine_name', 'plot_measurements',
-           'read_report', 'report_markdown', 'round_costs', 'headline']
+           'read_history', 'record', 'from_git', 'machine_name', 'plot_measurements', 'read_report', 'report_markdown',
+           'round_costs', 'headline']
 
 # %% ../nbs/09d_history.ipynb #0e84317f
 import itertools
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 from datetime import datetime
@@ -24,6 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .config import ConfigError
+from .files import report_files, result_folder
 from .notebook import COLORS, plot_style
 from .provenance import write_atomic
 
@@ -104,30 +104,6 @@ def read_history(file: str | Path) -> pd.DataFrame:
     except (OSError, ValueError): pass
     raise ConfigError(f"{file} is not a table of results with the columns {', '.join(TYPES)}; restore it from git, "
                       "or build it again with from_git") from None
-
-# %% ../nbs/09d_history.ipynb #a4dbf425
-def report_files(folder: Path) -> list[str]:
-    """Return the names of the files of a run to keep. Raises `ConfigError` if one is missing."""
-    for name in ("report.json", "report.md"):
-        if not (folder/name).is_file():
-            raise ConfigError(f"{folder} has no {name}; give the folder of a finished run, such as runs/quickstart "
-                              "(written by kdcode demo, distill, bench, experiment and eval)")
-    images = re.findall(r"!\[.*?\]\(([^()/\\]+)\)", (folder/"report.md").read_text())
-    for name in images:
-        if not (folder/name).is_file():
-            raise ConfigError(f"{folder}/report.md shows {name}, which does not exist; run its command again")
-    tables = ["runs.csv"] if (folder/"runs.csv").is_file() else []
-    return ["report.json", "report.md", *images, *tables]
-
-def result_folder(
-    results: Path,  # folder of all results
-    name: str,      # of one result
-) -> Path:
-    """Return the folder of a result. Raises `ConfigError` if the name is not that of a folder inside `results`."""
-    if not re.fullmatch(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", name):
-        raise ConfigError(f"name is {name!r}; it should be a folder name under {results.name}/, such as "
-                          "decode-shipped or experiments/size")
-    return results/name
 
 # %% ../nbs/09d_history.ipynb #8cb7db76
 def _copy_atomic(source: Path, target: Path) -> None:

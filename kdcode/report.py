@@ -53,9 +53,10 @@ def machine_line(about: dict[str, Any]) -> str:
     gpu = about["gpu"] or "none"
     return f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, GPU: {gpu}"
 
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """Replace NaN, which JSON does not have, by None."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+def _json_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Replace NaN and infinity, which JSON does not have, by None."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()}
 
 def _provenance_lines(command: str, config: Config) -> str:
     """Return the last paragraph of report.md, one line each for command, machine, versions and commit."""
@@ -108,7 +109,7 @@ class Report:
 # %% ../nbs/09_report.ipynb #85e2ef8f
 def report_content(report: Report) -> dict[str, Any]:
     """Return the content of report.json: command, provenance, figures and rows."""
-    figures, rows = _without_nan(report.figures), [_without_nan(row) for row in report.rows]
+    figures, rows = _json_row(report.figures), [_json_row(row) for row in report.rows]
     return {"command": report.command} | provenance(report.config.to_dict()) | {"figures": figures, "rows": rows}
 
 def report_text(report: Report) -> str:

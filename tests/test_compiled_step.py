@@ -20,8 +20,8 @@ from kdcode import decode, drafters
 from kdcode.batching import Batch
 from kdcode.cached_model import CachedModel
 from kdcode.compiled_step import (
-    compile_in_background, compile_steps, CompiledModel, grouped_attention, READY, REFUSED, StaticModel, StepKind,
-    use_compiler_cache)
+    compile_in_background, compile_steps, CompiledModel, grouped_attention, is_on_disk, mark_on_disk, READY, REFUSED,
+    StaticModel, StepKind, use_compiler_cache)
 from kdcode.config import DecodeSettings
 from kdcode.decode import make_sequences, speculative_generate
 from kdcode.eagle import EagleStudent
@@ -122,13 +122,56 @@ def test_two_processes_compile_at_once(processes):
     assert list(folder.rglob("*.so"))
 
 
-def test_damaged_cache(processes, forks):
-    """Half of the entries are cut, half are overwritten: graphs are compiled again, or the model decodes without."""
-    files = [file for file in processes[0].rglob("*") if file.is_file()]
-    for i, file in enumerate(sorted(files)):
-        file.write_bytes(b"junk" * 20 if i % 2 else file.read_bytes()[:file.stat().st_size // 2])
-    found = result(process(forks, processes[0]))
-    assert falls_back(found, "") or found["compiled"] and found["difference"] < 1e-4 and not found["lines"]
+@pytest.mark.parametrize("damage", [lambda code: b"junk" * 20, lambda code: code[:len(code) // 2]],
+                         ids=["overwritten", "cut"])
+def test_damaged_cache(processes, forks, damage):
+    """Damaged code is compiled again, which at most one line says, and the next process loads it."""
+    for file in [file for file in processes[0].rglob("*") if file.is_file()]:
+        file.write_bytes(damage(file.read_bytes()))
+    repaired, loaded = (result(process(forks, processes[0])) for _ in range(2))
+    for found in (repaired, loaded): assert found["compiled"] and found["difference"] < 1e-4, found
+    assert len(repaired["lines"]) <= 1 and all("was damaged" in line for line in repaired["lines"]), repaired
+    assert not loaded["lines"]
+
+
+@pytest.fixture
+def code_on_disk(monkeypatch, tmp_path):
+    """A model, and a folder that has the mark of its graph."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path/"kdcode/compiled"))
+    model = tiny()
+    mark_on_disk(model, STEP)
+    return model, tmp_path/"kdcode/compiled"
+
+
+def compiling(*outcomes):
+    """Replace the compiler by these errors, or by equal logits (None)."""
+    outcomes = [(0., 0.) if error is None else error for error in outcomes]
+    return mock.patch("kdcode.compiled_step.compile_step", side_effect=outcomes)
+
+
+def test_code_that_does_not_load_is_compiled_again(code_on_disk):
+    model, folder = code_on_disk
+    (damaged := folder/"code.so").touch()
+    errors = OSError("file too short"), None
+    with compiling(*errors), pytest.warns(UserWarning, match="damaged .file too short.") as lines:
+        assert compile_steps(model, [STEP])
+    assert len(lines) == 1 and not damaged.exists() and is_on_disk(model, STEP)
+
+
+def test_a_compiler_that_fails_is_asked_once_more_only_after_damage(code_on_disk, monkeypatch, tmp_path):
+    """Not for a new graph, nor in a folder that the user named, which stays; and once only."""
+    model, folder = code_on_disk
+    with compiling(*[OSError("no space left")] * 2) as calls, pytest.warns(UserWarning, match="without compiled steps"):
+        assert not compile_steps(model, [STEP])
+    assert calls.call_count == 2
+    with compiling(OSError("no compiler")) as calls, pytest.warns(UserWarning, match="without compiled steps"):
+        assert not compile_steps(model, [STEP])  # its mark is gone
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path/"named"))
+    mark_on_disk(model, STEP)
+    with compiling(OSError("file too short")), pytest.warns(UserWarning, match="without compiled steps"):
+        assert not compile_steps(model, [STEP])
+    assert is_on_disk(model, STEP)
 
 
 def test_unwritable_cache_folder(monkeypatch, tmp_path):
