@@ -15,8 +15,8 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help',
            'help_text', 'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command',
            'read_config_file', 'parse', 'read_prompt', 'choose_draft', 'check_export', 'check_evaluation',
-           'check_corpus', 'check_targets', 'check_training', 'check_models', 'check_files', 'silence_libraries',
-           'print_error', 'announce', 'run_command', 'main']
+           'check_corpus', 'check_student', 'check_targets', 'check_training', 'check_models', 'check_files',
+           'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -41,9 +41,9 @@ from .config import (
     add_config, check_keys, check_search_space, Config, ConfigError, field_docs, generated_text_folder, home,
     one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, SHORT_PROMPT)
 from .files import (
-    api_key, bind_socket, check_draft, check_engine, check_run, check_search, check_teacher_name, check_writable,
-    did_you_mean, draft_folder, is_hub_id, model_source, report_files, result_folder, shipped_draft, shipped_drafts,
-    source_folder)
+    api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_run, check_search,
+    check_stack_token, check_teacher_name, check_writable, did_you_mean, draft_folder, is_draft_head, is_hub_id,
+    model_source, report_files, result_folder, shipped_draft, shipped_drafts, source_folder)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -269,7 +269,8 @@ def decoding_summary(streamed) -> str:
     if statistics.seconds:
         parts.append(f"{statistics.tokens / statistics.seconds:.1f} tokens/s")
     speedup, calls = estimate_speedup(streamed)
-    if calls and speedup <= statistics.tokens_per_call:  # drafting cannot save more; above it, the few calls mislead
+    drafted = sum(statistics.verified)
+    if drafted and calls and speedup <= statistics.tokens_per_call:  # above it, the few calls mislead
         parts.append(f"speedup {speedup:.2f} over decoding without drafting (estimated from {calls} target calls over "
                      "one token)")
     return ", ".join(parts)
@@ -914,6 +915,12 @@ def check_export(options) -> None:
         raise ConfigError(f"--grow-vocabulary requires --to llama or --to gguf, but --to is {options.to}")
     if options.to == "hub" and not options.repo:
         raise ConfigError("--to hub needs the name of the repository; give --repo USER/NAME")
+    if (options.to == "llama" or options.grow_vocabulary) and is_draft_head(options.model):
+        folder = draft_folder(options.model)
+        independent = folder.with_name(f"{folder.name}-independent")
+        other = f"export {display_path(independent)}, or " if independent.exists() else ""
+        raise ConfigError(f"student {options.model} needs the hidden states of its teacher and cannot become a Llama; "
+                          f"{other}train one with student.feature_layers []")
 
 def check_evaluation(config: Config, options) -> None:
     """Raise `ConfigError` if the problems, or the models to compare, are files that do not exist."""
@@ -927,15 +934,23 @@ def check_evaluation(config: Config, options) -> None:
                               "or hub ids")
 
 def check_corpus(config: Config) -> None:
-    """Raise `ConfigError` if a folder of the corpus, or the student to start from, does not exist."""
+    """Raise `ConfigError` if a folder of the corpus does not exist, or a gated data set needs a token."""
     parts = config.data.source if isinstance(config.data.source, list) else [config.data]
     paths = [part.path for part in parts if part.source == "folder"]
     if "teacher" in config.data.sources and config.data.prompt_source == "folder":
         paths.append(config.data.path)
     if not (run_path(config)/"corpus"/"corpus.json").exists():
         for path in paths: source_folder(path)
-    if config.student.start:
-        check_draft(config.student.start, config.teacher.name)
+        if "the-stack" in config.data.sources: check_stack_token()
+
+def check_student(config: Config) -> None:
+    """Raise `ConfigError` for layers that the teacher does not have, and for a student to start from that is none."""
+    student, teacher = config.student, config.teacher.name
+    layers = student.layers if isinstance(student.layers, list) else []
+    for field, numbers in (("student.layers", layers), ("student.feature_layers", student.feature_layers)):
+        check_layers(field, numbers, teacher)
+    if student.start:
+        check_draft(student.start, teacher)
 
 def check_targets(config: Config) -> None:
     """Raise `ConfigError` if there are no targets to cache."""
@@ -946,6 +961,7 @@ def check_targets(config: Config) -> None:
 def check_training(config: Config, options) -> None:
     """Raise `ConfigError` for a corpus or a run folder with which a command cannot train."""
     check_corpus(config)
+    check_student(config)
     if options.command in ("distill", "demo"):
         check_run(config, run_path(config), options.get("resume", True))
     if options.command == "targets" or options.get("benchmark") == "targets":
@@ -970,6 +986,7 @@ def check_models(config: Config, options) -> None:
     if name != "smollm2" and not name.endswith(".gguf") and not config.teacher.is_served:
         check_teacher_name(name)
     model_source(name)
+    check_device(config.teacher.device)
     if options.command == "generate":
         options.prompt = read_prompt(options.prompt)
     if options.command in ("generate", "serve") or options.get("benchmark") in PAIR_BENCHMARKS:
@@ -983,11 +1000,11 @@ def check_files(config: Config, options) -> None:
         result_folder(home()/"results", options.result)
         report_files(Path(options.folder))
         return
+    check_models(config, options)
     if options.command == "export":
         check_export(options)
     if options.command == "eval":
         check_evaluation(config, options)
-    check_models(config, options)
     if options.command in TRAINING or options.get("benchmark") == "targets" or options.get("grow_vocabulary"):
         check_training(config, options)
     if options.command not in ("generate", "serve"):

@@ -39,13 +39,12 @@ import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
-from huggingface_hub import get_token
 from pygments.lexers import find_lexer_class_for_filename
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError, DataSettings, SourceSettings
-from .files import source_folder, vocabulary_fingerprint
+from .files import check_stack_token, source_folder, STACK_TERMS, vocabulary_fingerprint
 from .infill import beginning_ids, check_fim, fim_marks, middle_end_id, order_parts, part_encoding
 from .notebook import watched_bar
 
@@ -211,11 +210,8 @@ def hub_rows(
 
 def stack_rows(language: str, seed: int) -> Iterator[dict]:
     """Stream the rows of the gated data set `bigcode/the-stack`. Raise `ConfigError` if there is no access token."""
-    terms = ("accept the terms at https://huggingface.co/datasets/bigcode/the-stack "
-             "and set HF_TOKEN to an access token of that account")
-    if get_token() is None:
-        raise ConfigError(f"data set bigcode/the-stack is gated, and HF_TOKEN is not set; {terms}")
-    return hub_rows("bigcode/the-stack", seed, needs=f", {terms}", data_dir=f"data/{language.lower()}")
+    check_stack_token()
+    return hub_rows("bigcode/the-stack", seed, needs=f", {STACK_TERMS}", data_dir=f"data/{language.lower()}")
 
 # %% ../nbs/01_data.ipynb #c5e34577
 def _humanized(settings: DataSettings, seed: int) -> Iterator[Document]:

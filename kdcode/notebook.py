@@ -38,7 +38,10 @@ def plot_style(draw: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> T:
         import matplotlib.pyplot as plt  # imported late: it takes half a second
-        with plt.rc_context(PLOT_STYLE): return draw(*args, **kwargs)
+        with plt.rc_context(PLOT_STYLE):
+            figure, interactive = draw(*args, **kwargs), plt.isinteractive()
+        plt.rcParams["interactive"] = interactive  # the first figure of a notebook turns on the display of all
+        return figure
     return styled
 
 # %% ../nbs/00d_notebook.ipynb #1b4970e5

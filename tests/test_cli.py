@@ -1,6 +1,7 @@
 """The `kdcode` command as a process: output, exit status, files, and recovery after it was killed."""
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -64,7 +65,7 @@ def test_tensorboard_has_curves_and_text(kdcode, tiny_teacher, tmp_path):
 def test_generate_streams_the_output_of_the_teacher(kdcode, tiny_teacher, tmp_path):
     assert kdcode("distill", "--name", "pair", *settings(tiny_teacher)).returncode == 0
     words = ("generate", "def is_palindrome(s):", "--name", "pair", "--teacher.name", tiny_teacher,
-             "--decode.max_new_tokens", 16)
+             "--decode.max_new_tokens", 16, "--decode.adaptive", "false")
     drafted, without_draft = kdcode(*words), kdcode(*words, "--decode.gamma", 0)
     assert drafted.returncode == 0, drafted.stderr
     assert drafted.stdout.startswith("def is_palindrome(s):") and "\x1b" not in drafted.stdout + drafted.stderr
@@ -208,10 +209,20 @@ def output(capsys, *words):
     (["export", "smollm2", "--repo", "me/x"], "require --to hub"),
     (["export", "smollm2", "--to", "hub"], "give --repo USER/NAME"),
     (["serve", "--serve.host", "0.0.0.0"], "KDCODE_API_KEY is not set"),
+    (["serve", "--engine", "vllm"], "vLLM is not installed; run make engines"),
+    (["serve", "--engine-options", "--seed '1"], "close its quotes"),
+    (["record", "nowhere", "mine"], "nowhere has no report.json"),
+    (["record", ".", "../mine"], "it should be a folder name under results/"),
+    (["distill", "--student.layers", "[0,30]"], "student.layers has 30, but teacher smollm2 has 30 layers"),
+    (["distill", "--student.feature_layers", "[99]"], "student.feature_layers has 99"),
+    (["distill", "--data.source", "the-stack"], "HF_TOKEN is not set"),
+    (["export", "smollm2"], "models/smollm2-135m-draft-independent, or train one with student.feature_layers []"),
 ])
 def test_a_mistake_is_explained(capsys, monkeypatch, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")  # without other engines
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.delenv("KDCODE_API_KEY", raising=False)
     status, out, error = output(capsys, *words)
     assert (status, out, error.count("\n")) == (2, "", 0) and error.startswith("kdcode: ") and message in error, error
@@ -262,18 +273,24 @@ LATE = ("torch", "transformers", "pandas", "matplotlib", "scipy")  # large libra
 def test_help_and_mistakes_load_no_large_library(tmp_path):
     lines = [["--version"], ["--help"], ["generate", "--help"], ["distill", "--help-all"], ["distill", "--epochs", "2"],
              ["generate", "x", "--draft", "nowhere"], ["generate", "x", "--draft", "qwen2.5-coder-1.5b"],
-             ["distill", "--teacher.name", "/nowhere"], ["distill", "--out", "/dev/null/run"], ["record", "x", "y"]]
-    program = (f"import sys\nfrom kdcode.cli import main\nfor words in {lines[:-1]}:\n    main(words)\n"
+             ["distill", "--teacher.name", "/nowhere"], ["distill", "--out", "/dev/null/run"], ["record", "x", "y"],
+             ["record", ".", "../y"], ["serve", "--engine", "vllm"], ["distill", "--student.layers", "[99]"],
+             ["distill", "--data.source", "the-stack"], ["export", "smollm2"]]
+    program = (f"import sys\nfrom kdcode.cli import main\nfor words in {lines}:\n    main(words)\n"
                f"    print([name for name in {LATE} if name in sys.modules], file=sys.stderr)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"KDCODE_HOME": str(tmp_path), "PATH": "", "HF_TOKEN_PATH": os.devnull}
+    environment.pop("HF_TOKEN", None)
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", program], **options)
     loaded = [line for line in done.stderr.splitlines() if line.startswith("[")]
-    assert loaded == ["[]"] * len(lines[:-1]), done.stderr
+    assert loaded == ["[]"] * len(lines), done.stderr
 
 
 def test_the_first_line_comes_before_large_libraries(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
     monkeypatch.setattr(cli, "silence_libraries", lambda: 1 / 0)  # the first import of a large library
-    for words in (["generate", "x"], ["demo"], ["distill"], ["bench", "decode"], ["eval"], ["export", "smollm2"]):
+    for words in (["generate", "x"], ["demo"], ["distill"], ["bench", "decode"], ["eval"],
+                  ["export", "smollm2", "--to", "int8"]):
         status, out, error = output(capsys, *words)
         first, failure = error.splitlines()
         assert (status, failure) == (1, "kdcode: division by zero")
@@ -282,11 +299,11 @@ def test_the_first_line_comes_before_large_libraries(capsys, monkeypatch, tmp_pa
             assert "smollm2-135m-draft (shipped for smollm2; choose another with --draft)" in first
 
 
-@pytest.mark.parametrize("estimate, shown", [(1.2, True), (2.5, False)])
-def test_the_summary_has_no_impossible_speedup(monkeypatch, estimate, shown):
+@pytest.mark.parametrize("estimate, verified, shown", [(1.2, [9], True), (2.5, [9], False), (1.2, [], False)])
+def test_the_summary_has_no_impossible_speedup(monkeypatch, estimate, verified, shown):
     from kdcode import decode
     from kdcode.result import Statistics
-    statistics = Statistics(tokens=30, calls=20, seconds=3.)
+    statistics = Statistics(tokens=30, calls=20, verified=verified, seconds=3.)
     monkeypatch.setattr(decode, "estimate_speedup", lambda streamed: (estimate, 2))
     summary = cli.decoding_summary(SimpleNamespace(sequence=SimpleNamespace(statistics=statistics)))
     assert "10.0 tokens/s" in summary and ("speedup" in summary) is shown, summary

@@ -191,6 +191,15 @@ def test_markdown_without_styles_is_readable(page):
     assert "█" in shown.text or "░" in shown.text
 
 
+def test_every_plot_of_a_notebook_is_displayed(kernel):
+    """The first figure turns on the display of all figures, and the style does not turn it off again."""
+    run_cell(kernel, "import matplotlib.pyplot as plt\nfrom kdcode.notebook import plot_style\n"
+                     "draw = plot_style(lambda: plt.subplots(figsize=(1, 1))[0])")
+    for _ in range(2):
+        shown, = run_cell(kernel, "figure = draw()")
+        assert "image/png" in shown
+
+
 def plot_functions():
     """The functions of the library that make a figure."""
     for path in sorted((ROOT/"kdcode").glob("*.py")):
