@@ -652,7 +652,7 @@ def load_steps(
     models: dict[PreTrainedModel, list[StepKind]],
     progress: Callable[[str], object] = lambda text: None,
 ) -> None:
-    """Load the graphs of those models whose code is all on disk. Nothing is compiled."""
+    """Load the graphs of those models whose code is all on disk. Only damaged code is compiled."""
     for model, kinds in models.items():
         if all(is_on_disk(model, kind) for kind in kinds):
             compile_steps(model, kinds, progress)
