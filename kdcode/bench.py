@@ -889,6 +889,7 @@ def _loss_seconds(
         end_part()
     return [statistics.median(column) for column in zip(*times[1:])]  # the first round warms up
 
+# %% ../nbs/09a_bench.ipynb #663b5457
 def bench_loss(
     config: Config,   # its loss.chunk_size is measured
     folder: Path,     # gets report.json and report.md
@@ -971,6 +972,7 @@ def bench_targets(
     report.save(folder)
     return report
 
+# %% ../nbs/09a_bench.ipynb #7690784e
 def _targets_note(config: Config, corpus: Corpus, figures: dict[str, float]) -> str:
     """Return the note below the table."""
     trained = len(corpus.train) * config.data.block_size * config.train.epochs

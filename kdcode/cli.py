@@ -933,6 +933,7 @@ def check_evaluation(config: Config, options) -> None:
             raise ConfigError(f"--models has {name}, but there is no such file or folder; give folders, .gguf files "
                               "or hub ids")
 
+# %% ../nbs/12_cli.ipynb #330ed971
 def check_corpus(config: Config) -> None:
     """Raise `ConfigError` if a folder of the corpus does not exist, or a gated data set needs a token."""
     parts = config.data.source if isinstance(config.data.source, list) else [config.data]

@@ -253,6 +253,7 @@ def discard_code() -> bool:
     use_compiler_cache()
     return True
 
+# %% ../nbs/02c_compiled_step.ipynb #5b7cbed1
 def lasting_guards(guards: Sequence) -> list[bool]:
     """Return which guards of a graph are checked: not those of the global state, which includes the number of threads,
     nor of a registry of `transformers` that grows with each new class of models."""
