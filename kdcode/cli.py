@@ -537,7 +537,7 @@ def serve_with_vllm(config: Config, draft: str | None, key: str | None, argument
     teacher, student = load_pair(config, draft)
     files = engine_files("vLLM", teacher, student, config.teacher.name, run_folder(config)/"vllm")
     dtype = str(teacher.model.dtype).removeprefix("torch.")
-    command = vllm_command(find_program("vLLM"), *files, config.decode.gamma, dtype, teacher.name)
+    command = vllm_command(find_program("vLLM"), files, config.decode.gamma, dtype, teacher.name)
     address = ["--host", config.serve.host, "--port", str(config.serve.port)]
     environment = os.environ | VLLM_ENVIRONMENT | ({"VLLM_API_KEY": key} if key else {})
     os.execve(command[0], [*command, *address, *arguments], environment)
