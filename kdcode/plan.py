@@ -401,8 +401,9 @@ def training_note(option: DraftOption, where: str) -> str:
     """Return what the training of an option takes, and where the estimate comes from."""
     recipe = RECIPES[option.form]
     return (f"A training takes {recipe.tokens:,} different tokens in {recipe.epochs} epochs and about "
-            f"{duration(option.hours)} {where}, text and labels of the teacher included; this is a rough estimate. The expected acceptance rates and hours are those of our recorded trainings ({CURVE_SOURCES}), on "
-            "Python and mostly of SmolLM2; another teacher or other text may differ by 0.05.")
+            f"{duration(option.hours)} {where}, text and labels of the teacher included; this is a rough estimate. The "
+            f"expected acceptance rates and hours are those of our recorded trainings ({CURVE_SOURCES}), on Python and "
+            "mostly of SmolLM2; another teacher or other text may differ by 0.05.")
 
 def plan_figures(options: list[DraftOption]) -> dict[str, float]:
     """Return the figures of the best trained option."""
