@@ -367,7 +367,8 @@ def run_plan(config: Config, options) -> None:
                           options.command_line.replace("plan", "bench decode", 1))
     settings = display_path(folder/"distill.yaml")
     print_report(report, *lines, f"configuration of the training: {settings}")
-    print_next(f"kdcode distill --config {shlex.quote(settings)}")
+    pays = report.figures["expected_speedup"] >= 1
+    print_next(f"kdcode distill --config {shlex.quote(settings)}" if pays else with_teacher(config, "bench", "steps"))
 
 # %% ../nbs/12_cli.ipynb #1db609ad
 def bench_decode(config: Config, folder: Path, options):

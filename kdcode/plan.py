@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_LAYERS', 'DRAFT_VOCABULARY', 'COUNTS', 'Curve',
-           'CURVES', 'LAYER_GAIN', 'CURVE_SOURCES', 'NGRAM_RATE', 'NGRAM_TOKENS', 'NGRAM_GAMMA', 'NGRAM_SHARE',
-           'RECIPES', 'GENERATED_SHARE', 'GENERATION_COST', 'UTILISATION', 'FASTEST_TRAINING', 'TRAINING_BLOCKS',
-           'MARGIN', 'TEXT', 'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'CONTEXT_SHOWN', 'CARD_NOTE', 'TIMED_PROMPTS',
-           'TIMED_LAYERS', 'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of', 'model_size',
-           'is_packed', 'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs', 'expected_acceptance',
+           'CURVES', 'LAYER_GAIN', 'CURVE_SOURCES', 'NGRAM_RATE', 'NGRAM_TOKENS', 'NGRAM_GAMMA', 'RECIPES',
+           'GENERATED_SHARE', 'GENERATION_COST', 'UTILISATION', 'FASTEST_TRAINING', 'TRAINING_BLOCKS', 'MARGIN', 'TEXT',
+           'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'CONTEXT_SHOWN', 'CARD_NOTE', 'TIMED_PROMPTS', 'TIMED_LAYERS',
+           'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of', 'model_size', 'is_packed',
+           'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs', 'expected_acceptance', 'ngram_share',
            'Recipe', 'training_hours', 'duration', 'training_bytes', 'decoding_bytes', 'verdict', 'DraftOption',
            'option_row', 'ngram_option', 'trained_options', 'best_by_form', 'plot_options', 'plain_settings',
            'distill_settings', 'write_distill_file', 'verdict_note', 'limits_note', 'memory_note', 'training_note',
@@ -200,7 +200,11 @@ def expected_acceptance(form: str, layers: int, tokens: float) -> float:
 
 # %% ../nbs/09f_plan.ipynb #af629d40
 NGRAM_RATE, NGRAM_TOKENS, NGRAM_GAMMA = .883, 1.961, 6  # results/decode-shipped
-NGRAM_SHARE = (NGRAM_TOKENS - 1) / (expected_tokens(NGRAM_RATE, NGRAM_GAMMA) - 1)
+
+def ngram_share(rate: float, tokens: float, gamma: int) -> float:
+    """Return the share of rounds with a draft that gives so many tokens per target call; 0 without drafts."""
+    most = expected_tokens(rate, gamma)
+    return min((tokens - 1) / (most - 1), 1.) if most > 1 else 0.
 
 # %% ../nbs/09f_plan.ipynb #2343657f
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ def decoding_bytes(size: ModelSize, settings: TeacherSettings, context: int, dra
     return weight_bytes(size, settings) + itemsize * (context * size.kv_values + draft_parameters)
 
 # %% ../nbs/09f_plan.ipynb #0b0ab29b
-MARGIN = 1.15  # the accuracy of a prediction
+MARGIN = 1.15  # a prediction may be wrong by 15 %
 
 def verdict(speedup: float) -> str:
     """Return whether a speedup over decoding without drafting pays."""
@@ -282,9 +286,15 @@ def option_row(option: DraftOption) -> dict[str, Any]:
             "expected speedup": option.speedup, "training, h": option.hours, "verdict": verdict(option.speedup)}
 
 # %% ../nbs/09f_plan.ipynb #06a2dd7d
-def ngram_option(costs: StepCosts, rate: float = NGRAM_RATE, share: float = NGRAM_SHARE) -> DraftOption:
+def ngram_option(
+    costs: StepCosts,
+    rate: float = NGRAM_RATE,      # acceptance rate
+    tokens: float = NGRAM_TOKENS,  # per target call, with drafts of at most `gamma` tokens
+    gamma: int = NGRAM_GAMMA,
+) -> DraftOption:
     """Return the option to draft with n-grams, which cost nothing."""
-    return DraftOption(NGRAM, replace(costs, draft=0.), rate, share, hours=0., form=NGRAM, most=NGRAM_GAMMA)
+    share = ngram_share(rate, tokens, gamma)
+    return DraftOption(NGRAM, replace(costs, draft=0.), rate, share, hours=0., form=NGRAM, most=gamma)
 
 def trained_options(
     teacher: PreTrainedModel,  # needs no storage
@@ -696,11 +706,10 @@ def draft_note(option: DraftOption, speedup: float) -> str:
             f"for γ = {option.most}. With a fixed γ, the formula gives {option.speedup:.2f} at γ = {option.gamma}.")
 
 # %% ../nbs/09f_plan.ipynb #60ba8ae1
-def ngram_from(costs: StepCosts, statistics: Statistics) -> DraftOption:
-    """Return the option of n-grams from a replay."""
-    if not statistics.drafted:
-        return ngram_option(costs, 0., 0.)
-    return ngram_option(costs, statistics.acceptance_rate, statistics.drafted[0] / statistics.calls)
+def ngram_from(costs: StepCosts, statistics: Statistics, gamma: int) -> DraftOption:
+    """Return the option of n-grams from a replay with drafts of at most γ tokens."""
+    rate = statistics.acceptance_rate if sum(statistics.verified) else 0.
+    return ngram_option(costs, rate, statistics.tokens_per_call, gamma)
 
 def prediction_figures(rows: list[dict[str, Any]], option: DraftOption, baseline: dict[str, float],
                        own: Statistics) -> dict[str, float]:
@@ -730,7 +739,7 @@ def plan_draft(
     own = DRAFTER_LABELS[settings.drafter]
     rate = replayed[fixed_gamma_name(1)].acceptance_rate
     options = [DraftOption(f"draft {name}", costs, rate, form="draft", most=settings.gamma),
-               ngram_from(costs, replayed[DRAFTER_LABELS["ngram"]])]
+               ngram_from(costs, replayed[DRAFTER_LABELS["ngram"]], settings.gamma)]
     figures = prediction_figures(rows, options[0], baseline, replayed[own])
     images = save_plots(folder, {"speedup.png": plot_options(options)})
     notes = [draft_note(options[0], baseline[NO_DRAFT] / seconds[own]), assumptions_note(config, texts)]
@@ -822,7 +831,7 @@ def ngrams_on_texts(teacher: Teacher, settings: DecodeSettings, costs: StepCosts
     total = Statistics()
     for prompt, text in teacher_texts(teacher, settings):
         total += replay_text(simulation, ReplayedDrafter([], []), prompt, text)
-    return ngram_from(costs, total)
+    return ngram_from(costs, total, NGRAM_GAMMA)
 
 def plan_for_machine(config: Config, teacher: Teacher, folder: Path, command: str) -> Report:
     """Report which draft pays for a teacher on this machine, from measured steps of untrained drafts."""

@@ -143,13 +143,16 @@ def test_a_teacher_in_4_bits_breaks_even_later(tmp_path):
     assert not least["nf4"] <= least["none"]  # two cores are compute-bound in 4 bits; NaN: it never pays there
 
 
-def test_a_plan_that_does_not_pay_says_so(tmp_path):
+def test_a_plan_that_does_not_pay_says_so(tmp_path, capsys):
     config = Config()
     folder = config_only(tmp_path/"teacher", num_hidden_layers=2)  # a draft of a layer is half of it
     config.teacher = replace(config.teacher, name=str(folder), dtype="bfloat16", quantization="nf4")
     report = plan_for_card(config, (1e12, 1e11), tmp_path, "test")
     assert report.notes[0].startswith("Don't train a draft")
     assert report.figures["expected_speedup"] < 1
+    words = ("--teacher.name", folder, "--teacher.quantization", "nf4", "--bandwidth", 1000, "--flops", .1)
+    assert cli.main(["plan", *words, "--teacher.dtype", "bfloat16", "--out", tmp_path/"run"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"next: kdcode bench steps --teacher.name {folder}"
 
 
 def test_a_teacher_that_is_too_large(capsys, tmp_path):
@@ -167,7 +170,7 @@ def test_a_teacher_that_is_too_large(capsys, tmp_path):
     (("--bandwidth", -1, "--flops", 990), "--bandwidth is -1; give a number above 0"),
     (("--bandwidth", 4800, "--flops", 0), "--flops is 0; give a number above 0"),
     (("--bandwidth", "fast", "--flops", 1), "fast"),
-    (("--bandwidth", "nan", "--flops", 1), "--bandwidth is nan"),
+    (("--bandwidth", "nan", "--flops", 1), "bandwidth is nan; expected float"),
     (("--teacher.name", "somebody/unknown"), "neither a folder nor available from the model hub"),
     (("--draft", "no-such-draft"), "there is no student in no-such-draft"),
     (("--draft", "qwen2.5-coder-1.5b"), "whose tokenizer differs from that of smollm2"),
