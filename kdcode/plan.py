@@ -6,13 +6,13 @@
 __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_LAYERS', 'DRAFT_VOCABULARY', 'COUNTS', 'Curve',
            'CURVES', 'LAYER_GAIN', 'CURVE_SOURCES', 'NGRAM_RATE', 'NGRAM_TOKENS', 'NGRAM_GAMMA', 'RECIPES',
            'GENERATED_SHARE', 'GENERATION_COST', 'UTILISATION', 'FASTEST_TRAINING', 'TRAINING_BLOCKS', 'MARGIN', 'TEXT',
-           'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'CONTEXT_SHOWN', 'CARD_NOTE', 'TIMED_PROMPTS', 'TIMED_LAYERS',
-           'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of', 'model_size', 'is_packed',
-           'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs', 'expected_acceptance', 'ngram_share',
-           'Recipe', 'training_hours', 'duration', 'training_bytes', 'decoding_bytes', 'verdict', 'DraftOption',
-           'option_row', 'ngram_option', 'trained_options', 'best_by_form', 'plot_options', 'plain_settings',
-           'distill_settings', 'write_distill_file', 'verdict_note', 'limits_note', 'memory_note', 'training_note',
-           'plan_figures', 'write_plan', 'teacher_config', 'both_forms', 'forms_note', 'plan_for_card',
+           'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'CONTEXT_SHOWN', 'CARD_NOTE', 'TIMED_PROMPTS', 'DRAFTERS',
+           'TIMED_LAYERS', 'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of', 'model_size',
+           'is_packed', 'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs', 'expected_acceptance',
+           'ngram_share', 'Recipe', 'training_hours', 'duration', 'training_bytes', 'decoding_bytes', 'verdict',
+           'DraftOption', 'option_row', 'ngram_option', 'trained_options', 'best_by_form', 'plot_options',
+           'plain_settings', 'distill_settings', 'write_distill_file', 'verdict_note', 'limits_note', 'memory_note',
+           'training_note', 'plan_figures', 'write_plan', 'teacher_config', 'both_forms', 'forms_note', 'plan_for_card',
            'published_acceptance', 'linear_weights', 'check_shape', 'card_draft', 'draft_matches', 'ReplayedDrafter',
            'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text', 'teacher_texts',
            'seconds_per_token', 'predicted_seconds', 'replayed_methods', 'replay_methods', 'prediction_row',
@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -653,12 +653,14 @@ def predicted_seconds(statistics: Statistics, costs: StepCosts, without_draft: f
     return without_draft - costs.calls[1] / 1e3 + statistics.seconds / statistics.tokens
 
 # %% ../nbs/09f_plan.ipynb #a9d483dc
+DRAFTERS: tuple[Literal["student", "ngram", "hybrid"], ...] = ("student", "ngram", "hybrid")
+
 def replayed_methods(settings: DecodeSettings) -> dict[str, DecodeSettings]:
     """Return the settings of the drafters and of the student with fixed γ, by the label of `bench decode`."""
     student = replace(settings, drafter="student", adaptive=False)
     methods = {DRAFTER_LABELS[settings.drafter]: settings, NO_DRAFT: replace(student, gamma=0)}
-    for kind, label in DRAFTER_LABELS.items():
-        methods[label] = replace(settings, drafter=kind)
+    for kind in DRAFTERS:
+        methods[DRAFTER_LABELS[kind]] = replace(settings, drafter=kind)
     return methods | {fixed_gamma_name(gamma): replace(student, gamma=gamma) for gamma in GAMMAS}
 
 def replay_methods(
