@@ -815,7 +815,7 @@ def check_memory(config: Config, size: ModelSize, available: float) -> None:
 def steps_note(costs: StepCosts, size: ModelSize, config: Config, limits: tuple[float, float]) -> str:
     """Return the measured t(n), beside the limit of the machine, and how the steps ran."""
     itemsize = weight_bytes(size, config.teacher, size.linear) / size.linear
-    times = ", ".join(f"t({n}) = {costs.calls[n]:.3g}" for n in (1, 2, 3, 5, 9, 17) if n in costs.calls)
+    times = ", ".join(f"t({n}) = {costs.calls[n]:.4g}" for n in (1, 2, 3, 5, 9, 17) if n in costs.calls)
     least = roofline_ms(1, size.linear, itemsize, limits)
     how = "not compiled" if config.decode.compile is False else "compiled where the compiler allows it"
     return (f"Measured after {CONTEXT} tokens of context, in ms: {times}; the limit of a step is {least:.3g}. Greedy "
