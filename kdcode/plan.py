@@ -7,13 +7,13 @@ __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_L
            'CURVES', 'LAYER_GAIN', 'CURVE_SOURCES', 'NGRAM_RATE', 'NGRAM_TOKENS', 'NGRAM_GAMMA', 'RECIPES',
            'GENERATED_SHARE', 'GENERATION_COST', 'UTILISATION', 'FASTEST_TRAINING', 'TRAINING_BLOCKS', 'MARGIN', 'TEXT',
            'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'CONTEXT_SHOWN', 'CARD_NOTE', 'TIMED_PROMPTS', 'DRAFTERS',
-           'TIMED_LAYERS', 'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of', 'model_size',
-           'is_packed', 'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs', 'expected_acceptance',
+           'TIMED_LAYERS', 'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of', 'linear_weights',
+           'model_size', 'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs', 'expected_acceptance',
            'ngram_share', 'Recipe', 'training_hours', 'duration', 'training_bytes', 'decoding_bytes', 'verdict',
            'DraftOption', 'option_row', 'ngram_option', 'trained_options', 'best_by_form', 'plot_options',
            'plain_settings', 'distill_settings', 'write_distill_file', 'verdict_note', 'limits_note', 'memory_note',
            'training_note', 'plan_figures', 'write_plan', 'teacher_config', 'both_forms', 'forms_note', 'plan_for_card',
-           'published_acceptance', 'linear_weights', 'check_shape', 'card_draft', 'draft_matches', 'ReplayedDrafter',
+           'published_acceptance', 'check_shape', 'card_draft', 'draft_matches', 'ReplayedDrafter',
            'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text', 'teacher_texts',
            'seconds_per_token', 'predicted_seconds', 'replayed_methods', 'replay_methods', 'prediction_row',
            'assumptions_note', 'draft_note', 'ngram_from', 'prediction_figures', 'plan_draft', 'compare_with_benchmark',
@@ -112,28 +112,27 @@ def shape_of(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
+def linear_weights(model: nn.Module) -> int:
+    """Return the number of weights of the linear layers."""
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+
 def model_size(model: PreTrainedModel) -> ModelSize:
     """Count the weights of a model; it needs no storage."""
     c = model.config.get_text_config()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    return ModelSize(sum(weight.numel() for weight in model.parameters()), linear,
+    return ModelSize(sum(weight.numel() for weight in model.parameters()), linear_weights(model),
                      model.get_output_embeddings().weight.numel(), 2 * c.num_hidden_layers * heads * dim,
                      c.num_hidden_layers, c.hidden_size, c.vocab_size)
 
 # %% ../nbs/09f_plan.ipynb #f820c05e
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # 4 bits, an 8-bit scale per 64 weights, a scale of 256 scales
 
-def is_packed(settings: TeacherSettings) -> bool:
-    """Return whether a teacher keeps the quantised blocks of a GGUF file."""
-    return settings.quantization == "packed"
-
 def weight_bytes(size: ModelSize, settings: TeacherSettings, counted: int | None = None) -> float:
     """Return the bytes of `counted` weights, head included; None: all parameters."""
     counted = size.parameters if counted is None else counted
     itemsize = getattr(torch, settings.dtype).itemsize
-    if is_packed(settings):
+    if settings.quantization == "packed":  # the blocks of a GGUF file
         folder, options = model_source(settings.name)
         return counted * (Path(folder)/options["gguf_file"]).stat().st_size / size.parameters
     if settings.quantization == "nf4":
@@ -504,10 +503,6 @@ def published_acceptance(draft: str) -> tuple[float, str]:
         return rate, f"{report} (held-out text at temperature 1)"
     raise ConfigError(f"neither a model card nor a report gives the acceptance rate of {draft}; run kdcode plan with "
                       "--draft, but without --bandwidth and --flops, where the teacher runs: it measures the rate")
-
-def linear_weights(model: nn.Module) -> int:
-    """Return the number of weights of the linear layers."""
-    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
 
 # %% ../nbs/09f_plan.ipynb #ccd73e12
 def check_shape(teacher: ModelSize, draft: str, student: PreTrainedModel) -> None:
