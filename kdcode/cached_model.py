@@ -623,7 +623,7 @@ def machine_limits(
 def roofline_ms(
     n: int,              # tokens in a call
     weights: int,        # of the linear layers
-    itemsize: int,       # bytes per weight
+    itemsize: float,     # bytes per weight
     limits: tuple[float, float],  # of `machine_limits`
 ) -> float:              # milliseconds
     """Return the least time of a call over n tokens. Source: Williams et al. 2009."""
