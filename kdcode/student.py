@@ -127,7 +127,6 @@ def to_device(numbers: list, device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(numbers, dtype=torch.long, pin_memory=True).to(device, non_blocking=True)
 
 
-
 # %% ../nbs/02_student.ipynb #884dc1f7
 class RowLengths:
     """Number of cached positions of each row of a batch."""

@@ -276,7 +276,7 @@ def teacher_identity(teacher: LanguageModel) -> dict[str, str]:
             "quantization": str(quantizer.quantization_config.quant_method) if quantizer else "none",
             "tokenizer": tokenizer_fingerprint(teacher.tokenizer)}
 
-# %% ../nbs/04_teacher.ipynb #9d69773d
+# %% ../nbs/04_teacher.ipynb #23105771
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of the first 64 numbers of every weight, rounded to bfloat16."""
     digest = hashlib.sha256()
