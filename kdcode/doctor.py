@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'MARGIN', 'TRAINED', 'CONTEXT', 'SAMPLING', 'MAX_COPY', 'CURVE', 'CHECKS', 'DOCTOR_CONTEXTS', 'LONG_PROMPTS',
            'RecordedTeacher', 'TrainingRecord', 'Pair', 'Finding', 'teacher_rows', 'with_rows', 'check_tokenizer',
-           'other_beginnings', 'check_beginning', 'neighbouring_layers', 'best_layers', 'check_feature_layers',
+           'changed_prompts', 'check_beginning', 'neighbouring_layers', 'best_layers', 'check_feature_layers',
            'other_residual', 'state_variants', 'check_state', 'check_draft_vocabulary', 'ContextTeacher',
            'cropped_acceptance', 'check_context', 'generation_params', 'pair_params', 'describe_params',
            'sampled_acceptance', 'check_sampling', 'noisy_share', 'check_numerics', 'other_checkpoint',
@@ -222,8 +222,8 @@ def _in_template(pair: Pair, template: str) -> PromptTexts:
         changed.append((text_ids(tokenizer, chat, add_special_tokens=False), text))
     return changed
 
-def other_beginnings(pair: Pair) -> dict[str, PromptTexts]:
-    """Return the texts with other beginnings of their prompts, by a description."""
+def changed_prompts(pair: Pair) -> dict[str, PromptTexts]:
+    """Return the texts with other first tokens of their prompts, by a description."""
     tokenizer, draft_tokenizer = pair.teacher.tokenizer, model_tokenizer(pair.draft)
     bos, found = tokenizer.bos_token_id, {}
     if bos is not None and all(prompt[0] == bos and len(prompt) > 1 for prompt, _ in pair.texts):
@@ -236,7 +236,7 @@ def other_beginnings(pair: Pair) -> dict[str, PromptTexts]:
 
 def check_beginning(pair: Pair) -> Finding:
     """Give the draft the prompts with and without a beginning-of-text token, and in chat templates."""
-    rates = {name: pair.acceptance(texts) for name, texts in other_beginnings(pair).items()}
+    rates = {name: pair.acceptance(texts) for name, texts in changed_prompts(pair).items()}
     best = max(rates, key=rates.get, default="")
     shown = [f"{pair.as_is:.2f} as sent", *(f"{rate:.2f} {name}" for name, rate in rates.items())]
     return Finding("beginning of the prompt", ", ".join(shown), "highest as sent",
@@ -515,6 +515,7 @@ def training_record(draft: str) -> TrainingRecord:
     sizes = data.get("block_sizes") or [data["block_size"]]
     return TrainingRecord(steps * train["batch_size"] * train["gradient_accumulation"] * min(sizes), max(sizes))
 
+# %% ../nbs/09f_doctor.ipynb #d0ee8fc7
 def continuations_of(teacher: Teacher, prompts: list[str], settings: DecodeSettings) -> PromptTexts:
     """Return the token ids of the first `settings.problems` prompts and of the teacher's greedy continuations."""
     prompts = prompts[:settings.problems]

@@ -223,6 +223,7 @@ def draft_hidden_states(
     features = teacher.hidden_states(ids, tuple(student.config.feature_layers))
     return student.training_time_test(ids, features, gamma)
 
+# %% ../nbs/08_draft_eval.ipynb #e8bb3047
 def draft_logits(
     teacher: Teacher,
     draft: PreTrainedModel,  # a student, or any causal model with the teacher's tokenizer

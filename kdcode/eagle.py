@@ -73,8 +73,7 @@ class EagleConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.draft_vocab_size in (None, self.vocab_size):
-            self.draft_vocab_size = 0
+        if self.draft_vocab_size in (None, self.vocab_size): self.draft_vocab_size = 0
         check_variant(self)
 
     @property

@@ -21,10 +21,10 @@ from kdcode.teacher import checkpoint_fingerprint, generate_ids, load_teacher, T
 
 HEAD, INDEPENDENT = "smollm2-135m-draft", "smollm2-135m-draft-independent"
 PROMPTS = [problem["prompt"] for problem in humaneval_problems(2)]
-PROSE = ["The history of the Roman Empire begins", "Dear Sir or Madam, I am writing to complain about the"]
+PROSE = ["The history of the Roman Empire begins", "The old man walked along the river and thought about"]
 
 
-def continued(teacher, prompts, new=32):
+def continued(teacher, prompts, new=24):
     return list(zip([prompt_ids(teacher, prompt) for prompt in prompts], generate_ids(teacher, prompts, new)))
 
 
