@@ -285,7 +285,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 def checkpoint_fingerprint(teacher: LanguageModel) -> str:
-    """Return the `weights_fingerprint` of a teacher in float32 or bfloat16; empty for others and for one on a server."""
+    """Return the `weights_fingerprint` of a teacher in float32 or bfloat16; empty for others, or one on a server."""
     model = getattr(teacher, "model", None)
     if model is None or getattr(model, "hf_quantizer", None) or model.dtype not in (torch.float32, torch.bfloat16):
         return ""
