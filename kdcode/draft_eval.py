@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FUNCTIONS', 'TASKS', 'INFILLING', 'PromptTexts', 'line_task', 'docstring_task', 'editing_task', 'test_task',
-           'task_prompts', 'infilling_task', 'teacher_task_prompts', 'draft_hidden_states', 'matching_drafts', 'replay',
-           'first_draft_acceptance', 'top1_agreement', 'evaluation_texts']
+           'task_prompts', 'infilling_task', 'teacher_task_prompts', 'draft_hidden_states', 'draft_logits',
+           'matching_drafts', 'replay', 'first_draft_acceptance', 'top1_agreement', 'evaluation_texts']
 
 # %% ../nbs/08_draft_eval.ipynb #56e468ef
 import ast
@@ -223,25 +223,41 @@ def draft_hidden_states(
     features = teacher.hidden_states(ids, tuple(student.config.feature_layers))
     return student.training_time_test(ids, features, gamma)
 
+# %% ../nbs/08_draft_eval.ipynb #e8bb3047
+def draft_logits(
+    teacher: Teacher,
+    draft: PreTrainedModel,  # a student, or any causal model with the teacher's tokenizer
+    ids: Tensor,             # (1, time)
+    gamma: int,              # draft tokens per round
+) -> list[Tensor]:           # γ tensors (1, time, draft vocabulary)
+    """Return the draft model's logits after each token, for the first to the γ-th draft token of a round."""
+    if isinstance(draft, Student):
+        states = draft_hidden_states(teacher, draft, ids, gamma)
+        steps = [draft.draft_logits(state) for state in (states if isinstance(draft, EagleStudent) else states[:1])]
+    else:  # as in `CachedDrafter`, ids outside the model's vocabulary become 0
+        known = ids.where(ids < draft.config.get_text_config().vocab_size, 0)
+        steps = [draft(input_ids=known, use_cache=False).logits[..., :teacher.vocabulary_size]]
+    return steps * gamma if len(steps) == 1 else steps
+
 def _greedy_draft_ids(
-    student: Student,
-    hidden: Tensor,  # (time, hidden)
+    draft: PreTrainedModel,
+    logits: Tensor,  # (time, draft vocabulary)
 ) -> Tensor:         # (time,), ids of the teacher's vocabulary
-    """Return the student's most probable token at each position."""
-    best = student.draft_logits(hidden).argmax(-1)
-    return best if student.draft_ids is None else student.draft_ids[best]
+    """Return the draft model's most probable token at each position."""
+    best, draft_ids = logits.argmax(-1), getattr(draft, "draft_ids", None)
+    return best if draft_ids is None else draft_ids[best]
 
 @torch.no_grad()
 def matching_drafts(
     teacher: Teacher,
-    student: Student,
-    ids: Tensor,   # (time,), a text
-    gamma: int,    # draft tokens per round
-) -> Tensor:       # (time,), integers from 0 to γ
+    draft: PreTrainedModel,  # a student, or any causal model with the teacher's tokenizer
+    ids: Tensor,             # (time,), a text
+    gamma: int,              # draft tokens per round
+) -> Tensor:                 # (time,), integers from 0 to γ
     """Return for each position how many greedy draft tokens after it match the text, up to the first mismatch."""
     matches = torch.zeros(gamma, len(ids), dtype=torch.bool, device=ids.device)
-    for i, hidden in enumerate(draft_hidden_states(teacher, student, ids[None], gamma)):
-        matches[i, :len(ids) - i - 1] = _greedy_draft_ids(student, hidden[0, i:-1]) == ids[i + 1:]
+    for i, logits in enumerate(draft_logits(teacher, draft, ids[None], gamma)):
+        matches[i, :len(ids) - i - 1] = _greedy_draft_ids(draft, logits[0, i:-1]) == ids[i + 1:]
     return matches.int().cumprod(0).sum(0)
 
 # %% ../nbs/08_draft_eval.ipynb #8c78912e
@@ -249,10 +265,10 @@ PromptTexts = list[tuple[list[int], list[int]]]  # token ids of prompts and of t
 
 def replay(
     teacher: Teacher,
-    student: Student,
-    texts: PromptTexts,   # generated greedily by the teacher
-    gamma: int,           # draft tokens per round
-    max_new_tokens: int,  # limit of the generation; no draft goes beyond it
+    student: PreTrainedModel,  # or any causal model with the teacher's tokenizer
+    texts: PromptTexts,        # generated greedily by the teacher
+    gamma: int,                # draft tokens per round
+    max_new_tokens: int,       # limit of the generation; no draft goes beyond it
 ) -> Statistics:
     """Return the statistics of greedy speculative decoding with a fixed γ on these texts; the times are 0."""
     statistics = Statistics()
@@ -308,10 +324,7 @@ def top1_agreement(
     for text in texts:
         ids = torch.tensor([text], device=teacher.device)
         teacher_best = drop_padding_rows(teacher.logits(ids)[0], teacher.vocabulary_size).argmax(-1)
-        if isinstance(draft, Student):
-            draft_best = _greedy_draft_ids(draft, draft_hidden_states(teacher, draft, ids, 1)[0][0])
-        else:
-            draft_best = drop_padding_rows(draft(ids).logits[0], teacher.vocabulary_size).argmax(-1)
+        draft_best = _greedy_draft_ids(draft, draft_logits(teacher, draft, ids, 1)[0][0])
         same.append(draft_best == teacher_best)
     return torch.cat(same).double().mean().item()
 

@@ -69,11 +69,11 @@ class EagleConfig(LlamaConfig):
     eagle_config: dict | None = None         # with `eagle_aux_hidden_state_layer_ids`, the feature layers
     teacher: str = ""                        # name of the teacher that the head was made for
     tokenizer_fingerprint: str = ""          # of the teacher's tokenizer
+    teacher_weights: str = ""                # fingerprint of the teacher's weights; empty: unknown
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.draft_vocab_size in (None, self.vocab_size):
-            self.draft_vocab_size = 0
+        if self.draft_vocab_size in (None, self.vocab_size): self.draft_vocab_size = 0
         check_variant(self)
 
     @property

@@ -6,13 +6,12 @@
 __all__ = ['NO_DRAFT_SETTINGS', 'STOP_STRINGS', 'DOCUMENT_CHARACTERS', 'BY_ITSELF', 'AS_DRAFT', 'CONTEXTS', 'LONG_FILES',
            'CONTINUATION', 'PLOT_LABELS', 'COLUMNS', 'generate_texts', 'uses_chat_template', 'program_figures',
            'same_distribution', 'held_out_documents', 'text_figures', 'Candidate', 'is_student', 'open_candidate',
-           'weights_fingerprint', 'agreement_figures', 'speed_rows', 'context_lengths', 'long_files', 'context_texts',
-           'context_figures', 'model_folder', 'quality_figures', 'draft_figures', 'method_note', 'draft_note',
-           'missing_note', 'short_name', 'plot_models', 'plot_contexts', 'report_models', 'compare_models']
+           'agreement_figures', 'speed_rows', 'context_lengths', 'long_files', 'context_texts', 'context_figures',
+           'model_folder', 'quality_figures', 'draft_figures', 'method_note', 'draft_note', 'missing_note',
+           'short_name', 'plot_models', 'plot_contexts', 'report_models', 'compare_models']
 
 # %% ../nbs/09e_eval.ipynb #050ebdcd
 import functools
-import hashlib
 import json
 import math
 import re
@@ -46,7 +45,7 @@ from .provenance import machine, short_hash, write_atomic
 from .report import cached_figures, Report
 from .sandbox import Limits, run_programs
 from .student import Student
-from .teacher import finished_batches, load_teacher, Teacher, teacher_identity
+from .teacher import finished_batches, load_teacher, Teacher, teacher_identity, weights_fingerprint
 
 # %% ../nbs/09e_eval.ipynb #c7874c3d
 NO_DRAFT_SETTINGS = {"gamma": 0, "adaptive": False, "drafter": "ngram"}  # the n-gram drafter needs no draft model
@@ -239,13 +238,6 @@ def open_candidate(name: str, teacher: Teacher, config: Config) -> Candidate:
     return Candidate(name, other, other.model if fits else None)
 
 # %% ../nbs/09e_eval.ipynb #c154d25d
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of the first 64 numbers of every weight."""
-    digest = hashlib.sha256()
-    for weight in model.parameters():
-        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 def agreement_figures(teacher: Teacher, draft: PreTrainedModel, config: Config) -> dict[str, float]:
     """Return the top-1 agreement of a draft with the teacher on held-out code, as `agreement`."""
     documents = held_out_documents(config.data, config.seed, config.eval.documents)

@@ -71,6 +71,7 @@ class StudentConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     teacher: str = ""                  # name of the teacher that the student was made for
     tokenizer_fingerprint: str = ""    # of the teacher's tokenizer
+    teacher_weights: str = ""          # fingerprint of the teacher's weights; empty: unknown
 
     def __post_init__(self, **kwargs):
         read_legacy_keys(self, kwargs)

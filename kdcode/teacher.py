@@ -6,11 +6,11 @@
 __all__ = ['SAMPLED_BYTES', 'NEUTRAL_FIELDS', 'INFILLING_TOKENS', 'PROMPT_KINDS', 'PROMPT_KIND_NAMES', 'GENERATION_FIELDS',
            'RESULT_FIELDS', 'SEED_STEP', 'is_complete', 'write_plain_copy', 'plain_copy', 'load_source',
            'fastest_dtype', 'pick_device', 'load_error', 'load_tokenizer', 'eos_token_ids', 'LanguageModel', 'Teacher',
-           'tensor_digest', 'weights_hash', 'teacher_identity', 'quantization_options', 'tokens_without_row',
-           'add_qwen_eos', 'load_teacher', 'SamplingProcessor', 'sampling_processors', 'left_pad', 'truncate_at_eos',
-           'contiguous_inputs', 'TimedSteps', 'generate_ids', 'continuations', 'generate', 'line_prompt',
-           'function_prompt', 'teacher_prompts', 'length_sorted_batches', 'is_greedy_batch', 'finished_batches',
-           'teacher_documents']
+           'tensor_digest', 'weights_hash', 'teacher_identity', 'weights_fingerprint', 'checkpoint_fingerprint',
+           'quantization_options', 'tokens_without_row', 'add_qwen_eos', 'load_teacher', 'SamplingProcessor',
+           'sampling_processors', 'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'TimedSteps', 'generate_ids',
+           'continuations', 'generate', 'line_prompt', 'function_prompt', 'teacher_prompts', 'length_sorted_batches',
+           'is_greedy_batch', 'finished_batches', 'teacher_documents']
 
 # %% ../nbs/04_teacher.ipynb #20a14fed
 import ast
@@ -275,6 +275,21 @@ def teacher_identity(teacher: LanguageModel) -> dict[str, str]:
             "weights": weights_hash(teacher.model),
             "quantization": str(quantizer.quantization_config.quant_method) if quantizer else "none",
             "tokenizer": tokenizer_fingerprint(teacher.tokenizer)}
+
+# %% ../nbs/04_teacher.ipynb #23105771
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of the first 64 numbers of every weight, rounded to bfloat16."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(weight.detach().flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+def checkpoint_fingerprint(teacher: LanguageModel) -> str:
+    """Return the `weights_fingerprint` of a teacher in float32 or bfloat16; empty for others, or one on a server."""
+    model = getattr(teacher, "model", None)
+    if model is None or getattr(model, "hf_quantizer", None) or model.dtype not in (torch.float32, torch.bfloat16):
+        return ""
+    return weights_fingerprint(model)
 
 # %% ../nbs/04_teacher.ipynb #790d1515
 def quantization_options(

@@ -50,11 +50,16 @@ from .served import ServedTeacher
 from .student import pack_weights, Student
 from .targets import (
     check_corpus, check_labels, draft_vocabulary, load_start_student, make_targets, TargetCache, TeacherLabels)
-from .teacher import fastest_dtype, Teacher
+from .teacher import checkpoint_fingerprint, fastest_dtype, Teacher
 from .threads import THREADS
 from .validate import apply_head, validate, ValidationSet
 
 # %% ../nbs/06b_train.ipynb #ad3cfac4
+def _trained_for(teacher: Teacher, student: Student) -> Student:
+    """Store the fingerprint of the teacher's weights in the student's configuration, and return the student."""
+    student.config.teacher_weights = checkpoint_fingerprint(teacher)
+    return student
+
 def make_student(
     config: Config,
     teacher: Teacher,
@@ -65,7 +70,7 @@ def make_student(
     Raises `ConfigError` if the settings do not fit the teacher.
     """
     s = config.student
-    if s.start: return load_start_student(config, teacher)
+    if s.start: return _trained_for(teacher, load_start_student(config, teacher))
     if isinstance(teacher, ServedTeacher):
         raise ConfigError(f"teacher {teacher.name} is on a server, so a student can't start from its weights; give "
                           "student.start a student of a local model with the same tokenizer")
@@ -79,7 +84,7 @@ def make_student(
             student = Student.from_teacher(teacher.model, **options)
     except ValueError as error:
         raise ConfigError(f"student: {error}") from None
-    return student.to(teacher.device)
+    return _trained_for(teacher, student.to(teacher.device))
 
 # %% ../nbs/06b_train.ipynb #2ccd1b66
 STEP_DECAY = .8  # λ, the weight of a training-time test step relative to the step before. Source: Li et al. 2025
