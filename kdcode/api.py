@@ -341,6 +341,13 @@ class FunctionDefinition(StrictModel):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def check_parameters(self) -> "FunctionDefinition":
+        """Raise `ValueError` unless the arguments are an object."""
+        if self.arguments_schema["type"] != "object":
+            raise ValueError("parameters must have the type object")
+        return self
+
     @property
     def arguments_schema(self) -> dict[str, Any]:
         """Return the schema of the arguments, which are an object; without `parameters`, an empty one."""

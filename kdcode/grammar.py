@@ -10,6 +10,7 @@ __all__ = ['JSON_OPTIONS', 'MAX_GRAMMAR_BYTES', 'MAX_FORCED', 'json_source', 'Gr
 import json
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -45,14 +46,14 @@ class GrammarCompiler:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        vocabulary_size: int,  # of the model, which may have more ids than the tokenizer
+        vocabulary_size: int,  # of the model, which may have more or fewer ids than the tokenizer
         end_ids: set[int],     # ids that end a text
     ):
         if not end_ids:
             raise ConfigError("a grammar needs an end-of-text token, and the model has none; "
                               "set eos_token_id in its generation_config.json")
         self.end_ids, self.vocabulary_size = frozenset(end_ids), vocabulary_size
-        self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, vocabulary_size, sorted(end_ids))
+        self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, max(vocabulary_size, len(tokenizer)), sorted(end_ids))
         added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         self.special = {text: number for text, number in added.items() if self.tokenizer.is_special_token(number)}
 
@@ -154,7 +155,10 @@ class GrammarConstraint(Constraint):
 
     def forced(self, tokens: list[int]) -> list[int]:
         """Return the tokens that must follow, as far as they are certain."""
-        return self.state.matcher.compute_ff_tokens() if self.state.advance(tokens[self.prompt_length:]) else []
+        if not self.state.advance(tokens[self.prompt_length:]):
+            return []
+        vocabulary_size = self.state.grammar.vocabulary_size
+        return list(takewhile(lambda token: token < vocabulary_size, self.state.matcher.compute_ff_tokens()))
 
 # %% ../nbs/07e_grammar.ipynb #e29290d9
 def json_grammar(

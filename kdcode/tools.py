@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError
+from .data import text_ids
 from .grammar import GrammarCompiler, JSON_OPTIONS
 
 # %% ../nbs/07f_tools.ipynb #8b904978
@@ -53,9 +54,10 @@ def find_tool_format(tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
     middle, found, after = rest.partition(second)
     end = after.removesuffix(after_text)
     begin = commonprefix([before[::-1], middle.removeprefix(end)[::-1]])[::-1].lstrip()
-    if not (found and begin.strip() and end.strip() and middle.startswith(end)):
+    visible = tokenizer.decode(text_ids(tokenizer, begin + end, False), skip_special_tokens=True)
+    if not (found and begin.strip() in visible and end.strip() in visible and middle.startswith(end)):
         raise ConfigError("the chat template writes tool calls in a format that is not supported: they must be JSON "
-                          "objects with name and arguments between two tags")
+                          "objects with name and arguments between two tags that are part of the text")
     return ToolFormat(begin, end, middle[len(end):len(middle) - len(begin)])
 
 # %% ../nbs/07f_tools.ipynb #268c0501
@@ -100,6 +102,7 @@ class ToolCallParser:
         self.tag, self.closing = tool_format.begin.strip(), "}" + tool_format.end
         self.waiting = ""  # text that is not assigned yet
         self.calls = 0     # calls that have begun
+        self.after_call = False  # whether there was no content since the last call: white space there is none
         self.read = self._read_text
 
     def feed(self, text: str, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
@@ -120,10 +123,11 @@ class ToolCallParser:
 
     def _read_text(self, last: bool) -> tuple[str, list] | None:
         text, found = self._take(self.tag, last)
+        if self.after_call:
+            text = text.lstrip()
         if found:
             self.read = self._read_header
-        if self.calls and not text.strip():  # between two calls, or after the last one
-            text = ""
+        self.after_call = self.after_call and not text
         return (text, []) if found or text else None
 
     def _read_header(self, last: bool) -> tuple[str, list] | None:
@@ -133,12 +137,13 @@ class ToolCallParser:
         self.waiting, self.read = self.waiting[header.end():], self._read_arguments
         self.calls += 1
         function = {"name": json.loads(header[1]), "arguments": ""}
-        return "", [{"index": self.calls - 1, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}]
+        identity = {"index": self.calls - 1, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
+        return "", [identity | {"function": function}]
 
     def _read_arguments(self, last: bool) -> tuple[str, list] | None:
         text, found = self._take(self.closing, last)
         if found:
-            self.read = self._read_text
+            self.read, self.after_call = self._read_text, True
         part = {"index": self.calls - 1, "function": {"arguments": text}}
         return ("", [part] if text else []) if found or text else None
 
