@@ -10,8 +10,8 @@ __all__ = ['NO_FUNCTIONS', 'FOR_CHAT', 'TEXT_ONLY', 'UNSUPPORTED_FIELDS', 'VLLM_
            'JsonSchema', 'ResponseFormat', 'ConstrainedRequest', 'CompletionRequest', 'InfillExtra', 'InfillRequest',
            'TextPart', 'CalledFunction', 'ToolCall', 'ChatMessage', 'FunctionDefinition', 'Tool', 'NamedFunction',
            'NamedToolChoice', 'ToolRequest', 'ChatCompletionRequest', 'token_bytes', 'token_text', 'TextDelta',
-           'CompletionLogprobs', 'CompletionFormat', 'ChatCompletionFormat', 'PromptTokensDetails', 'Usage',
-           'SpeculationStep', 'SpeculationStatistics', 'SpeculationInfo', 'ResponseBase', 'CompletionChoice',
+           'CompletionLogprobs', 'CompletionFormat', 'ChatLogprobs', 'ChatCompletionFormat', 'PromptTokensDetails',
+           'Usage', 'SpeculationStep', 'SpeculationStatistics', 'SpeculationInfo', 'ResponseBase', 'CompletionChoice',
            'CompletionResponse', 'ChatCompletionChoice', 'ChatCompletionResponse', 'InfillResponse', 'ErrorDetail',
            'ErrorResponse', 'APIError', 'validation_message', 'to_api_error', 'error_response']
 
@@ -511,7 +511,25 @@ class CompletionFormat(CompletionLogprobs):
     chunk = choice
 
 # %% ../nbs/11_api.ipynb #11229bb5
-class ChatCompletionFormat:
+class ChatLogprobs:
+    """Build the log-probabilities of a `/v1/chat/completions` response."""
+    teacher: Teacher
+    with_logprobs: bool
+
+    def logprobs(self, delta: TextDelta) -> dict[str, list] | None:
+        """Return the log-probability of each token and of the top-k tokens at its position; None if not requested."""
+        if not self.with_logprobs:
+            return None
+        return {"content": [self._entry(token, scores.logprob) | {
+            "top_logprobs": [self._entry(other, value) for other, value in scores.top_logprobs.items()]}
+            for _, token, scores in delta.logprobs]}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = list(token_bytes(self.teacher, token))
+        return {"token": token_text(self.teacher, token), "logprob": logprob, "bytes": raw}
+
+# %% ../nbs/11_api.ipynb #9911142f
+class ChatCompletionFormat(ChatLogprobs):
     """Build the choices of a `/v1/chat/completions` response."""
     path = "/v1/chat/completions"
     object = "chat.completion"
@@ -547,18 +565,6 @@ class ChatCompletionFormat:
         self.started.add(index)
         message |= {"content": content} | ({"tool_calls": parts} if parts else {})
         return {"index": index, "delta": message, "logprobs": self.logprobs(delta), "finish_reason": reason}
-
-    def logprobs(self, delta: TextDelta) -> dict[str, list] | None:
-        """Return the log-probability of each token and of the top-k tokens at its position; None if not requested."""
-        if not self.with_logprobs:
-            return None
-        return {"content": [self._entry(token, scores.logprob) | {
-            "top_logprobs": [self._entry(other, value) for other, value in scores.top_logprobs.items()]}
-            for _, token, scores in delta.logprobs]}
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = list(token_bytes(self.teacher, token))
-        return {"token": token_text(self.teacher, token), "logprob": logprob, "bytes": raw}
 
 # %% ../nbs/11_api.ipynb #3270b1a3
 class PromptTokensDetails(BaseModel):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'JSON_TOKENS', 'JSON_FORMAT', 'Answer', 'send', 'Load', 'library_text', 'Prompts', 'Clients', 'is_valid',
-           'JsonClients', 'UserClients', 'percentile', 'ServerLoad', 'send_all', 'running_server', 'plot_serve',
-           'bench_serve']
+           'JsonClients', 'UserClients', 'percentile', 'MeasuredClients', 'ServerLoad', 'send_all', 'running_server',
+           'plot_serve', 'bench_serve']
 
 # %% ../nbs/11b_bench_serve.ipynb #5714a4cc
 import asyncio
@@ -235,8 +235,8 @@ def percentile(values: list[float], percent: float) -> float:
     return float(np.percentile(values, percent)) if values else float("nan")
 
 # %% ../nbs/11b_bench_serve.ipynb #1b2ed605
-class ServerLoad(UserClients):
-    """Measures the server, and keeps rows and figures."""
+class MeasuredClients(UserClients):
+    """Measures numbers of clients and times to the first token, and keeps rows and figures."""
 
     def __init__(self, client: httpx.AsyncClient, model: str, prompts: Prompts, load: Load):
         super().__init__(client, model, prompts, load)
@@ -261,6 +261,10 @@ class ServerLoad(UserClients):
         self.add(f"TTFT, ms, the same of {length} again", same, "ttft_resent_p50")
         self.add(f"TTFT, ms, {length}, edited near the end", edited, "ttft_edited_p50")
 
+# %% ../nbs/11b_bench_serve.ipynb #b846122d
+class ServerLoad(MeasuredClients):
+    """Also measures a chat, answers in JSON, and a stream beside a long prompt."""
+
     async def measure_chat(self) -> None:
         """Measure the time to the first token in each turn of a chat."""
         for turn, seconds in enumerate(await self.chat(), 1):
@@ -271,7 +275,7 @@ class ServerLoad(UserClients):
         free, constrained, valid = await self.structured(length)
         self.add("share of valid answers in JSON", float(np.mean(valid)), "json_valid")
         ratio = np.mean(free) / np.mean(constrained) if free and constrained else float("nan")
-        self.add("tokens per second in JSON / of free text", ratio, "json_speed_ratio")
+        self.add("tokens per second in JSON / of free text", float(ratio), "json_speed_ratio")
 
     async def measure_long_prompt(self, length: int) -> None:
         """Measure the time between tokens, alone and beside a long prompt."""

@@ -34,7 +34,7 @@ from .data import describe_tokens, different_tokens
 from .eagle import EagleStudent
 from .prefix_cache import copy_row, load_row
 from .result import Statistics
-from .sampling import expected_tokens, inverse_cdf, SamplingParams
+from .sampling import expected_tokens, forced_tokens, inverse_cdf, SamplingParams
 from .student import to_device
 
 # %% ../nbs/07b_drafters.ipynb #6a846360
@@ -89,7 +89,7 @@ class Sequence:
 
     def forced(self, drafted: list[int] = ()) -> list[int]:
         """Return the tokens that must follow the sequence and `drafted`; empty if there is a choice."""
-        return self.sampling.forced(self.tokens + list(drafted))
+        return forced_tokens(self.sampling.processors, self.tokens + list(drafted))
 
 # %% ../nbs/07b_drafters.ipynb #1c8e2e72
 @dataclass
@@ -288,8 +288,7 @@ class ProcessedRow(DraftRow):
         """Append tokens, up to an end of the sequence. Nothing follows an end."""
         kept, ended = self.sequence.stop.truncate(self.sequence.tokens + self.tokens, tokens, device)
         self.tokens += kept
-        if ended:
-            self.budget = len(self.tokens)
+        if ended: self.budget = len(self.tokens)
 
     def add_forced(self) -> None:
         """Append the tokens that must follow, as far as the budget allows."""
@@ -366,7 +365,7 @@ class EagleRow:
         There may be more tokens than features, where a constraint forces some: the last feature stands in for theirs.
         """
         known = (self.pending_features if self.own_state is None else self.own_state)[:count]
-        return torch.cat([known, known[-1:].expand(count - len(known), -1)])
+        return known if len(known) == count else torch.cat([known, known[-1:].expand(count - len(known), -1)])
 
     def advance(self, state: Tensor) -> None:
         """Record that all features were used, and that the last token in the cache has the hidden state `state`."""

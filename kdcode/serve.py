@@ -388,6 +388,7 @@ def request_tools(teacher: Teacher, request: SamplingRequest) -> ToolFormat | No
         raise APIError(400, f"model {public_name(teacher)!r} can't call tools: {error}; describe the functions in a "
                             "message, or serve a model whose chat template has tools", "tools", "no_tools") from None
 
+# %% ../nbs/11a_serve.ipynb #ea532716
 def chat_prompt(teacher: Teacher, request: ChatCompletionRequest) -> list[int]:
     """Return the token ids of a conversation.
 
@@ -491,6 +492,7 @@ def grammar_source(teacher: Teacher, compiler: GrammarCompiler, request: Constra
     several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedToolChoice)
     return tools_source(compiler, tool_format, request.callable_tools, text=not must_call, several=several)
 
+# %% ../nbs/11a_serve.ipynb #ad84a977
 class RequestGrammars:
     """Compiles the grammars of requests, and keeps the last ones."""
 
@@ -546,9 +548,7 @@ class Service:
         self.grammars = RequestGrammars(teacher, set(teacher.eos_token_ids) | self.end_of_turn_ids)
         batch = Batch(teacher.model, student, config.decode, int(self.limits.cache_gb * 1e9), self.limits.prefill_chunk)
         self.scheduler = Scheduler(batch, self.limits.slots, self.limits.queue_size)
-        self.metrics = Metrics(self.scheduler)
-        self.tokenizer_lock = asyncio.Lock()
-        self.created = int(time.time())
+        self.metrics, self.tokenizer_lock, self.created = Metrics(self.scheduler), asyncio.Lock(), int(time.time())
 
     @property
     def max_new_tokens(self) -> int:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_TOOL', 'HEADER', 'ToolFormat', 'find_tool_format', 'tools_source', 'call_header', 'partial_stop_length',
-           'ToolCallParser', 'join_calls']
+           'WaitingText', 'ToolCallParser', 'join_calls']
 
 # %% ../nbs/07f_tools.ipynb #14fcf643
 import json
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
@@ -55,7 +56,8 @@ def find_tool_format(tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
     end = after.removesuffix(after_text)
     begin = commonprefix([before[::-1], middle.removeprefix(end)[::-1]])[::-1].lstrip()
     visible = tokenizer.decode(text_ids(tokenizer, begin + end, False), skip_special_tokens=True)
-    if not (found and begin.strip() in visible and end.strip() in visible and middle.startswith(end)):
+    has_tags = begin.strip() and end.strip() and begin.strip() in visible and end.strip() in visible
+    if not (found and has_tags and middle.startswith(end)):
         raise ConfigError("the chat template writes tool calls in a format that is not supported: they must be JSON "
                           "objects with name and arguments between two tags that are part of the text")
     return ToolFormat(begin, end, middle[len(end):len(middle) - len(begin)])
@@ -95,15 +97,11 @@ def partial_stop_length(text: str, stop_strings: list[str]) -> int:
 # %% ../nbs/07f_tools.ipynb #253428ee
 HEADER = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 
-class ToolCallParser:
-    """Splits the text of an answer into content and tool calls, while it arrives."""
-
-    def __init__(self, tool_format: ToolFormat):
-        self.tag, self.closing = tool_format.begin.strip(), "}" + tool_format.end
-        self.waiting = ""  # text that is not assigned yet
-        self.calls = 0     # calls that have begun
-        self.after_call = False  # whether there was no content since the last call: white space there is none
-        self.read = self._read_text
+class WaitingText:
+    """Text that was not assigned yet."""
+    waiting = ""
+    read: Callable[[bool], tuple[str, list] | None]
+    """takes content and parts of calls from the beginning of `waiting`; None: more text is needed"""
 
     def feed(self, text: str, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
         """Return the new content and the new parts of calls, as in OpenAI's deltas; `last`: no text follows."""
@@ -114,15 +112,25 @@ class ToolCallParser:
             parts += found[1]
         return content, parts
 
-    def _take(self, stop: str, last: bool) -> tuple[str, bool]:
+    def take(self, stop: str, last: bool) -> tuple[str, bool]:
         """Return the text before a stop string and whether it is there, and keep the rest; hold back a part of it."""
         text, found, rest = self.waiting.partition(stop)
         held = 0 if found or last else partial_stop_length(text, [stop])
         self.waiting = rest if found else text[len(text) - held:]
         return text[:len(text) - held], bool(found)
 
+# %% ../nbs/07f_tools.ipynb #6e247485
+class ToolCallParser(WaitingText):
+    """Splits the text of an answer into content and tool calls, while it arrives."""
+
+    def __init__(self, tool_format: ToolFormat):
+        self.tag, self.closing = tool_format.begin.strip(), "}" + tool_format.end
+        self.calls = 0     # calls that have begun
+        self.after_call = False  # whether there was no content since the last call: white space there is none
+        self.read = self._read_text
+
     def _read_text(self, last: bool) -> tuple[str, list] | None:
-        text, found = self._take(self.tag, last)
+        text, found = self.take(self.tag, last)
         if self.after_call:
             text = text.lstrip()
         if found:
@@ -141,7 +149,7 @@ class ToolCallParser:
         return "", [identity | {"function": function}]
 
     def _read_arguments(self, last: bool) -> tuple[str, list] | None:
-        text, found = self._take(self.closing, last)
+        text, found = self.take(self.closing, last)
         if found:
             self.read, self.after_call = self._read_text, True
         part = {"index": self.calls - 1, "function": {"arguments": text}}
