@@ -6,13 +6,14 @@
 # make hooks: git cleans and exports before each commit, and merges notebooks by cells
 # make engines: vLLM and llama.cpp in environments of their own, for kdcode bench engines
 # make test-engines: our student as the draft of both
+# make test-long: load and structured output of the server at full size, in minutes
 # make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
 BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test docs check hooks test-engines test-gpu engines readme export
+.PHONY: setup demo test docs check hooks test-engines test-long test-gpu engines readme export
 
 setup: .venv/complete
 
@@ -52,6 +53,9 @@ docs: setup
 
 test-engines: setup engines
 	$(BIN)/pytest -m slow tests/test_engines.py
+
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow tests/test_serve_load.py tests/test_structured.py
 
 test-gpu: setup
 	$(BIN)/python tests/gpu.py --out runs/gpu

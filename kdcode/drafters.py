@@ -34,7 +34,7 @@ from .data import describe_tokens, different_tokens
 from .eagle import EagleStudent
 from .prefix_cache import copy_row, load_row
 from .result import Statistics
-from .sampling import expected_tokens, inverse_cdf, SamplingParams
+from .sampling import expected_tokens, forced_tokens, inverse_cdf, SamplingParams
 from .student import to_device
 
 # %% ../nbs/07b_drafters.ipynb #6a846360
@@ -86,6 +86,10 @@ class Sequence:
         """Largest useful number of draft tokens: the target adds one token of its own within `max_length`."""
         left = self.max_length - len(self.tokens) - 1
         return left if self.gamma is None else min(left, self.gamma)
+
+    def forced(self, drafted: list[int] = ()) -> list[int]:
+        """Return the tokens that must follow the sequence and `drafted`; empty if there is a choice."""
+        return forced_tokens(self.sampling.processors, self.tokens + list(drafted))
 
 # %% ../nbs/07b_drafters.ipynb #1c8e2e72
 @dataclass
@@ -196,8 +200,14 @@ class CachedDrafter(CachedPrompts):
 
     def new_tokens(self, tokens: list[list[int]], active: list[int]) -> list[list[int]]:
         """Return the unprocessed tokens of each active row; ids outside the model's vocabulary become 0."""
-        rows = [row[length:] if i in active else [] for i, (row, length) in enumerate(zip(tokens, self.cached.lengths))]
-        return [[token if token < self.model_vocabulary_size else 0 for token in row] for row in rows]
+        return [self.known(row[length:]) if i in active else []
+                for i, (row, length) in enumerate(zip(tokens, self.cached.lengths))]
+
+    def known(self, tokens: list[int] | Tensor) -> list[int] | Tensor:
+        """Return tokens with 0 for ids outside the model's vocabulary. Those in a tensor are the model's own."""
+        if isinstance(tokens, Tensor):
+            return tokens
+        return [token if token < self.model_vocabulary_size else 0 for token in tokens]
 
     def update(self, lengths: list[int], features: list[Tensor] | None) -> None:
         """Roll the KV cache back to the verified tokens."""
@@ -223,7 +233,7 @@ class DraftRow:
         temperature: float, # 0: draft the top token
         device: torch.device,
     ):
-        self.sequence, self.budget = sequence, max(budget, 0)
+        self.sequence, self.budget, self.device = sequence, max(budget, 0), device
         self.sampling = replace(sequence.sampling, temperature=temperature, processors=())
         self.tokens: list = []
         self.probs: list[Tensor] = []  # each (1, vocab); none if the top token is drafted
@@ -257,17 +267,38 @@ class DraftRow:
 class ProcessedRow(DraftRow):
     """The draft of a sequence with logits processors. Each token comes to the host before the next one."""
 
+    def __init__(self, *arguments: Any, vocabulary_size: int):  # of the target
+        super().__init__(*arguments)
+        self.vocabulary_size = vocabulary_size
+        self.add_forced()
+
     def add(self, logits: Tensor) -> Tensor | list[int]:
-        """Append the next token, unless there is none, and return it as the input of the next call."""
-        text = self.sequence.tokens + self.tokens
+        """Append the next token, unless there is none, and those it forces; return them for the next call."""
+        text, before = self.sequence.tokens + self.tokens, len(self.tokens)
         token = self.choose(self.sequence.sampling.processed(logits, text)).item()
         if token == logits.shape[-1]:  # no allowed token, or NaN in q
             self.probs.pop()
+            self.budget = before
         else:
-            self.tokens.append(token)
-        if token == logits.shape[-1] or self.sequence.stop.truncate(text, [token], logits.device)[1]:
-            self.budget = len(self.tokens)
-        return self.tokens[-1:]
+            self.extend([token], logits.device)
+            self.add_forced()
+        return self.tokens[before:]
+
+    def extend(self, tokens: list[int], device: torch.device) -> None:
+        """Append tokens, up to an end of the sequence. Nothing follows an end."""
+        kept, ended = self.sequence.stop.truncate(self.sequence.tokens + self.tokens, tokens, device)
+        self.tokens += kept
+        if ended: self.budget = len(self.tokens)
+
+    def add_forced(self) -> None:
+        """Append the tokens that must follow, as far as the budget allows."""
+        if not self.is_growing:
+            return
+        before = len(self.tokens)
+        self.extend(self.sequence.forced(self.tokens)[:self.budget - before], self.device)
+        if self.sampling.temperature:
+            ids = torch.tensor(self.tokens[before:], dtype=torch.long, device=self.device)
+            self.probs += F.one_hot(ids, self.vocabulary_size).float().split(1) if len(ids) else []
 
     def draft(self) -> Draft:
         """Return the draft."""
@@ -292,17 +323,18 @@ class ModelDrafter(CachedDrafter):
         rows = [self.row(*pair) for pair in zip(sequences, budgets)]
         new = None
         while active := [i for i, row in enumerate(rows) if row.is_growing]:
-            if new is None: new = self.new_tokens([sequence.tokens for sequence in sequences], active)
+            if new is None: new = self.new_tokens([row.sequence.tokens + row.tokens for row in rows], active)
             logits = self.forward([tokens if i in active else [] for i, tokens in enumerate(new)], active)
-            for i in active: new[i] = rows[i].add(self.target_logits(logits[i]))
+            for i in active: new[i] = self.known(rows[i].add(self.target_logits(logits[i])))
         return [row.draft() for row in rows]
 
     def row(self, sequence: Sequence, budget: int) -> DraftRow:
         """Return the empty draft of a sequence."""
         budget = min(budget, self.cached.context_size + 1 - len(sequence.tokens))
         temperature = 0. if self.greedy else sequence.sampling.temperature
-        kind = ProcessedRow if sequence.sampling.processors else DraftRow
-        return kind(sequence, budget, temperature, self.model.device)
+        if not sequence.sampling.processors:
+            return DraftRow(sequence, budget, temperature, self.model.device)
+        return ProcessedRow(sequence, budget, temperature, self.model.device, vocabulary_size=self.vocabulary_size)
 
     def forward(self, tokens: list[list[int] | Tensor], active: list[int]) -> list[Tensor]:
         """Process new tokens of each row, and return the logits (1, vocab) that follow them in the active rows."""
@@ -328,13 +360,17 @@ class EagleRow:
         return 0 < length == self.processed + len(self.pending_features)
 
     def features(self, count: int) -> Tensor:
-        """Return the features for the next `count` tokens: the target's first, then the head's own state."""
-        return (self.pending_features if self.own_state is None else self.own_state)[:count]
+        """Return the features for the next `count` tokens: the target's first, then the head's own state.
 
-    def advance(self, length: int, state: Tensor) -> None:
-        """Record that the cache holds `length` tokens now and that the last of them has the hidden state `state`."""
+        There may be more tokens than features, where a constraint forces some: the last feature stands in for theirs.
+        """
+        known = (self.pending_features if self.own_state is None else self.own_state)[:count]
+        return known if len(known) == count else torch.cat([known, known[-1:].expand(count - len(known), -1)])
+
+    def advance(self, state: Tensor) -> None:
+        """Record that all features were used, and that the last token in the cache has the hidden state `state`."""
         if self.own_state is None:
-            self.processed = length
+            self.processed += len(self.pending_features)
             self.pending_features = self.pending_features[:0]
         self.own_state = state
 
@@ -399,7 +435,7 @@ class EagleDrafter(EaglePrompts):
         """Process new tokens with their features, and return the logits (1, vocab) that follow in the active rows."""
         features = [row.features(len(new)) for row, new in zip(self.rows, tokens)]
         logits, hidden = self.cached.forward(tokens, [int(i in active) for i in range(len(tokens))], (-1,), features)
-        for i in active: self.rows[i].advance(self.cached.lengths[i], hidden[i][-1:])
+        for i in active: self.rows[i].advance(hidden[i][-1:])
         return logits
 
     def update(self, lengths: list[int], features: list[Tensor] | None) -> None:

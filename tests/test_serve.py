@@ -238,6 +238,8 @@ def test_responses_match_the_openapi_description(pair, served, known_model):
         def check(case):
             if known_model and isinstance(case.body, dict):
                 case.body = case.body | {"model": "teacher0", "max_tokens": 3, "stream": False}
+            elif isinstance(case.body, dict):  # a description cannot express what these require of each other
+                for name in ("response_format", "tools", "tool_choice"): case.body.pop(name, None)
             response = case.call()
             case.validate_response(response, excluded_checks=excluded(case.path))
             statuses.add(response.status_code)
