@@ -15,8 +15,8 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help',
            'help_text', 'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command',
            'read_config_file', 'parse', 'read_prompt', 'choose_draft', 'check_export', 'check_evaluation',
-           'check_corpus', 'check_targets', 'check_training', 'check_models', 'check_files', 'silence_libraries',
-           'print_error', 'announce', 'run_command', 'main']
+           'check_corpus', 'check_targets', 'check_training', 'check_models', 'check_lookup', 'check_files',
+           'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -41,8 +41,9 @@ from .config import (
     add_config, check_keys, check_search_space, Config, ConfigError, field_docs, generated_text_folder, home,
     one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, SHORT_PROMPT)
 from .files import (
-    api_key, bind_socket, check_draft, check_run, check_search, check_teacher_name, check_writable,
-    did_you_mean, draft_folder, is_hub_id, model_source, shipped_draft, shipped_drafts, source_folder)
+    api_key, bind_socket, check_draft, check_lookup_files, check_run, check_search, check_teacher_name, check_writable,
+    did_you_mean, draft_folder, is_hub_id, model_source, shipped_draft, shipped_drafts, source_folder,
+    teacher_fingerprint)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -975,6 +976,15 @@ def check_models(config: Config, options) -> None:
     elif draft := options.get("draft") or options.get("model"):
         check_draft(draft, name)
 
+def check_lookup(config: Config, options) -> None:
+    """Raise `ConfigError` for files to draft from that do not exist or do not fit, or that the drafter ignores."""
+    files = config.decode.lookup_files
+    if files and config.decode.drafter == "student" and options.command in ("generate", "serve"):
+        raise ConfigError("decode.lookup_files is for n-grams, but decode.drafter is student; "
+                          "add --decode.drafter hybrid")
+    if files:
+        check_lookup_files(files, teacher_fingerprint(config.teacher.name))
+
 def check_files(config: Config, options) -> None:
     """Raise `ConfigError` for mistakes that show without loading anything large; read the prompt, open the port."""
     if options.command == "record":
@@ -984,6 +994,7 @@ def check_files(config: Config, options) -> None:
     if options.command == "eval":
         check_evaluation(config, options)
     check_models(config, options)
+    check_lookup(config, options)
     if options.command in TRAINING or options.get("benchmark") == "targets" or options.get("grow_vocabulary"):
         check_training(config, options)
     if options.command not in ("generate", "serve"):

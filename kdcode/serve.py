@@ -64,6 +64,7 @@ from .decode import (
 from .drafters import Drafter, Sequence
 from .files import is_loopback
 from .infill import fim_end_ids, find_fim_format, infill_prompt
+from .ngrams import lookup_files
 from .result import incremental_text, Statistics
 from .teacher import Teacher
 
@@ -477,7 +478,8 @@ class Service:
         self.end_of_turn_ids, size = end_of_turn_ids(teacher.tokenizer), teacher.vocabulary_size
         fim = find_fim_format(teacher.tokenizer, size)
         self.fim_end_ids = fim_end_ids(fim, teacher.tokenizer, size) if fim else set()
-        batch = Batch(teacher.model, student, config.decode, int(self.limits.cache_gb * 1e9), self.limits.prefill_chunk)
+        batch = Batch(teacher.model, student, config.decode, int(self.limits.cache_gb * 1e9), self.limits.prefill_chunk,
+                      lookup_files(config.decode.lookup_files, teacher.tokenizer))
         self.scheduler = Scheduler(batch, self.limits.slots, self.limits.queue_size)
         self.metrics = Metrics(self.scheduler)
         self.tokenizer_lock = asyncio.Lock()
