@@ -467,7 +467,7 @@ def speculative_generate(
     top_p: float = 1.0,         # 1: all tokens
     seed: int = 0,              # of the first prompt; prompt i has seed + i
     ends: Iterable[int] | None = None,  # end-of-text ids; None: the teacher's
-    tokenizer: PreTrainedTokenizerBase | None = None,  # to show the result as text; needed for bad_words, stop, lookup_files
+    tokenizer: PreTrainedTokenizerBase | None = None,  # to show the text; needed for bad_words, stop, lookup_files
     **others: Any,              # other fields of `DecodeSettings`, such as adaptive, min_p, stop, drafter, compile
 ) -> SpeculativeResult | list[SpeculativeResult]:  # a list for several prompts
     """Return tokens that follow the teacher's distribution exactly, drafted by the student.

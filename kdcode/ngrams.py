@@ -172,7 +172,7 @@ def best_length(
 
 # %% ../nbs/07ab_ngrams.ipynb #7d1ee37d
 STORE_TOKENS = 2**18  # tokens of other texts, in 6 MB
-STORE_SHORTEST = 2    # a match of one token in another text says nothing (table below)
+STORE_SHORTEST = 2    # of a match in another text (table below)
 
 @dataclass
 class LookupText:

@@ -55,10 +55,11 @@ def waits_in(work):
 
 @pytest.fixture(autouse=True)
 def pinned(monkeypatch):
-    """Let `to_device` copy as from pinned memory, which nothing waits for."""
+    """Decode as on a GPU: `to_device` copies as from pinned memory, which nothing waits for, and reads are not free."""
     def to_device(numbers, device="cpu"): return torch.LongTensor(numbers)
     for module in (student, cached_model, compiled_step, decode, drafters):
         monkeypatch.setattr(module, "to_device", to_device)
+    monkeypatch.setattr(drafters, "reads_are_free", lambda device: False)
 
 
 def tiny(seed, **changes):
@@ -113,6 +114,19 @@ def test_logits_processors_need_the_tokens():
     """Negative control: with a history, each draft token comes to the host."""
     found, drafted = decoded("student", PROMPTS[:1], repetition_penalty=1.2, adaptive=False)
     assert all(len(waits) > n for waits, n in zip(found, drafted)) and max(drafted) == 3
+
+
+def test_stopping_when_unsure_reads_each_confidence(monkeypatch):
+    """Negative control: what adaptive γ does on a CPU."""
+    monkeypatch.setattr(drafters, "reads_are_free", lambda device: True)
+    settings = DecodeSettings(gamma=3, max_new_tokens=30, adaptive=True)
+    sequences = make_sequences(PROMPTS[:1], settings, 0, {47}, None, TARGET.device)
+    decoder = make_decoder(TARGET, ModelDrafter(TARGET), sequences, settings)
+    estimate = drafters.AcceptanceEstimate(sum=2.)
+    estimate.steps.add(1, 1e-9)
+    decoder.drafter = drafters.AdaptiveDrafter(decoder.drafter, TARGET.device, decoder.latency, estimate)
+    found, _ = rounds(decoder, sequences)
+    assert max(map(len, found)) > 1
 
 
 class Reading(ModelDrafter):
