@@ -153,8 +153,7 @@ class PrefillBatch(RunningBatch):
         self,
         teacher: PreTrainedModel,
         student: PreTrainedModel | Drafter,
-        settings: DecodeSettings,
-        cache_bytes: int = 0,
+        settings: DecodeSettings, cache_bytes: int = 0,
         chunk: Literal["auto"] | int = "auto",  # tokens of a prompt that are read between two steps
         others: Iterable[LookupText] = (),  # texts for n-grams
     ):

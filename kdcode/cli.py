@@ -985,6 +985,7 @@ def check_lookup(config: Config, options) -> None:
     if files:
         check_lookup_files(files, teacher_fingerprint(config.teacher.name))
 
+# %% ../nbs/12_cli.ipynb #48ba2371
 def check_files(config: Config, options) -> None:
     """Raise `ConfigError` for mistakes that show without loading anything large; read the prompt, open the port."""
     if options.command == "record":

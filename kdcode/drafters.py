@@ -8,10 +8,10 @@ __all__ = ['PROBE_SHARE', 'PROBE_ROUNDS', 'CONFIDENCE_CLASSES', 'CONFIDENCE_PRIO
            'PromptReader', 'Drafter', 'cache_capacity', 'CachedPrompts', 'CachedDrafter', 'DraftStop', 'DraftRow',
            'ProcessedRow', 'ModelDrafter', 'EagleRow', 'EaglePrompts', 'EagleDrafter', 'CompositePrompts',
            'CompositeDrafter', 'LatencyModel', 'Timestamp', 'ProbeSchedule', 'ConfidenceEstimate', 'AcceptanceEstimate',
-           'expected_speeds', 'best_gamma', 'charge_probe', 'GammaController', 'reads_are_free', 'UnsureStop',
-           'AdaptivePrompts', 'AdaptiveDrafter', 'LookupTexts', 'NGramDrafter', 'HybridDrafter', 'ModelEstimates',
-           'estimates_for', 'model_tokenizer', 'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8',
-           'drafting_model', 'make_drafter']
+           'expected_speeds', 'best_gamma', 'charge_probe', 'GammaController', 'best_speed', 'reads_are_free',
+           'UnsureStop', 'AdaptivePrompts', 'AdaptiveDrafter', 'LookupTexts', 'NGramDrafter', 'HybridDrafter',
+           'ModelEstimates', 'estimates_for', 'model_tokenizer', 'check_vocabularies', 'check_pair', 'is_adaptive',
+           'drafts_in_int8', 'drafting_model', 'make_drafter']
 
 # %% ../nbs/07b_drafters.ipynb #08145117
 import math
@@ -228,21 +228,16 @@ class DraftStop:
         """Return whether to draft a token from these logits (1, vocab); called before the token is sampled."""
         raise NotImplementedError
 
+# %% ../nbs/07b_drafters.ipynb #b75e5074
 class DraftRow:
     """The draft of one sequence while it grows. Its tokens stay on the device."""
+    stop: DraftStop | None = None  # ends the draft before its budget
 
-    def __init__(
-        self,
-        sequence: Sequence,
-        budget: int,        # largest number of draft tokens
-        temperature: float, # 0: draft the top token
-        device: torch.device,
-    ):
+    def __init__(self, sequence: Sequence, budget: int, temperature: float, device: torch.device):
         self.sequence, self.budget = sequence, max(budget, 0)
         self.sampling = replace(sequence.sampling, temperature=temperature, processors=())
         self.tokens: list = []
         self.probs: list[Tensor] = []  # each (1, vocab); none if the top token is drafted
-        self.stop: DraftStop | None = None  # where the draft ends before its budget
         if temperature:
             self.uniform = torch.rand(self.budget, generator=sequence.generator, device=device, dtype=torch.double)
 
@@ -295,7 +290,7 @@ class ProcessedRow(DraftRow):
 # %% ../nbs/07b_drafters.ipynb #1e509e62
 class ModelDrafter(CachedDrafter):
     """Drafts with a small causal model: a `Student`, or any model of `transformers` with the target's tokenizer."""
-
+    stop: DraftStop | None = None  # of the next draft of a single sequence
     def __init__(
         self,
         model: PreTrainedModel,
@@ -305,7 +300,6 @@ class ModelDrafter(CachedDrafter):
     ):
         super().__init__(model, compile)
         self.greedy, self.vocabulary_size = greedy, vocabulary_size or self.model_vocabulary_size
-        self.stop: DraftStop | None = None  # of the next draft; for a single sequence
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Draft token by token for all sequences at once, at most to the end of the model's context."""
@@ -321,10 +315,9 @@ class ModelDrafter(CachedDrafter):
         """Return the empty draft of a sequence."""
         budget = min(budget, self.cached.context_size + 1 - len(sequence.tokens))
         temperature = 0. if self.greedy else sequence.sampling.temperature
-        if sequence.sampling.processors:
-            return ProcessedRow(sequence, budget, temperature, self.model.device)
-        row = DraftRow(sequence, budget, temperature, self.model.device)
-        row.stop = self.stop
+        kind = ProcessedRow if sequence.sampling.processors else DraftRow
+        row = kind(sequence, budget, temperature, self.model.device)
+        row.stop = None if sequence.sampling.processors else self.stop
         return row
 
     def forward(self, tokens: list[list[int] | Tensor], active: list[int]) -> list[Tensor]:
@@ -642,11 +635,6 @@ class GammaController:
         if not self.estimate.steps.medians: return max(1, max_gamma // 2)  # any γ gives a time; half is a safe one
         return best_gamma(self.estimate, self.latency, max_gamma, batch_size)
 
-    def speed(self, max_gamma: int, batch_size: int) -> float:
-        """Return the expected tokens per second at the best γ; infinity if measurements are missing."""
-        if not self.latency.medians or not self.estimate.steps.medians: return float("inf")
-        return max(expected_speeds(self.estimate, self.latency, max_gamma, batch_size))
-
     def choose(self, max_gamma: int, batch_size: int) -> int:
         """Return the γ of the next round."""
         gamma = self.predict(max_gamma, batch_size)
@@ -666,6 +654,12 @@ class GammaController:
         for draft in drafts:
             for rate in draft.acceptance: self.estimate.update(rate, self.memory)
 
+# %% ../nbs/07b_drafters.ipynb #f7012e24
+def best_speed(controller: GammaController, max_gamma: int, batch_size: int) -> float:
+    """Return the expected tokens per second at the best γ; infinity if measurements are missing."""
+    if not controller.latency.medians or not controller.estimate.steps.medians: return math.inf
+    return max(expected_speeds(controller.estimate, controller.latency, max_gamma, batch_size))
+
 # %% ../nbs/07b_drafters.ipynb #7cce2da3
 def reads_are_free(device: torch.device) -> bool:
     """Return whether the host need not wait to read a number from a device."""
@@ -676,7 +670,7 @@ class UnsureStop(DraftStop):
 
     def __init__(self, controller: GammaController, max_gamma: int):
         self.controller, self.estimate = controller, controller.estimate
-        self.speed = controller.speed(max_gamma, batch_size=1)
+        self.speed = best_speed(controller, max_gamma, batch_size=1)
         self.survival = 1.  # probability that all tokens so far are accepted
         self.confidences: list[float] = []  # of all steps
 
@@ -707,13 +701,28 @@ class UnsureStop(DraftStop):
 class AdaptivePrompts(CompositeDrafter):
     """Reads prompts only if drafting pays."""
     controller: GammaController
+    device: torch.device
     sampled: bool
+    stop: UnsureStop | None = None  # of the next draft
+
+    def set_stop(self, adapts: list[bool], budgets: list[int]) -> bool:
+        """Let a model end the draft of a single sequence where it is unsure, if drafting pays. Return whether so."""
+        model, self.stop = self.drafters[0], None
+        if not isinstance(model, ModelDrafter): return False
+        if self.controller.pays and adapts == [True] and reads_are_free(self.device):
+            self.stop = UnsureStop(self.controller, budgets[0])
+        model.stop = self.stop
+        return self.stop is not None
 
     def read(self, sequences: list[Sequence], budgets: list[int], lengths: list[int]) -> None:
         """Process the prompts, unless drafting does not pay at present."""
         adaptive = all(self.sampled or sequence.sampling.temperature == 0 for sequence in sequences)
         if not adaptive or self.controller.predict(max(budgets), len(sequences)):
             super().read(sequences, budgets, lengths)
+
+    def extend(self, other: "AdaptivePrompts") -> None:
+        super().extend(other)
+        self.controller.caught_up = False
 
 # %% ../nbs/07b_drafters.ipynb #c8da9107
 class AdaptiveDrafter(AdaptivePrompts):
@@ -731,7 +740,6 @@ class AdaptiveDrafter(AdaptivePrompts):
         super().__init__(drafter)
         self.device, self.sampled = device, sampled
         self.controller = GammaController(latency, estimate or AcceptanceEstimate(), memory)
-        self.stop: UnsureStop | None = None
 
     def start(self, sequences: list[Sequence]) -> None:
         self.drafts: list[Draft] = []
@@ -742,12 +750,7 @@ class AdaptiveDrafter(AdaptivePrompts):
         """Return drafts of at most γ tokens."""
         gamma = self.controller.choose(max(budgets), len(sequences))
         adapts = [self.sampled or sequence.sampling.temperature == 0 for sequence in sequences]
-        self.stop = None
-        if isinstance(self.drafters[0], ModelDrafter):
-            if self.controller.pays and adapts == [True] and reads_are_free(self.device):
-                self.stop = UnsureStop(self.controller, budgets[0])
-                gamma = budgets[0]
-            self.drafters[0].stop = self.stop
+        if self.set_stop(adapts, budgets): gamma = budgets[0]
         budgets = [min(n, gamma) if adapted else n for n, adapted in zip(budgets, adapts)]
         self.began = Timestamp(self.device)
         self.drafts = self.drafters[0].propose(sequences, budgets) if any(budgets) else [Draft([]) for _ in sequences]
@@ -760,10 +763,6 @@ class AdaptiveDrafter(AdaptivePrompts):
             self.controller.record(self.drafts, self.ended.since(self.began), steps)
         self.drafts = []
         super().update(lengths, features)
-
-    def extend(self, other: "AdaptiveDrafter") -> None:
-        super().extend(other)
-        self.controller.caught_up = False
 
 # %% ../nbs/07b_drafters.ipynb #c3d94829
 class LookupTexts(Drafter):
@@ -804,10 +803,6 @@ class LookupTexts(Drafter):
         """Append the indices of the other drafter."""
         self.own = self.own + other.own
 
-    def save(self, row: int) -> Any:
-        """Return an empty state: the index is made from the tokens."""
-        return ()
-
 # %% ../nbs/07b_drafters.ipynb #2f2f209c
 class NGramDrafter(LookupTexts):
     """Drafts the tokens that followed the last ones before. Source: Oliaro et al., *SuffixDecoding*, 2024."""
@@ -843,6 +838,10 @@ class NGramDrafter(LookupTexts):
             for found, rate in zip(lookup.found, draft.acceptance): lookup.discounts.update(found, rate)
         self.verified = []
 
+    def save(self, row: int) -> Any:
+        """Return an empty state: the index is made from the tokens."""
+        return ()
+
 # %% ../nbs/07b_drafters.ipynb #32fe08b9
 TYPICAL_ACCEPTANCE = .7  # α of the shipped draft models
 TYPICAL_STEP = .1        # time of a draft step, in target calls over one token
@@ -858,7 +857,7 @@ class HybridDrafter(CompositeDrafter):
     def model_speed(self, sequence: Sequence, budget: int, batch_size: int) -> float:
         """Return the expected tokens per second of the model's draft."""
         if self.ngram.is_measured(sequence) and isinstance(self.model, AdaptiveDrafter):
-            return self.model.controller.speed(budget, batch_size)
+            return best_speed(self.model.controller, budget, batch_size)
         return expected_tokens(TYPICAL_ACCEPTANCE, budget) / (TYPICAL_STEP * budget + typical_seconds(budget + 1))
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
@@ -979,6 +978,7 @@ def _ngram_drafter(teacher: PreTrainedModel, settings: DecodeSettings, others: I
     latency = estimates.latency[settings.compile]
     return NGramDrafter(latency, estimates.discounts, others, sampled=bool(settings.adaptive))
 
+# %% ../nbs/07b_drafters.ipynb #a023d207
 def _model_drafter(teacher: PreTrainedModel, student: PreTrainedModel, settings: DecodeSettings) -> Drafter:
     """Return a drafter with the student, with adaptive γ if the settings say so."""
     check_pair(teacher, student)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEPARATOR', 'MAX_MATCH', 'MAX_CHAIN', 'MATCH_CLASSES', 'OWN_DISCOUNTS', 'OTHER_DISCOUNTS', 'PRIOR_WEIGHT',
-           'DISCOUNT_MEMORY', 'TYPICAL_GROWTH', 'STORE_TOKENS', 'STORE_SHORTEST', 'TokenIndex', 'match_length',
-           'longest_match', 'Prediction', 'predictions', 'Discounts', 'typical_seconds', 'best_length', 'LookupText',
-           'lookup_store', 'Lookup', 'look_up', 'file_tokens', 'lookup_files']
+           'DISCOUNT_MEMORY', 'TYPICAL_GROWTH', 'STORE_TOKENS', 'STORE_SHORTEST', 'TokenRing', 'TokenIndex',
+           'match_length', 'longest_match', 'Prediction', 'predictions', 'Discounts', 'typical_seconds', 'best_length',
+           'LookupText', 'lookup_store', 'Lookup', 'look_up', 'file_tokens', 'lookup_files']
 
 # %% ../nbs/07ab_ngrams.ipynb #d1012b31
 import hashlib
@@ -31,8 +31,8 @@ SEPARATOR = -1  # between texts in an index; no token has this id
 MAX_MATCH = 12  # longer matches are accepted as often as these (table below)
 MAX_CHAIN = 32  # occurrences that a search visits; more find nothing better (table below)
 
-class TokenIndex:
-    """The last tokens of one or more texts, with hash chains of their n-grams. Source: DEFLATE, RFC 1951, section 4."""
+class TokenRing:
+    """The last tokens of one or more texts, with the hash chains of their n-grams."""
 
     def __init__(
         self,
@@ -62,6 +62,10 @@ class TokenIndex:
     def _bucket(self, ngram: list[int]) -> int:
         """Return the chain of an n-gram, last token first."""
         return hash(tuple(ngram)) & (len(self.heads) - 1)
+
+# %% ../nbs/07ab_ngrams.ipynb #9863a16e
+class TokenIndex(TokenRing):
+    """Finds n-grams by hash chains. Source: DEFLATE, RFC 1951, section 4."""
 
     def occurrences(self, tokens: list[int]) -> Iterator[int]:
         """Yield the positions at which the last `shortest` tokens may have ended, most recent first."""
@@ -190,6 +194,7 @@ def lookup_store(grows: bool = True) -> LookupText:
     """Return an empty store for other texts than the sequence itself."""
     return LookupText(TokenIndex(STORE_TOKENS, STORE_SHORTEST), Discounts(OTHER_DISCOUNTS), grows)
 
+# %% ../nbs/07ab_ngrams.ipynb #91632a0f
 @dataclass
 class Lookup:
     """Predictions that are worth verifying."""

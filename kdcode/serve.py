@@ -482,8 +482,7 @@ class Service:
                       lookup_files(config.decode.lookup_files, teacher.tokenizer))
         self.scheduler = Scheduler(batch, self.limits.slots, self.limits.queue_size)
         self.metrics = Metrics(self.scheduler)
-        self.tokenizer_lock = asyncio.Lock()
-        self.created = int(time.time())
+        self.tokenizer_lock, self.created = asyncio.Lock(), int(time.time())
 
     @property
     def max_new_tokens(self) -> int:
