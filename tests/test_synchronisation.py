@@ -116,17 +116,25 @@ def test_logits_processors_need_the_tokens():
     assert all(len(waits) > n for waits, n in zip(found, drafted)) and max(drafted) == 3
 
 
+class Constant(drafters.LatencyModel):
+    """The same seconds for each call, whatever is measured."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.medians = {1: seconds}
+
+    def add(self, count, seconds): pass
+
+
 def test_stopping_when_unsure_reads_each_confidence(monkeypatch):
     """Negative control: what adaptive γ does on a CPU."""
     monkeypatch.setattr(drafters, "reads_are_free", lambda device: True)
-    settings = DecodeSettings(gamma=3, max_new_tokens=30, adaptive=True)
+    estimate = drafters.AcceptanceEstimate(Constant(.01))
+    drafter = drafters.AdaptiveDrafter(ModelDrafter(TARGET), TARGET.device, Constant(1.), estimate)
+    settings = DecodeSettings(gamma=3, max_new_tokens=16)
     sequences = make_sequences(PROMPTS[:1], settings, 0, {47}, None, TARGET.device)
-    decoder = make_decoder(TARGET, ModelDrafter(TARGET), sequences, settings)
-    estimate = drafters.AcceptanceEstimate(sum=2.)
-    estimate.steps.add(1, 1e-9)
-    decoder.drafter = drafters.AdaptiveDrafter(decoder.drafter, TARGET.device, decoder.latency, estimate)
-    found, _ = rounds(decoder, sequences)
-    assert max(map(len, found)) > 1
+    found, drafted = rounds(make_decoder(TARGET, drafter, sequences, settings), sequences)
+    assert [len(waits) for waits in found] == [n + 1 for n in drafted] and max(drafted) == 3
 
 
 class Reading(ModelDrafter):
