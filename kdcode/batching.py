@@ -11,7 +11,7 @@ __all__ = ['PREFILL_STEPS', 'CHUNKS', 'IDLE_CHUNKS', 'StepListener', 'Prefill', 
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .config import DecodeSettings
 from .decode import make_decoder, SpeculativeDecoder, StepOutput
 from .drafters import Drafter, Sequence
+from .ngrams import lookup_store, LookupText
 from .prefix_cache import PrefixCache
 
 # %% ../nbs/07d_batching.ipynb #83d652fe
@@ -81,13 +82,16 @@ class SequenceStates:
         student: PreTrainedModel | Drafter,  # a drafter is copied for each sequence, so its `start` makes its state
         settings: DecodeSettings,  # gamma, adaptive, drafter, ...; sampling and limits belong to each sequence
         cache_bytes: int = 0,      # for the states of sequences that have left the batch; 0: keep none
+        others: Iterable[LookupText] = (),  # texts for n-grams, besides the sequences and earlier ones
     ):
         self.teacher, self.student, self.settings = teacher, student, settings
         self.prefixes = PrefixCache(cache_bytes)
+        self.earlier = lookup_store()  # new tokens of the sequences that have left the batch
+        self.others = [self.earlier, *others]
 
     def make(self, sequence: Sequence) -> SpeculativeDecoder:
         """Return the decoder of a new sequence. Raises `ValueError` for an invalid prompt."""
-        decoder = make_decoder(self.teacher, _own(self.student), [sequence], self.settings)
+        decoder = make_decoder(self.teacher, _own(self.student), [sequence], self.settings, self.others)
         decoder.start([sequence])
         entry, common = self.prefixes.find(sequence.tokens)
         length = min(common, len(sequence.tokens) - 1) - 1  # the first decoding step needs two tokens
@@ -97,7 +101,8 @@ class SequenceStates:
         return decoder
 
     def keep(self, decoder: SpeculativeDecoder, row: int, sequence: Sequence) -> None:
-        """Put the state of a sequence that leaves into the prefix cache."""
+        """Put the state of a sequence that leaves into the prefix cache, and its new tokens into the n-gram store."""
+        if new := sequence.statistics.tokens: self.earlier.add(sequence.tokens[-new:])
         length = decoder.target.lengths[row]
         if not self.prefixes.max_bytes or length == 0:
             return
@@ -112,8 +117,8 @@ class SequenceStates:
 class RunningBatch(SequenceStates):
     """Sequences that are decoded together."""
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel | Drafter, settings: DecodeSettings,
-                 cache_bytes: int = 0):
-        super().__init__(teacher, student, settings, cache_bytes)
+                 cache_bytes: int = 0, others: Iterable[LookupText] = ()):
+        super().__init__(teacher, student, settings, cache_bytes, others)
         self.sequences: list[Sequence] = []
         self.decoder: SpeculativeDecoder | None = None
 
@@ -148,11 +153,11 @@ class PrefillBatch(RunningBatch):
         self,
         teacher: PreTrainedModel,
         student: PreTrainedModel | Drafter,
-        settings: DecodeSettings,
-        cache_bytes: int = 0,
+        settings: DecodeSettings, cache_bytes: int = 0,
         chunk: Literal["auto"] | int = "auto",  # tokens of a prompt that are read between two steps
+        others: Iterable[LookupText] = (),  # texts for n-grams
     ):
-        super().__init__(teacher, student, settings, cache_bytes)
+        super().__init__(teacher, student, settings, cache_bytes, others)
         self.chunk = CHUNKS.get(teacher.device.type, CHUNKS["cuda"]) if chunk == "auto" else chunk
         self.new: deque[Prefill] = deque()  # sequences whose prompts are being read
 

@@ -17,7 +17,7 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse',
            'read_prompt', 'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
            'check_corpus', 'check_student', 'check_targets', 'check_training', 'check_doctor', 'check_models',
-           'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
+           'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -42,9 +42,10 @@ from .config import (
     add_config, check_keys, check_search_space, Config, ConfigError, field_docs, generated_text_folder, home,
     one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, SHORT_PROMPT)
 from .files import (
-    api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_run, check_search,
-    check_stack_token, check_teacher_name, check_weights, check_writable, did_you_mean, draft_folder, is_draft_head,
-    is_hub_id, model_source, read_prompts, report_files, result_folder, shipped_draft, shipped_drafts, source_folder)
+    api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
+    check_search, check_stack_token, check_teacher_name, check_weights, check_writable, did_you_mean, draft_folder,
+    is_draft_head, is_hub_id, model_source, read_prompts, report_files, result_folder, shipped_draft, shipped_drafts,
+    source_folder, teacher_fingerprint)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -1131,6 +1132,16 @@ def check_models(config: Config, options) -> None:
     elif draft := options.get("draft") or options.get("model"):
         check_draft(draft, name)
 
+def check_lookup(config: Config, options) -> None:
+    """Raise `ConfigError` for files to draft from that do not exist or do not fit, or that the drafter ignores."""
+    files = config.decode.lookup_files
+    if files and config.decode.drafter == "student" and options.command in ("generate", "serve"):
+        raise ConfigError("decode.lookup_files is for n-grams, but decode.drafter is student; "
+                          "add --decode.drafter hybrid")
+    if files:
+        check_lookup_files(files, teacher_fingerprint(config.teacher.name))
+
+# %% ../nbs/12_cli.ipynb #48ba2371
 def check_files(config: Config, options) -> None:
     """Raise `ConfigError` for mistakes that show without loading anything large; read the prompt, open the port."""
     if options.command == "record":
@@ -1142,6 +1153,7 @@ def check_files(config: Config, options) -> None:
         check_export(options)
     if options.command == "eval":
         check_evaluation(config, options)
+    check_lookup(config, options)
     if options.command in TRAINING or options.get("benchmark") == "targets" or options.get("grow_vocabulary"):
         check_training(config, options)
     if options.command not in ("generate", "serve"):

@@ -421,7 +421,9 @@ class DecodeSettings(GenerationSettings):
     adaptive: bool | None = None
     """adapt gamma to measured times, down to 0 where drafting does not pay; null: for greedy decoding only"""
     drafter: Literal["student", "ngram", "hybrid"] = "student"
-    """student, ngram (prompt lookup in the text so far), or hybrid (prompt lookup for long matches, else student)"""
+    """student, ngram (what followed the last tokens before), or hybrid (whichever of both is expected to be faster)"""
+    lookup_files: list[str] = list_field()
+    """text files from which ngram and hybrid also draft, such as the other files of a project"""
     draft_sampling: Literal["sampled", "greedy"] = "sampled"
     """how draft tokens are chosen when the target samples; the output distribution is the same"""
     student_weights: Literal["plain", "int8", "auto"] = "plain"

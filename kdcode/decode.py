@@ -33,6 +33,7 @@ from .drafters import (
     model_tokenizer, Sequence, StopCriteria, Timestamp)
 from .eagle import EagleStudent, open_student
 from .files import draft_folder, other_tokenizer
+from .ngrams import lookup_files, LookupText
 from .prefix_cache import copy_row, load_row
 from .result import incremental_text, SpeculativeResult
 from .sampling import check_sampled, Constraint, SamplingParams, verify, verify_greedy
@@ -397,11 +398,12 @@ def make_decoder(
     student: PreTrainedModel | Drafter,
     sequences: list[Sequence],
     settings: DecodeSettings,
+    others: Iterable[LookupText] = (),  # texts for n-grams, besides the sequences themselves
 ) -> SpeculativeDecoder:
     """Return a decoder for these sequences. Raises `ValueError` for invalid prompts or models that do not fit."""
     check_prompts(sequences, *_limits(teacher))
     latency = estimates_for(teacher).latency[settings.compile] if is_adaptive(settings) else LatencyModel()
-    drafter = make_drafter(teacher, student, settings)
+    drafter = make_drafter(teacher, student, settings, others)
     return SpeculativeDecoder(teacher, drafter, settings.gamma, latency, settings.compile)
 
 # %% ../nbs/07c_decode.ipynb #0b1e29e8
@@ -475,7 +477,7 @@ def speculative_generate(
     top_p: float = 1.0,         # 1: all tokens
     seed: int = 0,              # of the first prompt; prompt i has seed + i
     ends: Iterable[int] | None = None,  # end-of-text ids; None: the teacher's
-    tokenizer: PreTrainedTokenizerBase | None = None,  # to show the result as text; needed for bad_words and stop
+    tokenizer: PreTrainedTokenizerBase | None = None,  # to show the text; needed for bad_words, stop, lookup_files
     grammar: MakeConstraint | None = None,  # what the texts must be, such as a `Grammar`
     **others: Any,              # other fields of `DecodeSettings`, such as adaptive, min_p, stop, drafter, compile
 ) -> SpeculativeResult | list[SpeculativeResult]:  # a list for several prompts
@@ -489,7 +491,8 @@ def speculative_generate(
     prompts, is_batch = _split_prompts(input_ids, attention_mask)
     eos = eos_token_ids(teacher) if ends is None else {int(end) for end in ends}
     sequences = make_sequences(prompts, settings, seed, eos, tokenizer, teacher.device, grammar)
-    results = _collect(make_decoder(teacher, student, sequences, settings), sequences, tokenizer)
+    decoder = make_decoder(teacher, student, sequences, settings, lookup_files(settings.lookup_files, tokenizer))
+    results = _collect(decoder, sequences, tokenizer)
     return results if is_batch else results[0]
 
 # %% ../nbs/07c_decode.ipynb #5011d32e
@@ -682,7 +685,8 @@ def _prepare(
         check_student(teacher, student)
     ids, eos = [prompt_ids(teacher, prompt) for prompt in prompts], eos_token_ids(teacher.model)
     sequences = make_sequences(ids, settings, seed, eos, teacher.tokenizer, teacher.device, grammar)
-    return make_decoder(teacher.model, student, sequences, settings), sequences
+    others = lookup_files(settings.lookup_files, teacher.tokenizer)
+    return make_decoder(teacher.model, student, sequences, settings, others), sequences
 
 def complete(
     teacher: Teacher,

@@ -65,6 +65,7 @@ from .drafters import Drafter, Sequence
 from .files import is_loopback
 from .grammar import Grammar, GrammarCompiler, GrammarConstraint, json_source
 from .infill import fim_end_ids, find_fim_format, infill_prompt
+from .ngrams import lookup_files
 from .result import incremental_text, Statistics
 from .teacher import Teacher
 from .tools import find_tool_format, partial_stop_length, ToolFormat, tools_source
@@ -546,9 +547,11 @@ class Service:
         fim = find_fim_format(teacher.tokenizer, size)
         self.fim_end_ids = fim_end_ids(fim, teacher.tokenizer, size) if fim else set()
         self.grammars = RequestGrammars(teacher, set(teacher.eos_token_ids) | self.end_of_turn_ids)
-        batch = Batch(teacher.model, student, config.decode, int(self.limits.cache_gb * 1e9), self.limits.prefill_chunk)
+        batch = Batch(teacher.model, student, config.decode, int(self.limits.cache_gb * 1e9), self.limits.prefill_chunk,
+                      lookup_files(config.decode.lookup_files, teacher.tokenizer))
         self.scheduler = Scheduler(batch, self.limits.slots, self.limits.queue_size)
-        self.metrics, self.tokenizer_lock, self.created = Metrics(self.scheduler), asyncio.Lock(), int(time.time())
+        self.metrics = Metrics(self.scheduler)
+        self.tokenizer_lock, self.created = asyncio.Lock(), int(time.time())
 
     @property
     def max_new_tokens(self) -> int:

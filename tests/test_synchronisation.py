@@ -55,10 +55,11 @@ def waits_in(work):
 
 @pytest.fixture(autouse=True)
 def pinned(monkeypatch):
-    """Let `to_device` copy as from pinned memory, which nothing waits for."""
+    """Decode as on a GPU: `to_device` copies as from pinned memory, which nothing waits for, and reads are not free."""
     def to_device(numbers, device="cpu"): return torch.LongTensor(numbers)
     for module in (student, cached_model, compiled_step, decode, drafters):
         monkeypatch.setattr(module, "to_device", to_device)
+    monkeypatch.setattr(drafters, "reads_are_free", lambda device: False)
 
 
 def tiny(seed, **changes):
@@ -113,6 +114,27 @@ def test_logits_processors_need_the_tokens():
     """Negative control: with a history, each draft token comes to the host."""
     found, drafted = decoded("student", PROMPTS[:1], repetition_penalty=1.2, adaptive=False)
     assert all(len(waits) > n for waits, n in zip(found, drafted)) and max(drafted) == 3
+
+
+class Constant(drafters.LatencyModel):
+    """The same seconds for each call, whatever is measured."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.medians = {1: seconds}
+
+    def add(self, count, seconds): pass
+
+
+def test_stopping_when_unsure_reads_each_confidence(monkeypatch):
+    """Negative control: what adaptive γ does on a CPU."""
+    monkeypatch.setattr(drafters, "reads_are_free", lambda device: True)
+    estimate = drafters.AcceptanceEstimate(Constant(.01))
+    drafter = drafters.AdaptiveDrafter(ModelDrafter(TARGET), TARGET.device, Constant(1.), estimate)
+    settings = DecodeSettings(gamma=3, max_new_tokens=16)
+    sequences = make_sequences(PROMPTS[:1], settings, 0, {47}, None, TARGET.device)
+    found, drafted = rounds(make_decoder(TARGET, drafter, sequences, settings), sequences)
+    assert [len(waits) for waits in found] == [n + 1 for n in drafted] and max(drafted) == 3
 
 
 class Reading(ModelDrafter):
