@@ -49,11 +49,12 @@ from .data import humaneval_problems
 from .decode import decoder_graphs, prompt_ids
 from .draft_eval import matching_drafts, PromptTexts
 from .drafters import (
-    AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, drafting_model, HYBRID_MIN_NGRAM, HybridDrafter,
-    is_adaptive, LatencyModel, MAX_PADDING_ROWS, MIN_NGRAM, NGramDrafter, Sequence)
+    AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, drafting_model, HybridDrafter, is_adaptive, LatencyModel,
+    MAX_PADDING_ROWS, NGramDrafter, Sequence)
 from .eagle import EagleStudent, head_config, head_shape, resolve_feature_layers
 from .files import draft_folder, model_source
 from .loss import drop_padding_rows
+from .ngrams import Discounts
 from .notebook import plot_style
 from .provenance import machine, write_atomic
 from .report import Report
@@ -582,21 +583,16 @@ class Simulation:
         self.settings, self.costs = settings, costs
         self.latency = LatencyModel()
         for n, milliseconds in costs.calls.items(): self.latency.add(n, milliseconds / 1e3)
-        self.estimates = {"ngram": AcceptanceEstimate(), "student": AcceptanceEstimate()}  # kept from text to text
-
-    def adaptive(self, drafter: Drafter, kind: str, seconds: float) -> Drafter:
-        """Return the drafter itself, or with adaptive γ if the settings say so."""
-        if not is_adaptive(self.settings):
-            return drafter
-        return SimulatedAdaptiveDrafter(drafter, seconds, self.latency, self.estimates[kind])
+        self.estimate, self.discounts = AcceptanceEstimate(), Discounts()  # kept from text to text
 
     def drafter(self, replayed: ReplayedDrafter) -> Drafter:
         """Return the drafter of the settings, as `make_drafter`."""
-        kind = self.settings.drafter
-        student = self.adaptive(replayed, "student", self.costs.draft / 1e3)
-        shortest = MIN_NGRAM if kind == "ngram" else HYBRID_MIN_NGRAM
-        ngram = self.adaptive(NGramDrafter(shortest=shortest), "ngram", 0.)
-        return {"student": student, "ngram": ngram}.get(kind) or HybridDrafter(ngram, student)
+        student, ngram = replayed, NGramDrafter()
+        if is_adaptive(self.settings):
+            student = SimulatedAdaptiveDrafter(replayed, self.costs.draft / 1e3, self.latency, self.estimate)
+            ngram = NGramDrafter(self.latency, self.discounts)
+        drafters = {"student": student, "ngram": ngram}
+        return drafters.get(self.settings.drafter) or HybridDrafter(ngram, student)
 
 # %% ../nbs/09f_plan.ipynb #37b8b374
 def accepted_tokens(draft: list[int], text: list[int]) -> int:
