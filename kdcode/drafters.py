@@ -243,14 +243,9 @@ class DraftRow:
     """The draft of one sequence while it grows. Its tokens stay on the device."""
     stop: DraftStop | None = None  # ends the draft before its budget
 
-    def __init__(
-        self,
-        sequence: Sequence,
-        budget: int,        # largest number of draft tokens
-        temperature: float, # 0: draft the top token
-        device: torch.device,
-    ):
-        self.sequence, self.budget, self.device = sequence, max(budget, 0), device
+    def __init__(self, sequence: Sequence, budget: int, temperature: float, device: torch.device):
+        self.sequence, self.device = sequence, device
+        self.budget = max(budget, 0)  # largest number of tokens
         self.sampling = replace(sequence.sampling, temperature=temperature, processors=())
         self.tokens: list = []
         self.probs: list[Tensor] = []  # each (1, vocab); none if the top token is drafted
@@ -329,8 +324,7 @@ class ModelDrafter(CachedDrafter):
     """Drafts with a small causal model: a `Student`, or any model of `transformers` with the target's tokenizer."""
     stop: DraftStop | None = None  # of the next draft of a single sequence
     def __init__(
-        self,
-        model: PreTrainedModel,
+        self, model: PreTrainedModel,
         greedy: bool = False,    # draft the top token, with a one-hot q, also if the sequence is sampled
         compile: Literal["auto"] | bool = "auto",  # of `CompiledModel`
         vocabulary_size: int | None = None,  # of the target; the model's ids beyond it are padding and never drafted

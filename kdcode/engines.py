@@ -119,8 +119,8 @@ class DraftCounts(NamedTuple):
 
     def since(self, before: "DraftCounts") -> "DraftCounts":
         """Return the counts accumulated since an earlier reading."""
-        numbers = (now - then for now, then in zip(self[:3], before[:3]))
-        return DraftCounts(*numbers, self.by_position - before.by_position)
+        return DraftCounts(self.drafted - before.drafted, self.accepted - before.accepted, self.steps - before.steps,
+                           self.by_position - before.by_position)
 
 @dataclass
 class Engine:
@@ -154,9 +154,10 @@ class VLLM(Engine):
         """Return the counters of the server's metrics."""
         text = call(self.url, "/metrics")
         names = ("draft_tokens", "accepted_tokens", "drafts")
-        counts = (metric(text, f"vllm:spec_decode_num_{name}_total").total() for name in names)
+        drafted, accepted, steps = (metric(text, f"vllm:spec_decode_num_{name}_total").total() for name in names)
         by_position = metric(text, "vllm:spec_decode_num_accepted_tokens_per_pos_total", "position")
-        return DraftCounts(*counts, Counter({int(position): count for position, count in by_position.items()}))
+        positions = Counter({int(position): count for position, count in by_position.items()})
+        return DraftCounts(drafted, accepted, steps, positions)
 
 def metric(text: str, name: str, label: str | None = None) -> Counter:
     """Return the values of a metric in Prometheus' text format, summed by the value of a label."""
@@ -166,6 +167,7 @@ def metric(text: str, name: str, label: str | None = None) -> Counter:
             if sample.name == name: counts[sample.labels.get(label)] += int(sample.value)
     return counts
 
+# %% ../nbs/09b_engines.ipynb #05c62802
 @dataclass
 class LlamaCpp(Engine):
     """A client of llama.cpp's server."""
@@ -177,8 +179,8 @@ class LlamaCpp(Engine):
         body = {"prompt": prompt_ids(self.teacher, prompt), "n_predict": settings.max_new_tokens, "temperature": 0,
                 "return_tokens": True, "cache_prompt": False}
         response = call(self.url, "/completion", body)
-        new = (response["timings"].get(name, 0) for name in ("draft_n", "draft_n_accepted"))
-        self.counts = DraftCounts(*(before + count for before, count in zip(self.counts[:2], new)))
+        drafted, accepted = (response["timings"].get(name, 0) for name in ("draft_n", "draft_n_accepted"))
+        self.counts = DraftCounts(self.counts.drafted + drafted, self.counts.accepted + accepted)
         return response["tokens"]
 
     def draft_counts(self) -> DraftCounts:

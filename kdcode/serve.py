@@ -10,11 +10,12 @@ __all__ = ['TIME_BUCKETS', 'KEPT_GRAMMARS', 'MIN_TEMPERATURE', 'KEEP_ALIVE', 'lo
            'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'DecodingMetrics', 'Metrics',
            'TokenTimer', 'public_name', 'request_tools', 'chat_prompt', 'end_of_turn_ids', 'infill_prompts',
            'request_prompts', 'check_sequence_count', 'max_sequence_length', 'grammar_source', 'RequestGrammars',
-           'model_not_found', 'Service', 'CountPenalty', 'request_processors', 'sampling_settings', 'end_ids',
-           'response_sequences', 'ResponseBuilder', 'keep_alive', 'StreamBuilder', 'InfillBuilder', 'known_path',
-           'check_api_key', 'body_too_large', 'host_name', 'check_host', 'GuardMiddleware', 'until_disconnect',
-           'cancel_on_disconnect', 'respond', 'error_responses', 'add_completion_routes', 'add_model_routes',
-           'content_security_policy', 'add_service_routes', 'create_app', 'server_url', 'make_server', 'serve']
+           'make_batch', 'model_not_found', 'Service', 'CountPenalty', 'request_processors', 'sampling_settings',
+           'end_ids', 'response_sequences', 'ResponseBuilder', 'keep_alive', 'StreamBuilder', 'InfillBuilder',
+           'known_path', 'check_api_key', 'body_too_large', 'host_name', 'check_host', 'GuardMiddleware',
+           'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses', 'add_completion_routes',
+           'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app', 'server_url',
+           'make_server', 'serve']
 
 # %% ../nbs/11a_serve.ipynb #a052de94
 import asyncio
@@ -530,6 +531,12 @@ class RequestGrammars:
         return grammar
 
 # %% ../nbs/11a_serve.ipynb #0c1c3547
+def make_batch(teacher: Teacher, student: PreTrainedModel | Drafter, config: Config) -> Batch:
+    """Return the empty batch of a server."""
+    others = lookup_files(config.decode.lookup_files, teacher.tokenizer)
+    return Batch(teacher.model, student, config.decode, int(config.serve.cache_gb * 1e9), config.serve.prefill_chunk,
+                 others)
+
 def model_not_found(name: str, available: str) -> APIError:
     """Return the error for a model that this server does not have."""
     return APIError(404, f"model {name[:100]!r} is not available; use {available!r}", "model", "model_not_found")
@@ -539,16 +546,14 @@ class Service:
     """A target model with its draft model, and the scheduler that decodes requests."""
 
     def __init__(self, teacher: Teacher, student: PreTrainedModel | Drafter, config: Config):
-        if isinstance(student, PreTrainedModel):
-            check_student(teacher, student)
+        if isinstance(student, PreTrainedModel): check_student(teacher, student)
         self.teacher, self.decode, self.limits = teacher, config.decode, config.serve
         self.name = public_name(teacher)
         self.end_of_turn_ids, size = end_of_turn_ids(teacher.tokenizer), teacher.vocabulary_size
         fim = find_fim_format(teacher.tokenizer, size)
         self.fim_end_ids = fim_end_ids(fim, teacher.tokenizer, size) if fim else set()
         self.grammars = RequestGrammars(teacher, set(teacher.eos_token_ids) | self.end_of_turn_ids)
-        batch = Batch(teacher.model, student, config.decode, int(self.limits.cache_gb * 1e9), self.limits.prefill_chunk,
-                      lookup_files(config.decode.lookup_files, teacher.tokenizer))
+        batch = make_batch(teacher, student, config)
         self.scheduler = Scheduler(batch, self.limits.slots, self.limits.queue_size)
         self.metrics = Metrics(self.scheduler)
         self.tokenizer_lock, self.created = asyncio.Lock(), int(time.time())

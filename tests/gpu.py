@@ -250,10 +250,10 @@ class SimulatedDrafter(EagleDrafter):
 
     def propose(self, sequences, budgets) -> list[Draft]:
         """Return a draft of the known text for each sequence, as long as the draft of the head."""
-        return [self.known(len(sequence.tokens), len(draft.tokens))
+        return [self.known_text(len(sequence.tokens), len(draft.tokens))
                 for sequence, draft in zip(sequences, super().propose(sequences, budgets))]
 
-    def known(self, start: int, count: int) -> Draft:
+    def known_text(self, start: int, count: int) -> Draft:
         """Return the text from a position on, with errors."""
         wrong = torch.rand(count, generator=self.random) >= self.rate
         tokens = [(token + error) % self.vocabulary_size

@@ -178,7 +178,7 @@ def test_a_teacher_that_is_too_large(capsys, tmp_path):
     (("--decode.gamma", 0), "decode.gamma is 0, which drafts nothing"),
 ))
 def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, words, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert cli.main(["plan", *words, "--out", tmp_path/"run"]) == 2
     output, error = capsys.readouterr()
     assert output == "" and error.count("\n") == 1 and message in error
