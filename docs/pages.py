@@ -62,7 +62,7 @@ def title_of(path):
 def name_of(source):
     """Return the name that nbdev gives a notebook's page: the file name without its number."""
     folder, file = posixpath.split(source.removeprefix("nbs/"))
-    return posixpath.join(folder, re.sub(r"^\d+[a-z]?_", "", Path(file).stem))
+    return posixpath.join(folder, re.sub(r"^\d+[a-z]*_", "", Path(file).stem))
 
 
 def find_pages():
