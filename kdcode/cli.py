@@ -12,12 +12,12 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode',
            'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile', 'bench_steps', 'bench_loss',
            'bench_targets', 'record_command', 'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record',
-           'write_student', 'grow_student', 'push_student', 'is_eagle_head', 'run_export', 'serve_with_vllm',
-           'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text', 'option_names',
-           'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse',
-           'read_prompt', 'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
-           'check_corpus', 'check_student', 'check_targets', 'check_training', 'check_doctor', 'check_models',
-           'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
+           'write_student', 'grow_student', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage',
+           'make_parser', 'main_help', 'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option',
+           'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt',
+           'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation', 'check_corpus',
+           'check_student', 'check_targets', 'check_training', 'check_doctor', 'check_models', 'check_lookup',
+           'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -230,7 +230,7 @@ def run_tune(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #d2b8df62
 def default_draft(
     config: Config,
-    engine: str = "kdcode",  # vLLM needs a student without the teacher's hidden states
+    engine: str = "kdcode",  # vLLM cannot run the shipped heads, which are of an earlier form
 ) -> Path | None:
     """Return the run's student if there is one, else the student shipped for the teacher and engine, else None."""
     student, path = run_path(config)/"student", shipped_draft(config.teacher.name)
@@ -575,12 +575,6 @@ def push_student(config: Config, options) -> None:
     else:
         print(f"pushed: {pushed}")
 
-def is_eagle_head(name: str) -> bool:
-    """Return whether a student is an EAGLE-3 head, which `kdcode bench engines` does not run."""
-    from transformers import PreTrainedConfig
-    from kdcode.eagle import is_eagle_config
-    return is_eagle_config(PreTrainedConfig.get_config_dict(draft_folder(name) or name)[0])
-
 def run_export(config: Config, options) -> None:
     """Run `kdcode export MODEL`: convert a student for another engine, quantise it, or push it to the hub."""
     if options.to == "hub":
@@ -588,8 +582,7 @@ def run_export(config: Config, options) -> None:
     model = grow_student(config, options) if options.grow_vocabulary else options.model
     path = write_student(model, config.teacher.name, run_folder(config), options.to)
     print(f"student: {display_path(path)}")
-    engines = options.to == "gguf" and not is_eagle_head(str(model))
-    following = ["bench", "engines"] if engines else ["generate", SHORT_PROMPT]
+    following = ["bench", "engines"] if options.to == "gguf" else ["generate", SHORT_PROMPT]
     draft = options.model if options.to == "gguf" else display_path(path)
     print_next(with_teacher(config, *following, "--draft", draft))
 

@@ -175,7 +175,7 @@ def best_length(
     return speeds.index(best), best
 
 # %% ../nbs/07ab_ngrams.ipynb #7d1ee37d
-STORE_TOKENS = 2**18  # tokens of other texts, in 6 MB
+STORE_TOKENS = 2**18  # tokens of other texts, in 5 MB
 STORE_SHORTEST = 2    # of a match in another text (table below)
 
 @dataclass
