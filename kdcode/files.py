@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'TOKENS_SUFFIX', 'WEIGHTS', 'RESULT_NEUTRAL', 'STACK_TERMS',
-           'PROGRAMS', 'embedded_teacher', 'did_you_mean', 'is_hub_id', 'hub_problem', 'check_teacher_name',
-           'model_source', 'teacher_layers', 'check_layers', 'check_device', 'shipped_drafts', 'shipped_draft',
-           'draft_folder', 'vocabulary_fingerprint', 'teacher_fingerprint', 'other_tokenizer', 'check_draft',
-           'is_draft_head', 'read_tokens', 'check_lookup_files', 'check_weights', 'read_prompts', 'changed_fields',
-           'with_defaults', 'check_same_run', 'check_run', 'check_search', 'check_writable', 'source_folder',
-           'check_stack_token', 'report_files', 'result_folder', 'find_program', 'check_engine', 'is_loopback',
-           'api_key', 'bind_socket']
+           'ENDPOINT_VARIABLES', 'S3_COMPATIBILITY', 'PROGRAMS', 'embedded_teacher', 'did_you_mean', 'is_hub_id',
+           'hub_problem', 'check_teacher_name', 'model_source', 'teacher_layers', 'check_layers', 'check_device',
+           'shipped_drafts', 'shipped_draft', 'draft_folder', 'vocabulary_fingerprint', 'teacher_vocabulary',
+           'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'is_draft_head', 'read_tokens',
+           'check_lookup_files', 'check_weights', 'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run',
+           'check_run', 'check_search', 'check_writable', 'source_folder', 'check_stack_token', 'remote_folder',
+           'report_files', 'result_folder', 'find_program', 'check_engine', 'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -25,6 +25,7 @@ import shutil
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -164,20 +165,25 @@ def vocabulary_fingerprint(
     return short_hash(sorted((index, token) for token, index in vocabulary.items() if token != f"[PAD{index}]"))
 
 # %% ../nbs/00c_files.ipynb #4812f382
-def teacher_fingerprint(name: str) -> str:
-    """Return the fingerprint of a teacher's tokenizer; empty if unknown."""
-    if shipped := shipped_draft(name):
-        return json.loads((shipped/"config.json").read_text())["tokenizer_fingerprint"]
+def teacher_vocabulary(name: str) -> dict[str, int]:
+    """Return the tokens and ids of a teacher in a folder; empty if they are unknown."""
     file = Path(name).expanduser()/"tokenizer.json"
     if not file.is_file():
-        return ""
+        return {}
     from tokenizers import Tokenizer
     try:
         vocabulary = Tokenizer.from_file(str(file)).get_vocab()
         settings = json.loads((file.parent/"tokenizer_config.json").read_text())
         added = {token["content"]: int(index) for index, token in settings.get("added_tokens_decoder", {}).items()}
-    except Exception: return ""  # `tokenizers` raises no other class; loading the teacher reports it
-    return vocabulary_fingerprint(vocabulary | added)
+    except Exception: return {}  # `tokenizers` raises no other class; loading the teacher reports it
+    return vocabulary | added
+
+def teacher_fingerprint(name: str) -> str:
+    """Return the fingerprint of a teacher's tokenizer; empty if unknown."""
+    if shipped := shipped_draft(name):
+        return json.loads((shipped/"config.json").read_text())["tokenizer_fingerprint"]
+    vocabulary = teacher_vocabulary(name)
+    return vocabulary_fingerprint(vocabulary) if vocabulary else ""
 
 def other_tokenizer(
     made_for: str | None,  # the teacher of the student
@@ -217,6 +223,7 @@ def read_tokens(path: Path) -> tuple[str, list[int]]:
     """Return the fingerprint of the tokenizer and the ids in a file with tokens. Raises `ConfigError` if damaged."""
     try:
         stored = json.loads(path.read_text())
+        if not all(isinstance(token, int) for token in stored["tokens"]): raise ValueError
         return stored["tokenizer_fingerprint"], stored["tokens"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} does not hold the tokens of a text; delete it, and give the text file") from None
@@ -351,6 +358,30 @@ def check_stack_token() -> None:
     import huggingface_hub  # imported late: few corpora need it
     if huggingface_hub.get_token() is None:
         raise ConfigError(f"data set bigcode/the-stack is gated, and HF_TOKEN is not set; {STACK_TERMS}")
+
+# %% ../nbs/00c_files.ipynb #b50489e5
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_S3_ENDPOINT")  # the first one that is set is used
+S3_COMPATIBILITY = {"request_checksum_calculation": "when_required",  # some S3-compatible servers reject the
+                    "response_checksum_validation": "when_required"}  # checksums that botocore adds by default
+
+def _storage_options(url: str) -> dict:
+    """Return the options of `fsspec` for a URL."""
+    if "://" not in url or url.startswith("file:"): return {"auto_mkdir": True}
+    endpoint = next((os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)), None)
+    if not (url.startswith("s3:") and endpoint): return {}
+    endpoint_url = endpoint if "://" in endpoint else f"https://{endpoint}"
+    return {"client_kwargs": {"endpoint_url": endpoint_url}, "config_kwargs": S3_COMPATIBILITY}
+
+def remote_folder(
+    url: str,  # such as s3://bucket/folder, or a local path
+) -> tuple[Any, str]:  # a file system of fsspec, and the path in it
+    """Return the file system of a URL and the path in it. Raises `ConfigError` if it is unknown, or needs a package."""
+    import fsspec  # imported late: most commands do not need it
+    try:
+        return fsspec.core.url_to_fs(url, **_storage_options(url))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"train.upload is {url!r}, which can't be opened ({error}); give a folder, or a URL that "
+                          "fsspec knows, such as s3://bucket/folder") from None
 
 # %% ../nbs/00c_files.ipynb #a4dbf425
 def report_files(folder: Path) -> list[str]:
