@@ -22,7 +22,7 @@ def settings(teacher):
             "--data.tokens", 4096, "--data.validation_tokens", 128, "--data.block_size", 64,
             "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
             "--train.batch_size", 4, "--train.eval_steps", 2, "--train.logging_steps", 1,
-            "--decode.problems", 2, "--decode.max_new_tokens", 12,
+            "--decode.problems", 2, "--decode.max_new_tokens", 12, "--decode.compile", "off",
             "--decode.adaptive", "false"]  # at an adaptive γ a slow draft may draft nothing, and then has no plot
 
 
@@ -76,7 +76,7 @@ def test_generate_streams_the_output_of_the_teacher(kdcode, tiny_teacher, tmp_pa
     piped = kdcode(*words, "--plain")
     assert (piped.stdout, piped.stderr) == (drafted.stdout, "")
     measured = kdcode("bench", "decode", "--name", "pair", "--teacher.name", tiny_teacher,
-                      "--decode.problems", 2, "--decode.max_new_tokens", 12)
+                      "--decode.problems", 2, "--decode.max_new_tokens", 12, "--decode.compile", "off")
     assert measured.returncode == 0, measured.stderr
     report = json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())
     assert report["figures"]["identical"] == 1.0 and report["figures"]["ratio_to_assisted"] > 0
