@@ -45,8 +45,8 @@ from kdcode.config import (
 from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
     check_search, check_stack_token, check_teacher_name, check_weights, check_writable, did_you_mean, draft_folder,
-    is_draft_head, is_hub_id, model_source, read_prompts, remote_folder, report_files, result_folder, shipped_draft,
-    shipped_drafts, source_folder, teacher_fingerprint, teacher_vocabulary)
+    is_draft_head, is_hub_id, LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files, result_folder,
+    shipped_draft, shipped_drafts, source_folder, student_architecture, teacher_fingerprint, teacher_vocabulary)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -228,14 +228,15 @@ def run_tune(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #d2b8df62
 def default_draft(
     config: Config,
-    engine: str = "kdcode",  # vLLM cannot run the shipped heads, which are of an earlier form
+    engine: str = "kdcode",  # vLLM cannot run heads of an earlier form
 ) -> Path | None:
     """Return the run's student if there is one, else the student shipped for the teacher and engine, else None."""
     student, path = run_path(config)/"student", shipped_draft(config.teacher.name)
     if (student/"config.json").exists() or path is None:
         return student if student.exists() else None
     independent = path.with_name(f"{path.name}-independent")
-    return independent if engine == "vllm" and independent.exists() else path
+    legacy = engine == "vllm" and student_architecture(str(path)) == LEGACY_HEAD
+    return independent if legacy and independent.exists() else path
 
 # %% ../nbs/12_cli.ipynb #dac8b042
 def load_pair(
