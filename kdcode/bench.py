@@ -508,8 +508,8 @@ def explain_speed(figures: dict[str, float], gamma: int) -> str:
                    f"{figures['outside_share']:.1%} was spent in neither model.")
 
 # %% ../nbs/09a_bench.ipynb #637d153f
-LATENCY_NOTE = ("TTFT: time to first token. TPOT: time per output token after the first, (total − TTFT) / (tokens − 1),"
-                " also where a step adds several tokens. Medians over prompts.")
+LATENCY_NOTE = ("TTFT: time to first token. TPOT: time per further token, (total − TTFT) / (tokens − 1). "
+                "Both are medians.")
 
 def interval_note(prompts: int) -> str:
     """Return a sentence on the intervals over a number of prompts, and on headlines."""
@@ -724,8 +724,8 @@ def bench_decode(
     costs = step_costs(teacher.model, student, largest, settings)
     figures = decode_figures(decoded, costs, settings.gamma, drafter)
     work = f"{len(problems)} HumanEval prompts, at most {settings.max_new_tokens} new tokens"
-    notes = [f"{work}, {sampling_name(settings)}.", explain_speed(figures, settings.gamma)]
-    notes += [interval_note(len(problems)), LATENCY_NOTE]
+    notes = [f"{work}, {sampling_name(settings)}. {interval_note(len(problems))} {LATENCY_NOTE}",
+             explain_speed(figures, settings.gamma)]
     figures, check = _output_check(teacher, problems, decoded, settings, figures)
     images = save_plots(folder, _decode_plots(decoded, costs, settings.gamma, drafter))
     rows = decode_rows(decoded, greedy=settings.temperature == 0)
@@ -793,7 +793,7 @@ def bench_lengths(
         if progress:
             progress(done, len(prompts))
     notes = [f"Prompts from held-out files of the standard library, {sampling_name(settings)}. New tokens: mean over "
-             "prompts, and the maximum.", interval_note(len(problems)), LATENCY_NOTE]
+             f"prompts, and the maximum. {interval_note(len(problems))} {LATENCY_NOTE}"]
     report = Report(command, config, figures, rows, notes)
     report.save(folder)
     return report

@@ -46,7 +46,7 @@ def test_table_holds_the_reports_of_all_commits(history):
 def test_a_page_quotes_each_kept_report():
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [file for file in done.stdout.splitlines() if (ROOT/file).is_file()]
-    pages = [file for file in listed if Path(file).suffix in (".ipynb", ".md", ".py") and file.split("/")[0] != "results"]
+    pages = [file for file in listed if not file.startswith("results/") and file.endswith((".ipynb", ".md", ".py"))]
     text = "\n".join((ROOT/page).read_text() for page in pages).replace('\\"', '"').replace('"/"', "/")
     kept = [name for name in NAMES if f"results/{name}/report.json" in listed]
     assert kept and [name for name in kept if not re.search(rf"""["/]{name}["/]""", text)] == []
