@@ -151,7 +151,7 @@ class FirstToken(BaseStreamer):
     def end(self) -> None:
         """Do nothing at the end of the text."""
 
-# %% ../nbs/09a_bench.ipynb #95805edb
+# %% ../nbs/09a_bench.ipynb #7b8fb51e
 GENERATE = "transformers, generate"
 STUDENT_DRAFT = "kdcode, student draft"
 NO_DRAFT = "kdcode without drafting"
@@ -164,6 +164,7 @@ def fixed_gamma_name(gamma: int) -> str:
     """Return the label of the student with a fixed number of draft tokens."""
     return f"{STUDENT_DRAFT}, γ = {gamma}"
 
+# %% ../nbs/09a_bench.ipynb #95805edb
 def kdcode_method(teacher: Teacher, student: PreTrainedModel, settings: DecodeSettings, seed: int) -> Method:
     """Return a method that decodes with kdcode."""
     def decode(prompt):
@@ -278,8 +279,7 @@ class Decoded:
         self.seconds.append(seconds)
         if output.statistics:
             self.statistics = self.statistics + output.statistics if self.statistics else output.statistics
-        if output.ttft is not None:
-            self.ttft.append(output.ttft)
+        self.ttft += [] if output.ttft is None else [output.ttft]
 
     @property
     def speed(self) -> float:

@@ -313,9 +313,7 @@ def kdcode_methods(
 
 def engine_method(engine: Engine, settings: DecodeSettings) -> Method:
     """Return a method that calls an engine."""
-    def decode(prompt):
-        return MethodOutput(engine.complete(prompt, settings))
-    return decode
+    return lambda prompt: MethodOutput(engine.complete(prompt, settings))
 
 def count_calls(method: Method, model: PreTrainedModel, calls: Counter, name: str) -> Method:
     """Return the same method, which also adds its calls of `model` to `calls[name]`."""
