@@ -751,9 +751,9 @@ def length_prompts(
     limit, found = context_limit(teacher, student), {}
     fitting = [length for length in lengths if length + min(new_tokens) <= limit]
     files = long_files(teacher.tokenizer, config, max(fitting, default=0), config.decode.problems) if fitting else []
-    for length in fitting if files else []:
+    for length in fitting:
         prompts = [teacher.tokenizer.decode(ids[-length:]) for ids in files]
-        longest = max(len(prompt_ids(teacher, prompt)) for prompt in prompts)
+        longest = max((len(prompt_ids(teacher, prompt)) for prompt in prompts), default=limit)
         for new in new_tokens:
             if longest + new <= limit:
                 found[length, new] = [{"prompt": prompt} for prompt in prompts]
