@@ -21,10 +21,11 @@ from kdcode.batching import Batch
 from kdcode.cached_model import CachedModel
 from kdcode.compiled_step import (
     compile_in_background, compile_steps, CompiledModel, grouped_attention, is_on_disk, mark_on_disk, READY, REFUSED,
-    StaticModel, StepKind, use_compiler_cache)
+    StaticModel, StepKind, use_compiler_cache, user_code_folder)
 from kdcode.config import DecodeSettings
 from kdcode.decode import make_sequences, speculative_generate
 from kdcode.eagle import EagleStudent
+from kdcode.provenance import processor_hash
 from kdcode.sampling import SamplingParams
 
 STEP = StepKind(False, 2)  # one row, several tokens
@@ -142,10 +143,10 @@ def test_damaged_cache(processes, forks, damage):
 def code_on_disk(monkeypatch, tmp_path):
     """A model, and a folder that has the mark of its graph."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path/"kdcode/compiled"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(user_code_folder()))
     model = tiny()
     mark_on_disk(model, STEP)
-    return model, tmp_path/"kdcode/compiled"
+    return model, user_code_folder()
 
 
 def compiling(*outcomes):
@@ -190,7 +191,8 @@ def test_unwritable_cache_folder(monkeypatch, tmp_path):
 def test_cache_folder(monkeypatch, tmp_path):
     """The user's cache takes the place of PyTorch's default, and not of a folder that the user names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for named, expected in ((default_cache_dir(), str(tmp_path/"kdcode/compiled")), ("/named", "/named")):
+    ours = str(tmp_path/"kdcode"/"compiled"/processor_hash())
+    for named, expected in ((default_cache_dir(), ours), ("/named", "/named")):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
         use_compiler_cache()
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
