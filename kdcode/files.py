@@ -9,8 +9,8 @@ __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'TOKENS_SUFFI
            'draft_folder', 'vocabulary_fingerprint', 'teacher_fingerprint', 'other_tokenizer', 'check_draft',
            'is_draft_head', 'read_tokens', 'check_lookup_files', 'check_weights', 'read_prompts', 'changed_fields',
            'with_defaults', 'check_same_run', 'check_run', 'check_search', 'check_writable', 'source_folder',
-           'check_stack_token', 'report_files', 'result_folder', 'find_program', 'check_engine', 'is_loopback',
-           'api_key', 'bind_socket']
+           'check_stack_token', 'report_files', 'result_folder', 'find_program', 'check_engine', 'trl_python',
+           'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -394,6 +394,25 @@ def check_engine(
     try: shlex.split(options)
     except ValueError as error:
         raise ConfigError(f"--engine-options is {options!r} ({error}); close its quotes") from None
+
+# %% ../nbs/00c_files.ipynb #a1e0c202
+def trl_python() -> Path:
+    """Return the Python of TRL's environment. Raises `ConfigError` if TRL is not installed."""
+    folder = home()/".engines"/"trl"
+    if not (folder/"complete").exists():
+        raise ConfigError("TRL is not installed; run make trainers")
+    return folder/"bin"/"python"
+
+def check_trainers(config: Config) -> None:
+    """Raise `ConfigError` if TRL is not installed, or cannot train the student of a configuration."""
+    trl_python()
+    student, why = config.student, "but TRL trains a plain Llama on blocks of one length"
+    if student.feature_layers:
+        raise ConfigError(f"student.feature_layers is {student.feature_layers}, {why}; set it to []")
+    if student.architecture != "llama":
+        raise ConfigError(f"student.architecture is {student.architecture}, {why}; set it to llama")
+    if config.data.block_sizes:
+        raise ConfigError(f"data.block_sizes is {config.data.block_sizes}, {why}; use data.block_size")
 
 # %% ../nbs/00c_files.ipynb #4afcfd5e
 def is_loopback(host: str) -> bool:
