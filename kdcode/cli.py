@@ -448,6 +448,7 @@ def bench_trainers(config: Config, folder: Path, options):
     return trainers.bench_trainers(
         config, labelling_teacher, corpus, folder, options.command_line, ProgressBar("step"))
 
+# %% ../nbs/12_cli.ipynb #b3a0c301
 BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "decode": (bench_decode, "speculative decoding against decoding without drafting"),
     "tasks": (bench_tasks, "n-gram, student and hybrid drafts by task"),

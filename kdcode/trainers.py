@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WARM_UP_STEPS', 'SHARED_ARGUMENTS', 'LAST_STEPS', 'TRAINERS', 'whole_batches', 'comparable', 'fixed_threads',
-           'own_config', 'write_files', 'peak_gigabytes', 'step_recorder', 'Training', 'read_records', 'train_with_trl',
+           'own_config', 'write_files', 'peak_gigabytes', 'step_recorder', 'read_records', 'Training', 'train_with_trl',
            'trl_command', 'stored_corpus', 'train_with_kdcode', 'own_command', 'write_cache', 'trainer_command',
-           'run_trainer', 'trained_student', 'acceptance_rates', 'trainer_rows', 'trainer_figures', 'conditions_note',
-           'cache_note', 'bench_trainers']
+           'run_trainer', 'train_all', 'trained_student', 'acceptance_rates', 'trainer_rows', 'trainer_figures',
+           'conditions_note', 'cache_note', 'bench_trainers']
 
 # %% ../nbs/09h_trainers.ipynb #b69bc468
 import inspect
@@ -132,7 +132,12 @@ def step_recorder(file: Path) -> TrainerCallback:
             append(peak_gigabytes=peak_gigabytes())
     return StepRecorder()
 
-# %% ../nbs/09h_trainers.ipynb #b4dffcb5
+def read_records(file: Path) -> list[dict[str, float]]:
+    """Return the records that a training has written so far; a line that is not complete is left out."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+# %% ../nbs/09h_trainers.ipynb #8c61c29d
 LAST_STEPS = 10  # over which the loss at the end is averaged
 
 @dataclass
@@ -160,11 +165,6 @@ class Training:
     def last_loss(self) -> float:
         """Mean loss of the last `LAST_STEPS` steps."""
         return statistics.mean(self.losses[-LAST_STEPS:])
-
-def read_records(file: Path) -> list[dict[str, float]]:
-    """Return the records that a training has written so far; a line that is not complete is left out."""
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 # %% ../nbs/09h_trainers.ipynb #d74f9997
 def train_with_trl(folder: Path) -> None:
@@ -274,13 +274,24 @@ def run_trainer(
     try:
         while process.poll() is None:
             progress(sum("loss" in record for record in read_records(file)))
-            time.sleep(.2)
+            time.sleep(.5)
     finally:
         stop_process(process)
     if process.returncode:
         last_lines = " / ".join(log.read_text(errors="replace").splitlines()[-3:])
         raise ConfigError(f"the training in {folder.name} failed; the end of {log}: {last_lines}")
     return Training.read(read_records(file))
+
+# %% ../nbs/09h_trainers.ipynb #72840b8f
+def train_all(folder: Path, steps: int, progress: Callable[[int, int], None] | None) -> dict[str, Training]:
+    """Run the trainers one after the other, and report the progress over all of them."""
+    trainings = {}
+    for number, kind in enumerate(TRAINERS):
+        def report(done, before=number * steps):
+            if progress: progress(before + done, len(TRAINERS) * steps)
+        trainings[kind] = run_trainer(trainer_command(kind, folder), folder/kind, report)
+        report(steps)
+    return trainings
 
 # %% ../nbs/09h_trainers.ipynb #ee97ef27
 def trained_student(folder: Path, teacher: Teacher) -> Student:
@@ -372,7 +383,7 @@ def bench_trainers(
     work.mkdir()
     write_files(config, teacher, corpus, work)
     seconds = write_cache(work)
-    trainings = _train_all(work, steps, progress)
+    trainings = train_all(work, steps, progress)
     batch_size, size = config.train.batch_size, config.data.block_size
     students = {"start": work/"start"} | {kind: work/kind/"student" for kind in TRAINERS}
     rates = acceptance_rates(students, teacher, corpus, batch_size)
@@ -383,13 +394,3 @@ def bench_trainers(
     report = Report(command, config, figures, trainer_rows(trainings, rates, tokens), notes)
     report.save(folder)
     return report
-
-def _train_all(folder: Path, steps: int, progress: Callable[[int, int], None] | None) -> dict[str, Training]:
-    """Run the trainers one after the other, and report the progress over all of them."""
-    trainings = {}
-    for number, kind in enumerate(TRAINERS):
-        def report(done, before=number * steps):
-            if progress: progress(before + done, len(TRAINERS) * steps)
-        trainings[kind] = run_trainer(trainer_command(kind, folder), folder/kind, report)
-        report(steps)
-    return trainings
