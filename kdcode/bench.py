@@ -948,9 +948,7 @@ def bench_targets(
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare cached with online targets: size, speed and acceptance. Raises `ConfigError` for `data.block_sizes`."""
-    if config.data.block_sizes:
-        raise ConfigError(f"data.block_sizes is {config.data.block_sizes}, but this benchmark times steps with blocks "
-                          "of one length; use data.block_size")
+    config.data.check_one_length()
     config = replace(config, train=replace(config.train, upload=None))
     runs = {"online": (replace(config, targets=TargetsSettings()), folder/"online"),
             f"cached, {config.targets.kind}": (config, folder/"cached")}

@@ -33,10 +33,9 @@ from .bench import decode_interleaved
 from kdcode.code_eval import (
     chat_prompt, check_problems, held_out_lines, line_scores, parses, pass_at_k, read_problems, solution, test_program,
     text_metrics)
-from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings
+from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings, settings_by_source
 from .data import (
-    Document, humaneval_problems, read_source, settings_by_source, split_of, text_ids, tokenizer_fingerprint,
-    usable_documents)
+    Document, humaneval_problems, read_source, split_of, text_ids, tokenizer_fingerprint, usable_documents)
 from .decode import complete, load_draft, prompt_ids, speculative_generate
 from .draft_eval import PromptTexts, replay, top1_agreement
 from .eagle import EagleStudent, is_eagle_config

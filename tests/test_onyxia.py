@@ -210,6 +210,7 @@ def assert_kernel(pod, name):
     assert kernel["env"]["KDCODE_HOME"] == str(pod.checkout)
 
 
+@pytest.mark.slow
 def test_init_runs_again_and_after_a_restart(pod):
     pod.clone(root=True)  # as Onyxia does when it is root
     first = pod.init(root=True)
@@ -286,6 +287,7 @@ exec python3 "$@"
 """
 
 
+@pytest.mark.slow
 def test_interrupted_init_is_repaired(pod):
     python = pod.home.parent/"python"
     python.write_text(INTERRUPTED_PYTHON)

@@ -10,7 +10,7 @@ from kdcode.data import build_corpus
 from kdcode.teacher import load_teacher
 from kdcode.trainers import bench_trainers, read_records, Training, TRAINERS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.engines
 CONFIG = Config(
     name="tiny", threads=1, data=DataSettings(tokens=1024, validation_tokens=256, block_size=64),
     student=StudentSettings(layers=[0]), train=TrainSettings(batch_size=2, learning_rate=1e-2, precision="float32"))
