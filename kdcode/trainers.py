@@ -349,7 +349,7 @@ def conditions_note(config: Config, folder: Path, tokens: int, held_out: int) ->
     precision = next((name for name in ("bf16", "fp16") if arguments[name]), "float32")
     versions = json.loads((folder/"trl"/"versions.json").read_text())
     return (f"Every trainer: {config.train.max_steps} optimizer steps of {tokens:,} tokens, the same batches, "
-            f"{precision}, {own.threads} threads, teacher in {own.teacher.dtype}, forward KL over all ids, nothing "
+            f"{precision}, threads: {own.threads}, teacher in {own.teacher.dtype}, forward KL over all ids, nothing "
             f"sampled. Tokens/s is from the median time of a step after the first {WARM_UP_STEPS}; peak memory is that "
             f"of the trainer's process. α is measured on {held_out:,} held-out tokens at temperature 1. TRL ran with "
             + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
