@@ -10,12 +10,12 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune',
            'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
            'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode',
-           'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile', 'bench_steps', 'bench_loss',
-           'bench_targets', 'bench_trainers', 'record_command', 'run_bench', 'run_eval', 'run_doctor', 'run_experiment',
-           'run_record', 'write_student', 'grow_student', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve',
-           'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text', 'option_names',
-           'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse',
-           'read_prompt', 'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
+           'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile',
+           'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command', 'run_bench', 'run_eval',
+           'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
+           'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
+           'parse', 'read_prompt', 'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
            'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training', 'check_doctor',
            'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command',
            'main']
@@ -386,6 +386,12 @@ def bench_decode(config: Config, folder: Path, options):
     return bench.bench_decode(*pair, problems, config, folder, options.command_line, ProgressBar("prompt"),
                               options.compare)
 
+def bench_lengths(config: Config, folder: Path, options):
+    """Measure the drafter after short and long prompts."""
+    from kdcode import bench
+    pair = load_compiled_pair(config, options.draft)
+    return bench.bench_lengths(*pair, config, folder, options.command_line, ProgressBar("length"))
+
 def bench_tasks(config: Config, folder: Path, options):
     """Measure the drafters by task."""
     from kdcode import bench
@@ -452,6 +458,7 @@ def bench_trainers(config: Config, folder: Path, options):
 # %% ../nbs/12_cli.ipynb #b3a0c301
 BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "decode": (bench_decode, "speculative decoding against decoding without drafting"),
+    "lengths": (bench_lengths, "short and long prompts and answers"),
     "tasks": (bench_tasks, "n-gram, student and hybrid drafts by task"),
     "engines": (bench_engines, "transformers, vLLM and llama.cpp on the same prompts"),
     "steps": (bench_steps, "a target call by number of tokens, dtype and kernels"),

@@ -165,7 +165,7 @@ def vocabulary_fingerprint(
     """Return 16 hexadecimal digits of the SHA-256 of all tokens and ids, without rows that only pad the vocabulary."""
     return short_hash(sorted((index, token) for token, index in vocabulary.items() if token != f"[PAD{index}]"))
 
-# %% ../nbs/00c_files.ipynb #4812f382
+# %% ../nbs/00c_files.ipynb #a1f0c3d2
 def teacher_vocabulary(name: str) -> dict[str, int]:
     """Return the tokens and ids of a teacher in a folder; empty if they are unknown."""
     file = Path(name).expanduser()/"tokenizer.json"
@@ -179,6 +179,7 @@ def teacher_vocabulary(name: str) -> dict[str, int]:
     except Exception: return {}  # `tokenizers` raises no other class; loading the teacher reports it
     return vocabulary | added
 
+# %% ../nbs/00c_files.ipynb #4812f382
 def teacher_fingerprint(name: str) -> str:
     """Return the fingerprint of a teacher's tokenizer; empty if unknown."""
     if shipped := shipped_draft(name):

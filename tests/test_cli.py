@@ -81,6 +81,17 @@ def test_generate_streams_the_output_of_the_teacher(kdcode, tiny_teacher, tmp_pa
     report = json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())
     assert report["figures"]["identical"] == 1.0 and report["figures"]["ratio_to_assisted"] > 0
     assert [row["identical outputs"] for row in report["rows"]] == [None] + ["100%"] * 15
+    figures = report["figures"]
+    assert figures["speedup_low"] <= figures["speedup"] <= figures["speedup_high"] and figures["hybrid_speedup_low"] > 0
+    assert all(figures[name] > 0 for name in ("ttft_p50", "tpot_p50", "teacher_ttft_p50", "teacher_tpot_p50"))
+    assert all(row["TTFT p50, ms"] > 0 and row["TPOT p50, ms"] > 0 for row in report["rows"])
+    assert "A headline needs at least 40 prompts." in (tmp_path/"runs"/"pair"/"bench-decode"/"report.md").read_text()
+
+    lengths = kdcode("bench", "lengths", "--name", "pair", "--teacher.name", tiny_teacher, "--decode.problems", 1,
+                     "--decode.compile", "off")
+    assert lengths.returncode == 0, lengths.stderr
+    rows = json.loads((tmp_path/"runs"/"pair"/"bench-lengths"/"report.json").read_text())["rows"]
+    assert [row["prompt tokens"] for row in rows] == [100, 100] and {row["95% interval"] for row in rows} == {None}
 
     steps = kdcode("bench", "steps", "--name", "pair", "--teacher.name", tiny_teacher, "--decode.compile", "off")
     assert steps.returncode == 0, steps.stderr
