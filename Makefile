@@ -6,6 +6,8 @@
 # make hooks: git cleans and exports before each commit, and merges notebooks by cells
 # make engines: vLLM and llama.cpp in environments of their own, for kdcode bench engines
 # make test-engines: our student as the draft of both
+# make trainers: TRL in an environment of its own, for kdcode bench trainers
+# make test-trainers: the same training in TRL and in kdcode
 # make test-long: the tests that take long (compilers, the server under load, killed searches), a quarter of an hour
 # make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
@@ -13,7 +15,7 @@ BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test docs check hooks test-engines test-long test-gpu engines readme export
+.PHONY: setup demo test docs check hooks test-engines test-trainers test-long test-gpu engines trainers readme export
 
 setup: .venv/complete
 
@@ -53,6 +55,9 @@ docs: setup
 
 test-engines: setup engines
 	$(BIN)/pytest -m engines tests/test_engines.py
+
+test-trainers: setup trainers
+	$(BIN)/pytest -m engines tests/test_trainers.py
 
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
@@ -95,6 +100,15 @@ engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-
 	@echo "fetching speculators, whose EAGLE-3 model is a reference for ours"
 	@# with the torch and transformers of .venv, of which it imports other versions than it asks for
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target .engines/speculators speculators==0.9.0 hs-connectors==0.9.0 loguru==0.7.3 openai==3.57.0 pydantic-settings==2.16.3 typer==0.29.2
+	@touch $@
+
+trainers: .engines/trl/complete
+
+.engines/trl/complete:
+	@echo "installing TRL: a few minutes"
+	@.engines/trl/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .engines/trl
+	@# the versions of .venv, so that both trainers compute with the same libraries
+	@.engines/trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==1.16.0 torch==2.13.0
 	@touch $@
 
 export: setup

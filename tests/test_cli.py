@@ -213,6 +213,7 @@ def output(capsys, *words):
     (["distill", "--out", "/dev/null/run"], "cannot create run folder"),
     (["bench", "steps", "--out", "/dev/null/run"], "cannot create run folder"),
     (["distill", "--data.source", "folder", "--data.path", "nowhere"], "not a folder"),
+    (["bench", "trainers"], "TRL is not installed; run make trainers"),
     (["targets"], "targets.kind is online"),
     (["tune", "--trials", "0"], "--trials is 0"),
     (["export", "smollm2", "--repo", "me/x"], "require --to hub"),
