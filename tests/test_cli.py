@@ -191,7 +191,7 @@ def output(capsys, *words):
     (["distil"], "did you mean distill?"),
     (["--name", "x", "distill"], "options follow the command"),
     (["bench", "decod"], "did you mean decode?"),
-    (["bench"], "needs a benchmark; choose one of decode, tasks"),
+    (["bench"], "needs a benchmark; choose one of decode, lengths"),
     (["generate"], "needs a prompt; write it in quotes"),
     (["generate", "def", "f(x):"], "put the whole prompt in quotes"),
     (["record", "runs/x"], "kdcode record FOLDER NAME"),
