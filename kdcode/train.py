@@ -55,8 +55,10 @@ from .threads import THREADS
 from .validate import apply_head, validate, ValidationSet
 
 # %% ../nbs/06b_train.ipynb #ad3cfac4
-def _trained_for(teacher: Teacher, student: Student) -> Student:
-    """Store the fingerprint of the teacher's weights in the student's configuration, and return the student."""
+def _trained_for(teacher: Teacher, config: Config, student: Student) -> Student:
+    """Store the fingerprint of the teacher's weights and the reach of attention in a student; return the student."""
+    longest = max(config.data.token_shares)
+    student.config.sliding_window = longest if longest < student.config.max_position_embeddings else None
     student.config.teacher_weights = checkpoint_fingerprint(teacher)
     return student
 
@@ -70,7 +72,7 @@ def make_student(
     Raises `ConfigError` if the settings do not fit the teacher.
     """
     s = config.student
-    if s.start: return _trained_for(teacher, load_start_student(config, teacher))
+    if s.start: return _trained_for(teacher, config, load_start_student(config, teacher))
     if isinstance(teacher, ServedTeacher):
         raise ConfigError(f"teacher {teacher.name} is on a server, so a student can't start from its weights; give "
                           "student.start a student of a local model with the same tokenizer")
@@ -84,7 +86,7 @@ def make_student(
             student = Student.from_teacher(teacher.model, **options)
     except ValueError as error:
         raise ConfigError(f"student: {error}") from None
-    return _trained_for(teacher, student.to(teacher.device))
+    return _trained_for(teacher, config, student.to(teacher.device))
 
 # %% ../nbs/06b_train.ipynb #2ccd1b66
 STEP_DECAY = .8  # λ, the weight of a training-time test step relative to the step before. Source: Li et al. 2025
