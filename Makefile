@@ -6,6 +6,8 @@
 # make hooks: git cleans and exports before each commit, and merges notebooks by cells
 # make engines: vLLM and llama.cpp in environments of their own, for kdcode bench engines
 # make test-engines: our student as the draft of both
+# make assistant: JupyterLab with Notebook Intelligence in an environment of its own
+# make test-assistant: completions and chat from kdcode serve in JupyterLab, in a browser
 # make test-long: load and structured output of the server at full size, in minutes
 # make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
@@ -13,7 +15,7 @@ BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test docs check hooks test-engines test-long test-gpu engines readme export
+.PHONY: setup demo test docs check hooks test-engines test-assistant test-long test-gpu engines assistant readme export
 
 setup: .venv/complete
 
@@ -53,6 +55,9 @@ docs: setup
 
 test-engines: setup engines
 	$(BIN)/pytest -m slow tests/test_engines.py
+
+test-assistant: setup assistant
+	$(BIN)/pytest -m "slow or not slow" tests/test_assistant.py
 
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow tests/test_serve_load.py tests/test_structured.py
@@ -95,6 +100,14 @@ engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-
 	@echo "fetching speculators, whose EAGLE-3 model is a reference for ours"
 	@# with the torch and transformers of .venv, of which it imports other versions than it asks for
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target .engines/speculators speculators==0.9.0 hs-connectors==0.9.0 loguru==0.7.3 openai==3.57.0 pydantic-settings==2.16.3 typer==0.29.2
+	@touch $@
+
+assistant: .assistant/complete
+
+.assistant/complete:
+	@echo "installing JupyterLab with Notebook Intelligence: a few minutes"
+	@.assistant/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .assistant
+	@.assistant/bin/python -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6 notebook-intelligence==6.2.0
 	@touch $@
 
 export: setup
