@@ -104,10 +104,13 @@ engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-
 
 assistant: .assistant/complete
 
-.assistant/complete:
+.assistant/complete: | .venv/complete
 	@echo "installing JupyterLab with Notebook Intelligence: a few minutes"
 	@.assistant/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .assistant
 	@.assistant/bin/python -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6 notebook-intelligence==6.2.0
+	@# kdcode.assistant is imported from here, and notebooks run in .venv
+	@echo "$(CURDIR)" > "$$(.assistant/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kdcode.pth"
+	@$(BIN)/python -m ipykernel install --prefix .assistant --name python3 --display-name "Python 3 (kdcode)" >/dev/null 2>&1
 	@touch $@
 
 export: setup

@@ -187,7 +187,8 @@ def main(arguments: list[str]) -> str:
     if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
         raise ValueError(f"{' '.join(arguments)!r} is not one address; usage: {USAGE}")
     if find_spec("notebook_intelligence") is None:
-        raise ValueError(f"Notebook Intelligence is not installed in {sys.prefix}; run: pip install 'kdcode[assistant]'")
+        raise ValueError(f"Notebook Intelligence is not installed in {sys.prefix}; run make assistant in the checkout "
+                         "and use .assistant/bin/python")
     url = arguments[0] if arguments else URL
     try: files = set_up(url, Path(sys.prefix), Path.home())
     except OSError as error:

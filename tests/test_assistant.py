@@ -57,7 +57,7 @@ def set_up(home, *arguments, python=sys.executable):
 @pytest.mark.parametrize("arguments, message", [
     (("--port", "80"), "kdcode.assistant: '--port 80' is not one address; usage: python -m kdcode.assistant [URL]"),
     ((), f"kdcode.assistant: Notebook Intelligence is not installed in {sys.prefix}; "
-         "run: pip install 'kdcode[assistant]'")])
+         "run make assistant in the checkout and use .assistant/bin/python")])
 def test_set_up_reports_a_problem_in_one_line(tmp_path, arguments, message):
     done = set_up(tmp_path, *arguments)
     assert done.returncode == 1 and not list(tmp_path.iterdir())

@@ -514,6 +514,8 @@ def test_launch_links_contain_the_settings():
         assert values == {("git", "repository"): SETTINGS["git_url"], ("init", "personalInit"): script}
     _, _, values = parse_link(launch.launch_link("jupyter-pytorch", FIRST_LESSON, port=True))
     assert (values["init", "personalInitArgs"], values["networking", "user", "enabled"]) == (FIRST_LESSON, True)
+    _, _, values = parse_link(launch.launch_link("jupyter-pytorch", FIRST_LESSON, assistant=True))
+    assert values["init", "personalInitArgs"] == f"--with-assistant {FIRST_LESSON}"
     assert launch.launch_link("jupyter-pytorch-gpu").startswith(
         f"{LAUNCHER}ide/jupyter-pytorch-gpu?autoLaunch=true&name=kdcode&git.repository=%C2%ABhttps%3A%2F%2F")
 
@@ -539,3 +541,8 @@ def test_pages_contain_the_launch_links(page):
     links = re.findall(r"https://datalab\.sspcloud\.fr/launcher/[^\s)>\"]+", (ROOT/page).read_text())
     allowed = {launch.launch_link(image, port=port) for image in launch.IMAGES for port in (False, True)}
     assert {launch.launch_link(image) for image in launch.IMAGES} <= set(links) <= allowed
+
+
+def test_the_assistants_page_contains_its_launch_links():
+    links = re.findall(r"https://datalab\.sspcloud\.fr/launcher/[^\s)>\"]+", (ROOT/"docs"/"assistant.md").read_text())
+    assert links == [launch.launch_link(image, assistant=True) for image in launch.IMAGES]
