@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PREFIX', 'MAX_SUFFIX', 'WINDOW_STEP', 'MAX_TOKENS', 'URL', 'PROVIDER', 'COMPLETION_MODEL', 'CHAT_MODEL', 'USAGE',
-           'nearest_code', 'complete', 'served_model', 'api_key', 'make_client', 'url_property', 'CompletionModel',
-           'ChatModel', 'Provider', 'Extension', 'full_url', 'read_settings', 'set_up', 'main']
+           'nearest_code', 'complete', 'after_spaces', 'served_model', 'api_key', 'make_client', 'url_property',
+           'CompletionModel', 'ChatModel', 'Provider', 'Extension', 'full_url', 'read_settings', 'set_up', 'main']
 
 # %% ../nbs/11c_assistant.ipynb #fce3a5e3
 import json
@@ -59,7 +59,8 @@ def complete(
 ) -> str:
     """Return the text to insert between prefix and suffix. Raises `openai.OpenAIError` if the server gives none."""
     from openai import BadRequestError, omit
-    prompt, rest = nearest_code(prefix, suffix)
+    code, rest = nearest_code(prefix, suffix)
+    prompt = code.rstrip(" \t")
     options = {"model": served_model(client), "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0,
                "stop": "\n\n", "stream": True}
     try: events = client.completions.create(**options, suffix=rest or omit)
@@ -71,7 +72,11 @@ def complete(
         for event in events:
             if cancelled(): return ""
             text += "".join(choice.text for choice in event.choices)
-    return text
+    return after_spaces(text, code[len(prompt):])
+
+def after_spaces(text: str, spaces: str) -> str:
+    """Return a completion of a prompt without its last spaces, as a completion of the whole prompt."""
+    return text.removeprefix(spaces) if text.startswith(spaces) else text.lstrip(" \t")
 
 def served_model(client: "OpenAI") -> str:
     """Return the name of the server's model."""

@@ -87,6 +87,7 @@ def page(lab, browser):
     page.set_default_timeout(TIMEOUT)
     page.goto(f"{lab}/lab/tree/fib.ipynb?reset")
     page.locator(".jp-Notebook .jp-Cell .cm-content").first.wait_for()
+    expect(page.locator(".jp-NotebookPanel-toolbar")).to_contain_text("Kernel status: Idle")
     yield page
     page.close()
 

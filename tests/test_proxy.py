@@ -33,7 +33,8 @@ def proxy_command(kind, addresses, port, folder):
     text = re.search(rf"```{language}\n({start}.*?)```", PAGE, re.DOTALL)[1]
     for number, address in enumerate(addresses, 1): text = text.replace(f"10.0.0.{number}:8000", address)
     text = re.sub(r"^:80", f":{port}", text).replace("listen 80", f"listen 127.0.0.1:{port}")
-    (file := folder/"configuration").write_text(NGINX.format(folder=folder, text=text) if kind == "nginx" else text)
+    text = NGINX.format(folder=folder, text=text) if kind == "nginx" else f"{{\nadmin off\n}}\n{text}"
+    (file := folder/"configuration").write_text(text)
     if kind == "nginx": return ["nginx", "-c", file]
     return ["caddy", "run", "--adapter", "caddyfile", "--config", file]
 
