@@ -8,7 +8,7 @@
 # make test-engines: our student as the draft of both
 # make assistant: JupyterLab with Notebook Intelligence in an environment of its own
 # make test-assistant: completions and chat from kdcode serve in JupyterLab, in a browser
-# make test-long: load and structured output of the server at full size, in minutes
+# make test-long: the tests that take long (compilers, the server under load, killed searches), a quarter of an hour
 # make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
 BIN := .venv/bin
@@ -54,13 +54,13 @@ docs: setup
 	$(BIN)/pytest -n 2 -m docs tests/test_docs.py tests/test_jupyterlab.py
 
 test-engines: setup engines
-	$(BIN)/pytest -m slow tests/test_engines.py
+	$(BIN)/pytest -m engines tests/test_engines.py
 
 test-assistant: setup assistant
-	$(BIN)/pytest -m "slow or not slow" tests/test_assistant.py
+	$(BIN)/pytest -m assistant tests/test_assistant.py
 
 test-long: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow tests/test_serve_load.py tests/test_structured.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
 
 test-gpu: setup
 	$(BIN)/python tests/gpu.py --out runs/gpu

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ASSISTANT_OPTIONS', 'Method', 'GENERATE', 'STUDENT_DRAFT', 'NO_DRAFT', 'RANDOM_DRAFT', 'DRAFTER_LABELS',
-           'TRANSFORMERS_METHODS', 'GAMMAS', 'CONTEXT', 'COST_COUNTS', 'NOISE_TEXTS', 'NOISE_TOKENS', 'NOISE_TOP',
-           'LEAST_NOISE', 'WARM_UP_TOKENS', 'BY_TASK', 'BUSY_PROCESSES', 'BLOCK', 'MEMORY', 'LOSS_SHAPE',
-           'TOKEN_COUNTS', 'LLAMA_CPP', 'NF4_BLOCK', 'generate_baseline', 'generate_assisted', 'fixed_gamma_name',
-           'kdcode_method', 'generate_method', 'assisted_method', 'transformers_methods', 'random_copy',
-           'decode_methods', 'Decoded', 'decode_interleaved', 'part_counter', 'StepCosts', 'step_costs',
-           'speedup_objective', 'predicted_run_speedup', 'decode_figures', 'decode_rows', 'explain_speed',
-           'plot_acceptance', 'plot_speedup', 'first_difference', 'logit_noise', 'explain_differences', 'sampling_name',
-           'save_plots', 'bench_decode', 'prompt_speedups', 'task_row', 'plot_tasks', 'bench_tasks', 'busy_processes',
-           'busy_row', 'bench_busy', 'loss_tensors', 'plain_distillation_loss', 'loss_step', 'peak_memory',
-           'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets', 'teacher_variants',
-           'llama_cpp_times', 'plot_steps', 'time_graphs', 'graph_seconds', 'compile_figures', 'bench_steps',
-           'bench_profile']
+           'TRANSFORMERS_METHODS', 'GAMMAS', 'CONTEXT', 'COST_COUNTS', 'HEADLINE_PROMPTS', 'LATENCY_NOTE',
+           'NOISE_TEXTS', 'NOISE_TOKENS', 'NOISE_TOP', 'LEAST_NOISE', 'WARM_UP_TOKENS', 'PROMPT_LENGTHS', 'NEW_TOKENS',
+           'BY_TASK', 'BUSY_PROCESSES', 'BLOCK', 'MEMORY', 'LOSS_SHAPE', 'TOKEN_COUNTS', 'LLAMA_CPP', 'NF4_BLOCK',
+           'generate_baseline', 'generate_assisted', 'MethodOutput', 'FirstToken', 'fixed_gamma_name', 'kdcode_method',
+           'generate_method', 'assisted_method', 'transformers_methods', 'random_copy', 'decode_methods', 'Decoded',
+           'decode_interleaved', 'part_counter', 'StepCosts', 'step_costs', 'speedup_objective',
+           'predicted_run_speedup', 'speedup_interval', 'speedup_figures', 'latency_figures', 'decode_figures',
+           'decode_rows', 'explain_speed', 'interval_note', 'plot_acceptance', 'plot_speedup', 'first_difference',
+           'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode', 'length_prompts',
+           'bench_lengths', 'prompt_speedups', 'task_row', 'plot_tasks', 'bench_tasks', 'busy_processes', 'busy_row',
+           'bench_busy', 'loss_tensors', 'plain_distillation_loss', 'loss_step', 'peak_memory', 'largest_batches',
+           'bench_loss', 'train_step', 'step_seconds', 'bench_targets', 'teacher_variants', 'llama_cpp_times',
+           'plot_steps', 'time_graphs', 'graph_seconds', 'compile_figures', 'bench_steps', 'bench_profile']
 
 # %% ../nbs/09a_bench.ipynb #65218b79
 import copy
@@ -30,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +46,7 @@ from matplotlib.figure import Figure
 from torch import nn, Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 # %% ../nbs/09a_bench.ipynb #4fa39627
 from .cached_model import (
@@ -52,8 +55,8 @@ from .compiled_step import compile_steps, CompiledModel, print_progress, StaticM
 from .config import (
     Config, ConfigError, DecodeSettings, LossSettings, run_folder, TargetsSettings, TeacherSettings)
 from .data import Corpus, humaneval_problems
-from .decode import bad_word_ids, complete, make_sequences, prompt_ids
-from .draft_eval import task_prompts, teacher_task_prompts
+from .decode import bad_word_ids, make_sequences, open_stream, prompt_ids
+from .draft_eval import context_limit, long_files, task_prompts, teacher_task_prompts
 from .drafters import drafting_model, drafts_in_int8
 from .eagle import EagleStudent
 from .files import model_source
@@ -61,7 +64,7 @@ from .loss import chunked_distillation_loss
 from .notebook import plot_style
 from .provenance import available_cpus
 from .report import bootstrap_interval, markdown_table, Report
-from .result import SpeculativeResult, Statistics
+from .result import Statistics
 from .sampling import apply_processors, predicted_speedup
 from .teacher import eos_token_ids, load_teacher, Teacher, TimedSteps
 from .threads import THREADS
@@ -108,6 +111,7 @@ def generate_assisted(
     prompt: str,
     settings: DecodeSettings,
     seed: int,
+    streamer: BaseStreamer | None = None,
     **assistant: Any,  # any of `ASSISTANT_OPTIONS`; otherwise the student's generation config decides
 ) -> list[int]:        # new tokens
     """Return the new tokens of assisted generation of `transformers`, and restore the student's config."""
@@ -115,13 +119,39 @@ def generate_assisted(
     before = {name: getattr(config, name) for name in ASSISTANT_OPTIONS}
     config.update(**assistant)
     try:
-        return generate_baseline(teacher, prompt, settings, seed, assistant_model=student)
+        return generate_baseline(teacher, prompt, settings, seed, assistant_model=student, streamer=streamer)
     finally:
         config.update(**before)
 
 # %% ../nbs/09a_bench.ipynb #630a8923
-Method = Callable[[str], list[int] | SpeculativeResult]  # from a prompt to its new tokens
+@dataclass
+class MethodOutput:
+    """What a method generated for one prompt."""
+    tokens: list[int]
+    """new tokens"""
+    statistics: Statistics | None = None
+    """None for other libraries"""
+    ttft: float | None = None
+    """seconds to the first token; None if not measured"""
 
+Method = Callable[[str], MethodOutput]  # from a prompt
+
+class FirstToken(BaseStreamer):
+    """A streamer that measures the seconds from its creation to the first new token of `generate`."""
+
+    def __init__(self):
+        self.start, self.calls, self.seconds = time.perf_counter(), 0, None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then new tokens, all on the CPU."""
+        self.calls += 1
+        if self.calls == 2:
+            self.seconds = time.perf_counter() - self.start
+
+    def end(self) -> None:
+        """Do nothing at the end of the text."""
+
+# %% ../nbs/09a_bench.ipynb #7b8fb51e
 GENERATE = "transformers, generate"
 STUDENT_DRAFT = "kdcode, student draft"
 NO_DRAFT = "kdcode without drafting"
@@ -134,16 +164,24 @@ def fixed_gamma_name(gamma: int) -> str:
     """Return the label of the student with a fixed number of draft tokens."""
     return f"{STUDENT_DRAFT}, γ = {gamma}"
 
+# %% ../nbs/09a_bench.ipynb #95805edb
 def kdcode_method(teacher: Teacher, student: PreTrainedModel, settings: DecodeSettings, seed: int) -> Method:
     """Return a method that decodes with kdcode."""
     def decode(prompt):
-        return complete(teacher, student, prompt, settings, seed)
+        start = time.perf_counter()
+        streamed = open_stream(teacher, student, prompt, settings, seed)
+        tokens = streamed.tokens()
+        first = list(itertools.islice(tokens, 1))
+        ttft = time.perf_counter() - start
+        return MethodOutput(first + list(tokens), streamed.sequence.statistics, ttft)
     return decode
 
 def generate_method(teacher: Teacher, settings: DecodeSettings, seed: int, **options: Any) -> Method:
     """Return a method that calls `generate_baseline`."""
     def decode(prompt):
-        return generate_baseline(teacher, prompt, settings, seed, **options)
+        first = FirstToken()
+        tokens = generate_baseline(teacher, prompt, settings, seed, streamer=first, **options)
+        return MethodOutput(tokens, ttft=first.seconds)
     return decode
 
 def assisted_method(
@@ -151,7 +189,9 @@ def assisted_method(
 ) -> Method:
     """Return a method that calls `generate_assisted`."""
     def decode(prompt):
-        return generate_assisted(teacher, student, prompt, settings, seed, **assistant)
+        first = FirstToken()
+        tokens = generate_assisted(teacher, student, prompt, settings, seed, first, **assistant)
+        return MethodOutput(tokens, ttft=first.seconds)
     return decode
 
 # %% ../nbs/09a_bench.ipynb #84121053
@@ -230,20 +270,27 @@ class Decoded:
     """by prompt"""
     statistics: Statistics | None = None
     """summed over the prompts; None for methods of `transformers`"""
+    ttft: list[float] = field(default_factory=list)
+    """seconds to the first token, by prompt; empty if not measured"""
 
-    def add(self, result: list[int] | SpeculativeResult, seconds: float) -> None:
+    def add(self, output: MethodOutput, seconds: float) -> None:
         """Add the output for one prompt."""
-        if isinstance(result, SpeculativeResult):
-            self.texts.append(result.tokens)
-            self.statistics = result.statistics if self.statistics is None else self.statistics + result.statistics
-        else:
-            self.texts.append(result)
+        self.texts.append(output.tokens)
         self.seconds.append(seconds)
+        if output.statistics:
+            self.statistics = self.statistics + output.statistics if self.statistics else output.statistics
+        self.ttft += [] if output.ttft is None else [output.ttft]
 
     @property
     def speed(self) -> float:
         """Tokens per second over all prompts."""
         return sum(map(len, self.texts)) / sum(self.seconds)
+
+    @property
+    def tpot(self) -> list[float]:
+        """Seconds per output token after the first, by prompt; without prompts that have only one new token."""
+        times = zip(self.texts, self.seconds, self.ttft)
+        return [(seconds - ttft) / (len(text) - 1) for text, seconds, ttft in times if len(text) > 1]
 
     def identical(self, other: "Decoded") -> float:
         """Return the share of prompts with the same tokens in both."""
@@ -252,7 +299,7 @@ class Decoded:
     def __add__(self, other: "Decoded") -> "Decoded":
         counted = [part.statistics for part in (self, other) if part.statistics]
         total = functools.reduce(operator.add, counted) if counted else None
-        return Decoded(self.texts + other.texts, self.seconds + other.seconds, total)
+        return Decoded(self.texts + other.texts, self.seconds + other.seconds, total, self.ttft + other.ttft)
 
 # %% ../nbs/09a_bench.ipynb #e9ab983b
 def decode_interleaved(
@@ -356,6 +403,35 @@ def predicted_run_speedup(
     tokens, seconds = sum(map(len, baseline.texts)), sum(baseline.seconds)
     return seconds / (seconds + step * tokens * (steps_per_token - 1))
 
+# %% ../nbs/09a_bench.ipynb #caf4ecf1
+HEADLINE_PROMPTS = 40  # at least, for a speedup that is quoted
+
+def _ratio_of_speeds(tokens, seconds, target_tokens, target_seconds, axis):
+    """Return the ratio of tokens per second over all prompts, from arrays by prompt."""
+    return tokens.sum(axis) / seconds.sum(axis) * target_seconds.sum(axis) / target_tokens.sum(axis)
+
+def speedup_interval(one: Decoded, target: Decoded) -> tuple[float, float] | None:
+    """Return the 95% bootstrap interval of `one.speed / target.speed` over prompts; None for fewer than two prompts."""
+    if len(one.texts) < 2:
+        return None
+    samples = [values for part in (one, target) for values in (list(map(len, part.texts)), part.seconds)]
+    return bootstrap_interval(*samples, statistic=_ratio_of_speeds)
+
+def speedup_figures(one: Decoded, target: Decoded, prefix: str = "") -> dict[str, float]:
+    """Return the figures `speedup`, `speedup_low` and `speedup_high`, each after the prefix."""
+    low_and_high = speedup_interval(one, target) or ()
+    names = (f"{prefix}speedup_low", f"{prefix}speedup_high")
+    return {f"{prefix}speedup": one.speed / target.speed} | dict(zip(names, low_and_high))
+
+def _p50_ms(seconds: list[float]) -> float:
+    """Return the median in milliseconds; NaN without values."""
+    return 1e3 * statistics.median(seconds) if seconds else math.nan
+
+def latency_figures(one: Decoded, target: Decoded) -> dict[str, float]:
+    """Return the medians of TTFT and TPOT in milliseconds, also of `generate`."""
+    return {"ttft_p50": _p50_ms(one.ttft), "tpot_p50": _p50_ms(one.tpot),
+            "teacher_ttft_p50": _p50_ms(target.ttft), "teacher_tpot_p50": _p50_ms(target.tpot)}
+
 # %% ../nbs/09a_bench.ipynb #e4c30e26
 def _baseline_figures(decoded: dict[str, Decoded], s: Statistics, costs: StepCosts) -> dict[str, float]:
     """Return the speedup of kdcode without drafting and the prediction from it; NaN if it was not measured."""
@@ -387,12 +463,14 @@ def decode_figures(
 ) -> dict[str, float]:
     """Return the figures of a decoding benchmark."""
     target, draft = decoded[GENERATE], decoded[drafter]
-    s, speedup = draft.statistics, draft.speed / target.speed
+    s, hybrid = draft.statistics, decoded.get(DRAFTER_LABELS["hybrid"])
     figures = {"identical": draft.identical(target), "acceptance_rate": s.acceptance_rate,
-               "tokens_per_call": s.tokens_per_call, "speedup": speedup, "teacher_tokens_per_second": target.speed,
+               "tokens_per_call": s.tokens_per_call, "teacher_tokens_per_second": target.speed,
                "speculative_tokens_per_second": draft.speed, "outside_share": s.outside_share,
                "draft_share": s.student_seconds / s.seconds, "c": costs.c, "v": costs.v(gamma)}
-    return figures | _baseline_figures(decoded, s, costs) | _transformers_figures(decoded, speedup)
+    figures |= speedup_figures(draft, target) | latency_figures(draft, target)
+    figures |= speedup_figures(hybrid, target, "hybrid_") if hybrid else {}
+    return figures | _baseline_figures(decoded, s, costs) | _transformers_figures(decoded, figures["speedup"])
 
 # %% ../nbs/09a_bench.ipynb #b5643a87
 def _method_row(name: str, one: Decoded, target: Decoded, greedy: bool) -> dict[str, Any]:
@@ -400,7 +478,10 @@ def _method_row(name: str, one: Decoded, target: Decoded, greedy: bool) -> dict[
     s, is_target = one.statistics, one is target
     per_call = 1.0 if is_target else s and s.tokens_per_call
     identical = None if is_target or not greedy else f"{one.identical(target):.0%}"
+    interval = None if is_target else speedup_interval(one, target)
     return {"method": name, "tokens/s": one.speed, "speedup": one.speed / target.speed,
+            "95% interval": interval and f"{interval[0]:.2f} to {interval[1]:.2f}",
+            "TTFT p50, ms": _p50_ms(one.ttft), "TPOT p50, ms": _p50_ms(one.tpot),
             "acceptance rate α": s and s.acceptance_rate, "tokens per target call": per_call,
             "identical outputs": identical}
 
@@ -425,6 +506,17 @@ def explain_speed(figures: dict[str, float], gamma: int) -> str:
     return text + (f"The measured speedup is {figures['speedup']:.2f}, with {figures['tokens_per_call']:.2f} tokens "
                    f"per target call. Drafting took {figures['draft_share']:.1%} of the time, and "
                    f"{figures['outside_share']:.1%} was spent in neither model.")
+
+# %% ../nbs/09a_bench.ipynb #637d153f
+LATENCY_NOTE = ("TTFT: time to first token. TPOT: time per further token, (total − TTFT) / (tokens − 1). "
+                "Both are medians.")
+
+def interval_note(prompts: int) -> str:
+    """Return a sentence on the intervals over a number of prompts, and on headlines."""
+    if prompts < 2:
+        return f"Intervals need at least 2 prompts, a headline at least {HEADLINE_PROMPTS}."
+    note = f"Speedups are ratios of tokens/s over all {prompts} prompts, with 95% bootstrap intervals over the prompts."
+    return note if prompts >= HEADLINE_PROMPTS else f"{note} A headline needs at least {HEADLINE_PROMPTS} prompts."
 
 # %% ../nbs/09a_bench.ipynb #3fe9b5df
 @plot_style
@@ -574,6 +666,17 @@ def _benchmark_methods(
         methods[name] = kdcode_method(teacher, other, replace(own, max_new_tokens=max_new_tokens), config.seed)
     return methods
 
+def _warm_up_and_decode(
+    methods: Callable[[int], dict[str, Method]],  # by label, for a maximum number of new tokens
+    problems: list[dict],
+    max_new_tokens: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Decoded]:
+    """Decode with every method, after an untimed prompt."""
+    decode_interleaved(methods(WARM_UP_TOKENS), problems[:1], device)
+    return decode_interleaved(methods(max_new_tokens), problems, device, progress)
+
 # %% ../nbs/09a_bench.ipynb #96d1c2fe
 def _decode_plots(decoded: dict[str, Decoded], costs: StepCosts, gamma: int, drafter: str) -> dict[str, Figure]:
     """Return the plots of a decoding benchmark by file name, as far as their data were measured."""
@@ -616,17 +719,82 @@ def bench_decode(
     folder = folder or run_folder(config)/"bench-decode"
     folder.mkdir(parents=True, exist_ok=True)
     methods = functools.partial(_benchmark_methods, teacher, student, config, compare, others)
-    decode_interleaved(methods(WARM_UP_TOKENS), problems[:1], teacher.device)
-    decoded = decode_interleaved(methods(settings.max_new_tokens), problems, teacher.device, progress)
+    decoded = _warm_up_and_decode(methods, problems, settings.max_new_tokens, teacher.device, progress)
     largest = max(settings.gamma, *GAMMAS) if compare == "all" else settings.gamma
     costs = step_costs(teacher.model, student, largest, settings)
     figures = decode_figures(decoded, costs, settings.gamma, drafter)
     work = f"{len(problems)} HumanEval prompts, at most {settings.max_new_tokens} new tokens"
-    notes = [f"{work}, {sampling_name(settings)}.", explain_speed(figures, settings.gamma)]
+    notes = [f"{work}, {sampling_name(settings)}. {interval_note(len(problems))} {LATENCY_NOTE}",
+             explain_speed(figures, settings.gamma)]
     figures, check = _output_check(teacher, problems, decoded, settings, figures)
     images = save_plots(folder, _decode_plots(decoded, costs, settings.gamma, drafter))
     rows = decode_rows(decoded, greedy=settings.temperature == 0)
     report = Report(command, config, figures, rows, notes + check, images)
+    report.save(folder)
+    return report
+
+# %% ../nbs/09a_bench.ipynb #783f0131
+PROMPT_LENGTHS = (100, 1000, 4000)  # tokens
+NEW_TOKENS = (128, 1024)            # at most
+
+def length_prompts(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    config: Config,                  # `decode.problems` is the maximum number of prompts of a length
+    lengths: tuple[int, ...],        # prompt tokens
+    new_tokens: tuple[int, ...],
+) -> dict[tuple[int, int], list[dict]]:
+    """Return prompts by length and number of new tokens, without those that do not fit into the context.
+
+    Raises `ConfigError` if none fits, or if the standard library has no file that is long enough.
+    """
+    limit, found = context_limit(teacher, student), {}
+    fitting = [length for length in lengths if length + min(new_tokens) <= limit]
+    files = long_files(teacher.tokenizer, config, max(fitting, default=0), config.decode.problems) if fitting else []
+    for length in fitting:
+        prompts = [teacher.tokenizer.decode(ids[-length:]) for ids in files]
+        longest = max((len(prompt_ids(teacher, prompt)) for prompt in prompts), default=limit)
+        for new in new_tokens:
+            if longest + new <= limit:
+                found[length, new] = [{"prompt": prompt} for prompt in prompts]
+    if found:
+        return found
+    raise ConfigError(f"prompts of {min(lengths)} tokens and {min(new_tokens)} new ones do not fit into the context of "
+                      f"teacher and student, {limit} tokens, or the standard library has no file that is long enough "
+                      f"(found {len(files)}); use models with a longer context")
+
+# %% ../nbs/09a_bench.ipynb #d93c4262
+def _length_rows(prompt: int, new: int, decoded: dict[str, Decoded], greedy: bool) -> list[dict[str, Any]]:
+    """Return the rows of a prompt length and a number of new tokens."""
+    means = [statistics.mean(map(len, one.texts)) for one in decoded.values()]
+    return [{"prompt tokens": prompt, "new tokens": f"{mean:.0f} of {new}"} | row
+            for mean, row in zip(means, decode_rows(decoded, greedy))]
+
+def bench_lengths(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    config: Config,
+    folder: Path,  # gets report.json and report.md
+    command: str,  # the command line
+    progress: Callable[[int, int], None] | None = None,  # called with the lengths done and the total
+    lengths: tuple[int, ...] = PROMPT_LENGTHS,
+    new_tokens: tuple[int, ...] = NEW_TOKENS,
+) -> Report:
+    """Compare the drafter of the settings with `generate`, by prompt length and number of new tokens."""
+    settings, drafter, rows, figures = config.decode, DRAFTER_LABELS[config.decode.drafter], [], {}
+    methods = functools.partial(_benchmark_methods, teacher, student, config, "pair", {})
+    prompts = length_prompts(teacher, student, config, lengths, new_tokens)
+    for done, ((length, new), problems) in enumerate(prompts.items(), 1):
+        decoded = _warm_up_and_decode(methods, problems, new, teacher.device)
+        pair = decoded[drafter], decoded[GENERATE]
+        rows += _length_rows(length, new, decoded, settings.temperature == 0)
+        figures |= {f"{name}_{length}_{new}": value
+                    for name, value in (speedup_figures(*pair) | latency_figures(*pair)).items()}
+        if progress:
+            progress(done, len(prompts))
+    notes = [f"Prompts from held-out files of the standard library, {sampling_name(settings)}. New tokens: mean over "
+             f"prompts, and the maximum. {interval_note(len(problems))} {LATENCY_NOTE}"]
+    report = Report(command, config, figures, rows, notes)
     report.save(folder)
     return report
 
@@ -948,9 +1116,7 @@ def bench_targets(
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Compare cached with online targets: size, speed and acceptance. Raises `ConfigError` for `data.block_sizes`."""
-    if config.data.block_sizes:
-        raise ConfigError(f"data.block_sizes is {config.data.block_sizes}, but this benchmark times steps with blocks "
-                          "of one length; use data.block_size")
+    config.data.check_one_length()
     config = replace(config, train=replace(config.train, upload=None))
     runs = {"online": (replace(config, targets=TargetsSettings()), folder/"online"),
             f"cached, {config.targets.kind}": (config, folder/"cached")}

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from .config import cache_folder, ConfigError
 from .eagle import SharedModule
-from .provenance import processor, short_hash, write_atomic
+from .provenance import processor_hash, short_hash, write_atomic
 from .student import KVCache, Student, to_device
 from .threads import THREADS
 
@@ -142,7 +142,7 @@ def measurement_key(layers: list[nn.Linear]) -> str:
     """Return the hash of everything that the times of these layers depend on."""
     shapes = sorted((str(dtype), *shape) for dtype, shape in {(layer.weight.dtype, layer.weight.shape)
                                                               for layer in layers})
-    return short_hash([processor(), torch.get_num_threads(), torch.__version__, shapes])
+    return short_hash([processor_hash(), torch.get_num_threads(), torch.__version__, shapes])
 
 def read_kernels(file: Path) -> Kernels | None:
     """Return the kernels in a file of `write_kernels`; None if there is no such file, or it is damaged."""

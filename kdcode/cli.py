@@ -10,14 +10,15 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune',
            'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
            'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode',
-           'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile', 'bench_steps', 'bench_loss',
-           'bench_targets', 'record_command', 'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record',
-           'write_student', 'grow_student', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage',
-           'make_parser', 'main_help', 'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option',
-           'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt',
-           'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation', 'check_corpus',
-           'check_student', 'check_targets', 'check_training', 'check_doctor', 'check_models', 'check_lookup',
-           'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
+           'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile',
+           'bench_steps', 'bench_loss', 'bench_targets', 'record_command', 'run_bench', 'run_eval', 'run_doctor',
+           'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
+           'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
+           'parse', 'read_prompt', 'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
+           'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training', 'check_doctor',
+           'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command',
+           'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -38,14 +39,15 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from . import __version__
-from .config import (
+from kdcode.config import (
     add_config, check_keys, check_search_space, Config, ConfigError, field_docs, generated_text_folder, home,
-    one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, SHORT_PROMPT)
+    one_line_error, read_experiment, read_yaml, resolve, run_folder, run_path, Settings, settings_by_source,
+    SHORT_PROMPT)
 from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
     check_search, check_stack_token, check_teacher_name, check_weights, check_writable, did_you_mean, draft_folder,
-    is_draft_head, is_hub_id, model_source, read_prompts, report_files, result_folder, shipped_draft, shipped_drafts,
-    source_folder, teacher_fingerprint)
+    is_draft_head, is_hub_id, LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files, result_folder,
+    shipped_draft, shipped_drafts, source_folder, student_architecture, teacher_fingerprint, teacher_vocabulary)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -157,11 +159,8 @@ def print_report(report, *lines: str) -> None:
 
 def train_student(config: Config, folder: Path, steps: Steps, resume: bool) -> tuple:
     """Return the teacher in its decoding dtype and the trained student (three steps: corpus, teacher, training)."""
-    from kdcode.callbacks import remote_folder
     from kdcode.train import distill
     check_run(config, folder, resume)
-    if config.train.upload:
-        remote_folder(config.train.upload)
     corpus, teacher, labelling_teacher = load_corpus_and_teachers(config, folder, steps)
     dtype = str(labelling_teacher.model.dtype).removeprefix("torch.")
     note = "; resumes an unfinished run, keeps a finished one" if resume else ""
@@ -230,14 +229,15 @@ def run_tune(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #d2b8df62
 def default_draft(
     config: Config,
-    engine: str = "kdcode",  # vLLM cannot run the shipped heads, which are of an earlier form
+    engine: str = "kdcode",  # vLLM cannot run heads of an earlier form
 ) -> Path | None:
     """Return the run's student if there is one, else the student shipped for the teacher and engine, else None."""
     student, path = run_path(config)/"student", shipped_draft(config.teacher.name)
     if (student/"config.json").exists() or path is None:
         return student if student.exists() else None
     independent = path.with_name(f"{path.name}-independent")
-    return independent if engine == "vllm" and independent.exists() else path
+    legacy = engine == "vllm" and student_architecture(str(path)) == LEGACY_HEAD
+    return independent if legacy and independent.exists() else path
 
 # %% ../nbs/12_cli.ipynb #dac8b042
 def load_pair(
@@ -385,6 +385,12 @@ def bench_decode(config: Config, folder: Path, options):
     return bench.bench_decode(*pair, problems, config, folder, options.command_line, ProgressBar("prompt"),
                               options.compare)
 
+def bench_lengths(config: Config, folder: Path, options):
+    """Measure the drafter after short and long prompts."""
+    from kdcode import bench
+    pair = load_compiled_pair(config, options.draft)
+    return bench.bench_lengths(*pair, config, folder, options.command_line, ProgressBar("length"))
+
 def bench_tasks(config: Config, folder: Path, options):
     """Measure the drafters by task."""
     from kdcode import bench
@@ -441,6 +447,7 @@ def bench_targets(config: Config, folder: Path, options):
 
 BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "decode": (bench_decode, "speculative decoding against decoding without drafting"),
+    "lengths": (bench_lengths, "short and long prompts and answers"),
     "tasks": (bench_tasks, "n-gram, student and hybrid drafts by task"),
     "engines": (bench_engines, "transformers, vLLM and llama.cpp on the same prompts"),
     "steps": (bench_steps, "a target call by number of tokens, dtype and kernels"),
@@ -1053,14 +1060,27 @@ def check_evaluation(config: Config, options) -> None:
 
 # %% ../nbs/12_cli.ipynb #330ed971
 def check_corpus(config: Config) -> None:
-    """Raise `ConfigError` if a folder of the corpus does not exist, or a gated data set needs a token."""
+    """Raise `ConfigError` if a source does not exist, is too small for a block, or a gated data set needs a token."""
+    settings_by_source(config.data)
     parts = config.data.source if isinstance(config.data.source, list) else [config.data]
     paths = [part.path for part in parts if part.source == "folder"]
     if "teacher" in config.data.sources and config.data.prompt_source == "folder":
         paths.append(config.data.path)
+    if config.data.path and config.data.path not in paths:
+        raise ConfigError(f"data.path is {config.data.path}, but no source reads it: data.source is "
+                          f"{', '.join(config.data.sources)}; remove data.path, or set data.source to folder")
     if not (run_path(config)/"corpus"/"corpus.json").exists():
         for path in paths: source_folder(path)
         if "the-stack" in config.data.sources: check_stack_token()
+
+def check_infilling(config: Config) -> None:
+    """Raise `ConfigError` if the teacher is known to have no tokens for filling in the middle."""
+    if not config.data.fim_share: return
+    from kdcode.infill import FIM_FORMATS, no_fim_tokens
+    name, known = config.teacher.name, teacher_vocabulary(config.teacher.name).keys()
+    formats = ({fim.prefix, fim.suffix, fim.middle} - {""} for fim in FIM_FORMATS)
+    if name == "smollm2" or known and not any(tokens <= known for tokens in formats):
+        raise no_fim_tokens(name)
 
 def check_student(config: Config) -> None:
     """Raise `ConfigError` for layers that the teacher does not have, and for a student to start from that is none."""
@@ -1080,11 +1100,16 @@ def check_targets(config: Config) -> None:
 def check_training(config: Config, options) -> None:
     """Raise `ConfigError` for a corpus or a run folder with which a command cannot train."""
     check_corpus(config)
+    check_infilling(config)
     check_student(config)
+    if config.train.upload:
+        remote_folder(config.train.upload)
     if options.command in ("distill", "demo"):
         check_run(config, run_path(config), options.get("resume", True))
     if options.command == "targets" or options.get("benchmark") == "targets":
         check_targets(config)
+    if options.get("benchmark") == "targets":
+        config.data.check_one_length()
     if options.command == "tune":
         check_search(config, run_path(config))
         if options.space:

@@ -7,12 +7,12 @@ __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'R
            'FREE_LOCK', 'CUDA_GRAPHS', 'COMPILING', 'HOOKS', 'StaticCache', 'transposed_rows_linear',
            'transposed_dtypes', 'TransposedKernels', 'grouped_sdpa', 'grouped_attention', 'static_step', 'round_up',
            'uses_cuda_graphs', 'padded_count', 'span_size', 'storage_capacity', 'StepKind', 'step_kind', 'ready_kind',
-           'code_folder', 'use_compiler_cache', 'discard_code', 'lasting_guards', 'compiler', 'graph_marker',
-           'is_on_disk', 'mark_on_disk', 'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind', 'take_storage',
-           'free_storage', 'ReusedCache', 'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs', 'StaticModel',
-           'hook_ids', 'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding',
-           'plain_logits', 'compile_step', 'first_line', 'check_graph', 'add_graph', 'compile_steps', 'usual_kinds',
-           'load_steps', 'compile_in_background']
+           'user_code_folder', 'code_folder', 'use_compiler_cache', 'discard_code', 'lasting_guards', 'compiler',
+           'graph_marker', 'is_on_disk', 'mark_on_disk', 'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind',
+           'take_storage', 'free_storage', 'ReusedCache', 'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs',
+           'StaticModel', 'hook_ids', 'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings',
+           'perturbed_embedding', 'plain_logits', 'compile_step', 'first_line', 'check_graph', 'add_graph',
+           'compile_steps', 'usual_kinds', 'load_steps', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import inspect
@@ -45,7 +45,7 @@ from .cached_model import (
     additive_mask, CachedModel, deviation, feature_inputs, is_int8, Kernels, least_tolerance, NOISE_FACTOR, pad_tokens,
     tuned_kernels, without_cudnn_attention)
 from .config import cache_folder
-from .provenance import processor, short_hash, write_atomic
+from .provenance import processor_hash, short_hash, write_atomic
 from .student import KVCache, Student, to_device
 from .threads import THREADS
 
@@ -223,15 +223,19 @@ def ready_kind(model: PreTrainedModel, kind: StepKind) -> StepKind | None:
     return next((other for other in ready if replace(other, hidden_layers=()) == kind), None)
 
 # %% ../nbs/02c_compiled_step.ipynb #6aff1aca
+def user_code_folder() -> Path:
+    """Return the folder of compiled code in the user's cache, one for each kind of processor."""
+    return cache_folder()/"compiled"/processor_hash()
+
 def code_folder() -> Path:
     """Return the folder of compiled code: in the user's cache, unless the environment names another one."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imported late: it takes long
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
-    return cache_folder()/"compiled" if named == default_cache_dir() else Path(named)
+    return user_code_folder() if named == default_cache_dir() else Path(named)
 
 def use_compiler_cache() -> None:
     """Let the compiler keep its code in `code_folder`."""
-    folder = cache_folder()/"compiled"
+    folder = user_code_folder()
     logging.getLogger("torch._inductor.codecache").setLevel(logging.ERROR)  # no traceback of a damaged entry
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +247,7 @@ def use_compiler_cache() -> None:
 def discard_code() -> bool:
     """Remove all compiled code from the user's cache; return whether it could be. A folder that was named stays."""
     folder = code_folder()
-    if folder != cache_folder()/"compiled":
+    if folder != user_code_folder():
         return False
     removed = folder.with_name(f"{folder.name}-{os.getpid()}-removed")  # code of other processes stays loaded
     try: folder.rename(removed)
@@ -279,7 +283,7 @@ def graph_marker(model: PreTrainedModel, kind: StepKind) -> Path:
     fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
     shapes = [(name, str(x.dtype), x.shape) for name, x in model.named_parameters()]
     transposed = sorted(map(str, transposed_dtypes(tuned_kernels(model)[1])))
-    device = processor() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
+    device = processor_hash() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
     parts = (static_step, StaticCache.update, transposed_rows_linear, grouped_sdpa)
     source = [inspect.getsource(part) for part in parts]
     known = [type(model).__qualname__, json.dumps(fields, sort_keys=True, default=str), shapes, transposed, str(kind),

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Sources', 'Divergences', 'DIVERGENCES', 'EXAMPLE_PROMPTS', 'EXAMPLE_PROMPT', 'SHORT_PROMPT', 'SearchSpace',
            'ConfigError', 'bounded', 'list_field', 'Settings', 'TeacherSettings', 'SourceSettings',
-           'SourceAndPromptSettings', 'BlockSettings', 'DataSettings', 'StudentSettings', 'TargetsSettings',
-           'LossSettings', 'OptimizerSettings', 'TrainSettings', 'GenerationSettings', 'DecodeSettings', 'EvalSettings',
-           'ServeSettings', 'Config', 'html_table', 'field_docs', 'settings_html', 'config_html', 'add_config',
-           'one_line_error', 'check_keys', 'UniqueKeyLoader', 'read_yaml', 'config_parser', 'resolve', 'make_config',
-           'load_config', 'save_config', 'with_overrides', 'Experiment', 'read_experiment', 'check_search_space',
-           'home', 'cache_folder', 'run_path', 'generated_text_folder', 'run_folder']
+           'SourceAndPromptSettings', 'BlockSettings', 'DataSettings', 'settings_by_source', 'StudentSettings',
+           'TargetsSettings', 'LossSettings', 'OptimizerSettings', 'TrainSettings', 'GenerationSettings',
+           'DecodeSettings', 'EvalSettings', 'ServeSettings', 'Config', 'html_table', 'field_docs', 'settings_html',
+           'config_html', 'add_config', 'one_line_error', 'check_keys', 'UniqueKeyLoader', 'read_yaml', 'config_parser',
+           'resolve', 'make_config', 'load_config', 'save_config', 'with_overrides', 'Experiment', 'read_experiment',
+           'check_search_space', 'home', 'cache_folder', 'run_path', 'generated_text_folder', 'run_folder']
 
 # %% ../nbs/00a_config.ipynb #bbd05458
 import copy
@@ -22,7 +22,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, Literal, TYPE_CHECKING
 
@@ -111,7 +111,7 @@ class Settings:
 class TeacherSettings(Settings):
     """Teacher (target model)."""
     name: str = "smollm2"
-    """smollm2 (embedded), a Hub id, a folder with safetensors, a .gguf file, or a server's URL: http://host:8000/v1"""
+    """smollm2 (embedded), a Hub id, a folder with safetensors, a .gguf file; for targets and distill, also a server"""
     tokenizer: str | None = None
     """folder or Hub id with the tokenizer of a teacher on a server; only for a URL"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -231,6 +231,12 @@ class BlockSettings(SourceAndPromptSettings):
         shares = self.block_shares or [1.] * len(sizes)
         return {size: share / sum(shares) for size, share in zip(sizes, shares)}
 
+    def check_one_length(self) -> None:
+        """Raise `ConfigError` if there are blocks of several lengths."""
+        if self.block_sizes:
+            raise ConfigError(f"data.block_sizes is {self.block_sizes}, but this benchmark times steps with blocks of "
+                              "one length; use data.block_size")
+
 # %% ../nbs/00a_config.ipynb #01712760
 @dataclass(repr=False)
 class DataSettings(BlockSettings):
@@ -255,6 +261,31 @@ class DataSettings(BlockSettings):
     """maximum document length in characters; longer documents are left out"""
 
     added_later = ("block_sizes", "block_shares", "fim_share")
+
+# %% ../nbs/00a_config.ipynb #1ad3518a
+def settings_by_source(
+    settings: DataSettings,
+) -> list[DataSettings]:  # one source each, with its part of `tokens` and `validation_tokens`
+    """Return the settings of each source. Raise `ConfigError` if there are fewer blocks than sources."""
+    mixture = settings.source if isinstance(settings.source, list) else [SourceSettings()]
+    sizes = list(settings.token_shares)
+    unit = sum(sizes)
+    for key in ("tokens", "validation_tokens"):
+        tokens, minimum = getattr(settings, key), unit * len(mixture)
+        if tokens < minimum:
+            raise ConfigError(f"data.{key} is {tokens}, less than one block of {' and one of '.join(map(str, sizes))} "
+                              f"tokens for each source; give at least {minimum}")
+    if isinstance(settings.source, str):
+        return [settings]
+    weights = sum(part.weight for part in mixture)
+
+    def tokens_of(part, tokens):
+        return max(1, round(tokens / unit * part.weight / weights)) * unit
+
+    return [replace(
+        settings, source=part.source, path=part.path, suffixes=part.suffixes, language=part.language,
+        tokens=tokens_of(part, settings.tokens),
+        validation_tokens=tokens_of(part, settings.validation_tokens)) for part in mixture]
 
 # %% ../nbs/00a_config.ipynb #76cd72d4
 @dataclass(repr=False)

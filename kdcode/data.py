@@ -10,8 +10,8 @@ __all__ = ['LANGUAGE_OVERRIDES', 'RETRY_DELAYS', 'logger', 'SOURCES', 'GENERATED
            'usable_documents', 'split_of', 'tokenizer_fingerprint', 'different_tokens', 'describe_tokens',
            'check_same_tokenizer', 'text_ids', 'text_after', 'end_of_text_id', 'encode', 'encode_infilling',
            'encode_some_infilling', 'Packer', 'blocks_by_size', 'BlockSizes', 'block_lengths', 'SplitWriter',
-           'settings_by_source', 'write_splits', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'longest_block',
-           'length_batches', 'count_ids', 'most_frequent_ids']
+           'write_splits', 'Corpus', 'load_corpus', 'build_corpus', 'collate', 'longest_block', 'length_batches',
+           'count_ids', 'most_frequent_ids']
 
 # %% ../nbs/01_data.ipynb #0415152c
 import functools
@@ -43,7 +43,7 @@ from pygments.lexers import find_lexer_class_for_filename
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .config import ConfigError, DataSettings, SourceSettings
+from .config import ConfigError, DataSettings, settings_by_source
 from .files import check_stack_token, source_folder, STACK_TERMS, vocabulary_fingerprint
 from .infill import beginning_ids, check_fim, fim_marks, middle_end_id, order_parts, part_encoding
 from .notebook import watched_bar
@@ -614,31 +614,6 @@ class SplitWriter:
         """Finish the file and return the statistics of the split."""
         self.file.finalize()
         return self.statistics.summary()
-
-# %% ../nbs/01_data.ipynb #1ad3518a
-def settings_by_source(
-    settings: DataSettings,
-) -> list[DataSettings]:  # one source each, with its part of `tokens` and `validation_tokens`
-    """Return the settings of each source. Raise `ConfigError` if there are fewer blocks than sources."""
-    mixture = settings.source if isinstance(settings.source, list) else [SourceSettings()]
-    sizes = list(settings.token_shares)
-    unit = sum(sizes)
-    for key in ("tokens", "validation_tokens"):
-        tokens, minimum = getattr(settings, key), unit * len(mixture)
-        if tokens < minimum:
-            raise ConfigError(f"data.{key} is {tokens}, less than one block of {' and one of '.join(map(str, sizes))} "
-                              f"tokens for each source; give at least {minimum}")
-    if isinstance(settings.source, str):
-        return [settings]
-    weights = sum(part.weight for part in mixture)
-
-    def tokens_of(part, tokens):
-        return max(1, round(tokens / unit * part.weight / weights)) * unit
-
-    return [replace(
-        settings, source=part.source, path=part.path, suffixes=part.suffixes, language=part.language,
-        tokens=tokens_of(part, settings.tokens),
-        validation_tokens=tokens_of(part, settings.validation_tokens)) for part in mixture]
 
 # %% ../nbs/01_data.ipynb #865c3105
 def _shortage(settings: DataSettings, documents: int, rejected: Counter) -> str:

@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['FUNCTIONS', 'TASKS', 'INFILLING', 'PromptTexts', 'line_task', 'docstring_task', 'editing_task', 'test_task',
            'task_prompts', 'infilling_task', 'teacher_task_prompts', 'draft_hidden_states', 'draft_logits',
-           'matching_drafts', 'replay', 'first_draft_acceptance', 'top1_agreement', 'evaluation_texts']
+           'matching_drafts', 'replay', 'first_draft_acceptance', 'top1_agreement', 'evaluation_texts', 'long_files',
+           'context_limit']
 
 # %% ../nbs/08_draft_eval.ipynb #56e468ef
 import ast
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import ConfigError, DecodeSettings
-from .data import humaneval_problems
+from .config import Config, ConfigError, DecodeSettings
+from .data import humaneval_problems, read_source, split_of, text_ids, usable_documents
 from .decode import prompt_ids
 from .eagle import EagleStudent
 from .infill import fim_text, find_fim_format
@@ -357,3 +360,19 @@ def evaluation_texts(
     human = teacher.tokenizer(solutions, add_special_tokens=False).input_ids
     return {"greedy": stored["greedy"], "sampled": stored["sampled"],
             "human": [(prompt, text[:settings.max_new_tokens]) for prompt, text in zip(ids, human)]}
+
+# %% ../nbs/08_draft_eval.ipynb #3a9ae49f
+def long_files(tokenizer: PreTrainedTokenizerBase, config: Config, tokens: int, n: int) -> list[list[int]]:
+    """Return the first `tokens` tokens of up to `n` held-out files of the standard library that are so long."""
+    settings, found = replace(config.data, source="stdlib"), []
+    for document in usable_documents(read_source(settings, config.seed), settings, Counter()):
+        if len(found) == n: break
+        held_out = split_of(document.text, settings.validation_share) == "validation"
+        if held_out and len(document.text) > tokens:  # a token has more than one character
+            ids = text_ids(tokenizer, document.text, add_special_tokens=False)
+            found += [ids[:tokens]] if len(ids) >= tokens else []
+    return found
+
+def context_limit(teacher: Teacher, student: PreTrainedModel) -> int:
+    """Return the number of tokens, prompt and new ones together, that fit into the context of both models."""
+    return min(teacher.context_size, getattr(student.config, "max_position_embeddings", teacher.context_size))

@@ -6,8 +6,8 @@
 __all__ = ['VLLM_ENVIRONMENT', 'METHODS', 'WARM_UP_TOKENS', 'FIGURE_PREFIXES', 'run_server', 'stop_process', 'call',
            'wait_until_ready', 'DraftCounts', 'Engine', 'drop_end_token', 'VLLM', 'metric', 'LlamaCpp', 'EngineFiles',
            'vllm_command', 'llama_command', 'engine_files', 'check_draft', 'engine_obstacle', 'method_name',
-           'start_engines', 'kdcode_methods', 'count_calls', 'all_methods', 'target_calls', 'own_counts',
-           'comparison_rows', 'bench_engines', 'engine_figures', 'benchmark_notes']
+           'start_engines', 'kdcode_methods', 'engine_method', 'count_calls', 'all_methods', 'target_calls',
+           'own_counts', 'comparison_rows', 'bench_engines', 'engine_figures', 'benchmark_notes']
 
 # %% ../nbs/09b_engines.ipynb #35ce3fce
 import json
@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +29,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedModel
 
 from .bench import (
-    DRAFTER_LABELS, decode_interleaved, Decoded, fixed_gamma_name, GENERATE, generate_baseline, Method, NO_DRAFT,
-    STUDENT_DRAFT, transformers_methods)
+    DRAFTER_LABELS, decode_interleaved, Decoded, fixed_gamma_name, GENERATE, generate_method, kdcode_method, Method,
+    MethodOutput, NO_DRAFT, STUDENT_DRAFT, transformers_methods)
 from .config import Config, ConfigError, DecodeSettings
 from .data import humaneval_problems
-from .decode import complete, prompt_ids
+from .decode import prompt_ids
 from .eagle import EagleStudent
 from .export import (
     as_llama, export_gguf, export_head, export_llama, export_teacher, llama_cpp_obstacle, open_head)
@@ -309,8 +308,12 @@ def kdcode_methods(
         fixed_gamma_name(settings.gamma): {"drafter": "student", "adaptive": False},
         DRAFTER_LABELS["hybrid"]: {"drafter": "hybrid"},
     }
-    return {name: partial(complete, teacher, student, settings=replace(settings, **change), seed=seed)
+    return {name: kdcode_method(teacher, student, replace(settings, **change), seed)
             for name, change in changes.items()}
+
+def engine_method(engine: Engine, settings: DecodeSettings) -> Method:
+    """Return a method that calls an engine."""
+    return lambda prompt: MethodOutput(engine.complete(prompt, settings))
 
 def count_calls(method: Method, model: PreTrainedModel, calls: Counter, name: str) -> Method:
     """Return the same method, which also adds its calls of `model` to `calls[name]`."""
@@ -329,11 +332,10 @@ def all_methods(
     calls: Counter,              # gets the target calls of transformers' methods, by method
 ) -> dict[str, Method]:
     """Return `generate` and the methods of kdcode, transformers and the engines, by label."""
-    methods = {GENERATE: lambda prompt: generate_baseline(teacher, prompt, settings, seed)}
-    methods |= kdcode_methods(teacher, student, settings, seed)
+    methods = {GENERATE: generate_method(teacher, settings, seed)} | kdcode_methods(teacher, student, settings, seed)
     for name, method in transformers_methods(teacher, student, settings, seed).items():
         methods[name] = count_calls(method, teacher.model, calls, name)
-    return methods | {name: partial(engine.complete, settings=settings) for name, engine in engines.items()}
+    return methods | {name: engine_method(engine, settings) for name, engine in engines.items()}
 
 # %% ../nbs/09b_engines.ipynb #05af92c7
 def target_calls(counts: DraftCounts, tokens: int, prompts: int) -> int:

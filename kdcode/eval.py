@@ -6,9 +6,9 @@
 __all__ = ['NO_DRAFT_SETTINGS', 'STOP_STRINGS', 'DOCUMENT_CHARACTERS', 'BY_ITSELF', 'AS_DRAFT', 'CONTEXTS', 'LONG_FILES',
            'CONTINUATION', 'PLOT_LABELS', 'COLUMNS', 'generate_texts', 'uses_chat_template', 'program_figures',
            'same_distribution', 'held_out_documents', 'text_figures', 'Candidate', 'is_student', 'open_candidate',
-           'agreement_figures', 'speed_rows', 'context_lengths', 'long_files', 'context_texts', 'context_figures',
-           'model_folder', 'quality_figures', 'draft_figures', 'method_note', 'draft_note', 'missing_note',
-           'short_name', 'plot_models', 'plot_contexts', 'report_models', 'compare_models']
+           'agreement_figures', 'speed_rows', 'context_lengths', 'context_texts', 'context_figures', 'model_folder',
+           'quality_figures', 'draft_figures', 'method_note', 'draft_note', 'missing_note', 'short_name', 'plot_models',
+           'plot_contexts', 'report_models', 'compare_models']
 
 # %% ../nbs/09e_eval.ipynb #050ebdcd
 import functools
@@ -27,18 +27,17 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from .bench import decode_interleaved
+from .bench import decode_interleaved, kdcode_method, Method
 from kdcode.code_eval import (
     chat_prompt, check_problems, held_out_lines, line_scores, parses, pass_at_k, read_problems, solution, test_program,
     text_metrics)
-from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings
+from .config import Config, ConfigError, DataSettings, DecodeSettings, EvalSettings, settings_by_source
 from .data import (
-    Document, humaneval_problems, read_source, settings_by_source, split_of, text_ids, tokenizer_fingerprint,
-    usable_documents)
-from .decode import complete, load_draft, prompt_ids, speculative_generate
-from .draft_eval import PromptTexts, replay, top1_agreement
+    Document, humaneval_problems, read_source, split_of, text_ids, tokenizer_fingerprint, usable_documents)
+from .decode import load_draft, prompt_ids, speculative_generate
+from .draft_eval import context_limit, long_files, PromptTexts, replay, top1_agreement
 from .eagle import EagleStudent, is_eagle_config
 from .notebook import plot_style
 from .provenance import machine, short_hash, write_atomic
@@ -248,22 +247,14 @@ def agreement_figures(teacher: Teacher, draft: PreTrainedModel, config: Config) 
 # %% ../nbs/09e_eval.ipynb #ac194258
 BY_ITSELF, AS_DRAFT = "by itself", "as a draft"
 
-def _decode_method(
-    model: Teacher, student: PreTrainedModel, settings: DecodeSettings, seed: int
-) -> Callable:  # from a prompt to a `SpeculativeResult`
-    """Return a function that decodes a prompt."""
-    def decode(prompt):
-        return complete(model, student, prompt, settings, seed)
-    return decode
-
 def _decode_methods(
     teacher: Teacher, candidates: list[Candidate], settings: DecodeSettings, seed: int
-) -> dict[tuple[str, str], Callable]:
+) -> dict[tuple[str, str], Method]:
     """Return all uses of the candidates by (name, use)."""
     no_draft = replace(settings, **NO_DRAFT_SETTINGS)
-    by_itself = {(one.name, BY_ITSELF): _decode_method(one.model, one.model.model, no_draft, seed)
+    by_itself = {(one.name, BY_ITSELF): kdcode_method(one.model, one.model.model, no_draft, seed)
                  for one in candidates if one.model}
-    return by_itself | {(one.name, AS_DRAFT): _decode_method(teacher, one.draft, settings, seed)
+    return by_itself | {(one.name, AS_DRAFT): kdcode_method(teacher, one.draft, settings, seed)
                         for one in candidates if one.draft}
 
 def speed_rows(
@@ -293,19 +284,7 @@ CONTINUATION = 64             # new tokens
 
 def context_lengths(teacher: Teacher, student: PreTrainedModel) -> list[int]:
     """Return the lengths in `CONTEXTS` for which both models have enough positions."""
-    limit = min(teacher.context_size, getattr(student.config, "max_position_embeddings", teacher.context_size))
-    return [length for length in CONTEXTS if length + CONTINUATION <= limit]
-
-def long_files(tokenizer: PreTrainedTokenizerBase, config: Config, tokens: int, n: int) -> list[list[int]]:
-    """Return the first `tokens` tokens of up to `n` held-out files of the standard library that are so long."""
-    settings, found = replace(config.data, source="stdlib"), []
-    for document in usable_documents(read_source(settings, config.seed), settings, Counter()):
-        if len(found) == n: break
-        held_out = split_of(document.text, settings.validation_share) == "validation"
-        if held_out and len(document.text) > tokens:  # a token has more than one character
-            ids = text_ids(tokenizer, document.text, add_special_tokens=False)
-            found += [ids[:tokens]] if len(ids) >= tokens else []
-    return found
+    return [length for length in CONTEXTS if length + CONTINUATION <= context_limit(teacher, student)]
 
 def context_texts(teacher: Teacher, config: Config, contexts: list[int]) -> dict[int, PromptTexts]:
     """Return contexts of each length with the teacher's greedy continuations."""

@@ -170,7 +170,7 @@ def machine_name(row: pd.Series) -> str:
     """Return a short name of a row's machine: the GPU, or the processor with its threads."""
     if row["gpu"] != "none":
         return row["gpu"]
-    processor = row["processor"].removesuffix(" Processor").replace("(R)", "")
+    processor = row["processor"].replace(" Processor", "").replace("(R)", "")
     return f"{processor}, {row['threads']} of {row['cores']} cores"
 
 def _figure_rows(history: pd.DataFrame, figure: str, results: list[str] | None) -> pd.DataFrame:

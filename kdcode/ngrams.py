@@ -9,7 +9,6 @@ __all__ = ['SEPARATOR', 'MAX_MATCH', 'MAX_CHAIN', 'MATCH_CLASSES', 'OWN_DISCOUNT
            'LookupText', 'lookup_store', 'Lookup', 'look_up', 'file_tokens', 'lookup_files']
 
 # %% ../nbs/07ab_ngrams.ipynb #d1012b31
-import hashlib
 import itertools
 import json
 from array import array
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import cache_folder, ConfigError
 from .data import text_ids, tokenizer_fingerprint
 from .files import check_lookup_files, read_tokens, TOKENS_SUFFIX
-from .provenance import write_atomic
+from .provenance import short_hash, write_atomic
 
 # %% ../nbs/07ab_ngrams.ipynb #ae7bad35
 SEPARATOR = -1  # between texts in an index; no token has this id
@@ -232,11 +231,10 @@ def file_tokens(
     """Return the tokens of a file, from the cache if it was tokenized before."""
     if path.suffix == TOKENS_SUFFIX:
         return read_tokens(path)[1]
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    cached = cache_folder()/"lookup"/f"{path.stem}-{digest}-{fingerprint}{TOKENS_SUFFIX}"
-    if cached.is_file():
-        return read_tokens(cached)[1]
-    tokens = text_ids(tokenizer, path.read_text(encoding="utf-8"), False)
+    text = path.read_text(encoding="utf-8")
+    cached = cache_folder()/"lookup"/f"{path.stem}-{short_hash(text)}-{fingerprint}{TOKENS_SUFFIX}"
+    try: return read_tokens(cached)[1]
+    except ConfigError: tokens = text_ids(tokenizer, text, False)  # not cached yet, or damaged
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cached, json.dumps({"tokenizer_fingerprint": fingerprint, "tokens": tokens}))

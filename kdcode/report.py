@@ -134,14 +134,16 @@ def display_report(report: Report) -> None:
 
 # %% ../nbs/09_report.ipynb #24bc15e9
 def bootstrap_interval(
-    values: list[float],     # independent measurements, at least two
+    *samples: list[float],  # one value per prompt, at least two; value i of each list belongs to prompt i
+    statistic: Callable[..., Any] = np.mean,  # of the samples as arrays, with the keyword `axis`
     resamples: int = 2000,
-) -> tuple[float, float]:    # low and high end
-    """Return the 95% percentile bootstrap interval of the mean.
+) -> tuple[float, float]:   # low and high end
+    """Return the 95% percentile bootstrap interval of a statistic over prompts.
 
     Raises `ValueError` for fewer than two values. Source: Efron 1979; computed by `scipy.stats.bootstrap`.
     """
-    result = bootstrap((values,), np.mean, n_resamples=resamples, confidence_level=.95, method="percentile", rng=0)
+    result = bootstrap(samples, statistic, paired=len(samples) > 1, n_resamples=resamples, confidence_level=.95,
+                       method="percentile", rng=0)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 # %% ../nbs/09_report.ipynb #a6162875

@@ -64,6 +64,7 @@ class StudentConfig(PreTrainedConfig):
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
+    sliding_window: int | None = None  # positions that one attends to, itself included; None: to all before it
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -296,14 +297,18 @@ def build_attention_mask(
     past: int,   # positions in the cache
     padding: Tensor | None,  # (batch, past + new), 0 at padding; or a finished mask (batch, 1, new, past + new)
     device: torch.device,
+    window: int | None = None,  # of sliding attention
 ) -> Tensor | None:  # (batch or 1, 1, new, past + new), True where a position may attend, or additive
     """Return the attention mask of a call, or None if the causal flag of the attention kernel is enough."""
     if padding is not None and padding.dim() == 4:
         return padding
     padded = padding is not None and not bool(padding.all())
-    if not padded and (new == 1 or past == 0):
+    limited = window is not None and past + new > window
+    if not padded and not limited and (new == 1 or past == 0):
         return None
     causal = torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)[None, None]
+    if limited:
+        causal = causal.triu(past - window + 1)
     if not padded:
         return causal
     # Padding positions attend to themselves: a softmax over nothing would be NaN.
@@ -357,7 +362,7 @@ class StudentModel(nn.Module):
         """Map `input_ids` (batch, new) to hidden states (batch, new, hidden)."""
         past = cache.get_seq_length() if cache is not None else 0
         x = self.embed(input_ids, features)
-        mask = build_attention_mask(x.shape[1], past, padding, x.device)
+        mask = build_attention_mask(x.shape[1], past, padding, x.device, self.config.sliding_window)
         if self.table is None or self.table.device != x.device or self.table.dtype != x.dtype:
             self.table = position_table(self.config, x)
         encodings = select_positions(self.table, past, x.shape[1], position_ids)

@@ -38,10 +38,10 @@ from transformers.trainer_callback import ExportableState
 # %% ../nbs/06b_train.ipynb #f893b95d
 from .callbacks import (
     checkpoint_step, damaged_file, find_checkpoint, FSDP_WEIGHTS, is_whole, mlflow_enabled, MLflowTracking,
-    plot_history, progress_callback, remote_folder, SampleText, StopIfEnded, StopOnSignal, StopRequested, Uploader,
+    plot_history, progress_callback, SampleText, StopIfEnded, StopOnSignal, StopRequested, Uploader,
     warn_damaged, warn_once)
 from .config import Config, ConfigError, LossSettings, run_path, save_config, TrainSettings
-from .files import check_run, check_same_run
+from .files import check_run, check_same_run, remote_folder
 from .data import block_lengths, collate, Corpus, length_batches, tokenizer_fingerprint
 from .eagle import EagleStudent, load_student
 from .loss import Chunk, chunked_distillation_loss, LossSums

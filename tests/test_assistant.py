@@ -98,7 +98,7 @@ def expect(locator):
     return playwright.expect(locator)
 
 
-@pytest.mark.slow
+@pytest.mark.assistant
 @needs_browser
 def test_a_suggestion_is_accepted(page, server):
     suggestion = expected_completion(server, "def fib(")
@@ -113,7 +113,7 @@ def test_a_suggestion_is_accepted(page, server):
     expect(cell).to_have_text(f"def fib({suggestion}")
 
 
-@pytest.mark.slow
+@pytest.mark.assistant
 @needs_browser
 def test_the_chat_answers(page, server):
     page.locator('[data-id="notebook-intelligence-tab"]').click()

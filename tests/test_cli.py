@@ -22,7 +22,7 @@ def settings(teacher):
             "--data.tokens", 4096, "--data.validation_tokens", 128, "--data.block_size", 64,
             "--student.layers", "[0]", "--student.draft_vocabulary", 1000,
             "--train.batch_size", 4, "--train.eval_steps", 2, "--train.logging_steps", 1,
-            "--decode.problems", 2, "--decode.max_new_tokens", 12,
+            "--decode.problems", 2, "--decode.max_new_tokens", 12, "--decode.compile", "off",
             "--decode.adaptive", "false"]  # at an adaptive γ a slow draft may draft nothing, and then has no plot
 
 
@@ -76,11 +76,22 @@ def test_generate_streams_the_output_of_the_teacher(kdcode, tiny_teacher, tmp_pa
     piped = kdcode(*words, "--plain")
     assert (piped.stdout, piped.stderr) == (drafted.stdout, "")
     measured = kdcode("bench", "decode", "--name", "pair", "--teacher.name", tiny_teacher,
-                      "--decode.problems", 2, "--decode.max_new_tokens", 12)
+                      "--decode.problems", 2, "--decode.max_new_tokens", 12, "--decode.compile", "off")
     assert measured.returncode == 0, measured.stderr
     report = json.loads((tmp_path/"runs"/"pair"/"bench-decode"/"report.json").read_text())
     assert report["figures"]["identical"] == 1.0 and report["figures"]["ratio_to_assisted"] > 0
     assert [row["identical outputs"] for row in report["rows"]] == [None] + ["100%"] * 15
+    figures = report["figures"]
+    assert figures["speedup_low"] <= figures["speedup"] <= figures["speedup_high"] and figures["hybrid_speedup_low"] > 0
+    assert all(figures[name] > 0 for name in ("ttft_p50", "tpot_p50", "teacher_ttft_p50", "teacher_tpot_p50"))
+    assert all(row["TTFT p50, ms"] > 0 and row["TPOT p50, ms"] > 0 for row in report["rows"])
+    assert "A headline needs at least 40 prompts." in (tmp_path/"runs"/"pair"/"bench-decode"/"report.md").read_text()
+
+    lengths = kdcode("bench", "lengths", "--name", "pair", "--teacher.name", tiny_teacher, "--decode.problems", 1,
+                     "--decode.compile", "off")
+    assert lengths.returncode == 0, lengths.stderr
+    rows = json.loads((tmp_path/"runs"/"pair"/"bench-lengths"/"report.json").read_text())["rows"]
+    assert [row["prompt tokens"] for row in rows] == [100, 100] and {row["95% interval"] for row in rows} == {None}
 
     steps = kdcode("bench", "steps", "--name", "pair", "--teacher.name", tiny_teacher, "--decode.compile", "off")
     assert steps.returncode == 0, steps.stderr
@@ -147,7 +158,6 @@ def test_a_student_with_another_tokenizer_is_rejected(kdcode, tiny_teacher, tmp_
     (["distill", "--out", "/dev/null/run"], "cannot create run folder"),
     (["distill", "--data.block_size", "1"], "data.block_size"),
     (["distill", "--data.block_sizes", "[256,256]"], "data.block_sizes is [256, 256]"),
-    (["distill", "--data.fim_share", ".5"], "no tokens for filling in the middle"),
     (["distill", "--teacher.name", "http://localhost/v1"], "teacher.tokenizer is needed"),
     (["distill", "--student.architecture", "classic"], "classic"),
     (["distill", "--name", "../up"], "name is"),
@@ -155,7 +165,6 @@ def test_a_student_with_another_tokenizer_is_rejected(kdcode, tiny_teacher, tmp_
     (["targets"], "targets.kind is online"),
     (["distill", "--targets.kind", "sampled", "--loss.divergence", "jsd"], "supports only forward_kl"),
     (["distill", "--loss.divergence", "kl"], "loss.divergence"),
-    (["distill", "--train.upload", "nosuch://bucket"], "train.upload"),
 ])
 def test_an_error_is_one_line(kdcode, words, message):
     done = kdcode(*words)
@@ -216,6 +225,11 @@ def output(capsys, *words):
     (["distill", "--student.layers", "[0,30]"], "student.layers has 30, but teacher smollm2 has 30 layers"),
     (["distill", "--student.feature_layers", "[99]"], "student.feature_layers has 99"),
     (["distill", "--data.source", "the-stack"], "HF_TOKEN is not set"),
+    (["distill", "--data.path", "src"], "data.path is src, but no source reads it"),
+    (["distill", "--data.fim_share", ".5"], "the tokenizer of smollm2 has no tokens for filling in the middle"),
+    (["distill", "--data.validation_tokens", "100"], "less than one block of 256 tokens"),
+    (["distill", "--train.upload", "nosuch://bucket"], "train.upload is 'nosuch://bucket'"),
+    (["bench", "targets", "--targets.kind", "top_k", "--data.block_sizes", "[64,128]"], "use data.block_size"),
     (["export", "smollm2"], "models/smollm2-135m-draft-independent, or train one with student.feature_layers []"),
 ])
 def test_a_mistake_is_explained(capsys, monkeypatch, tmp_path, words, message):
@@ -275,7 +289,8 @@ def test_help_and_mistakes_load_no_large_library(tmp_path):
              ["generate", "x", "--draft", "nowhere"], ["generate", "x", "--draft", "qwen2.5-coder-1.5b"],
              ["distill", "--teacher.name", "/nowhere"], ["distill", "--out", "/dev/null/run"], ["record", "x", "y"],
              ["record", ".", "../y"], ["serve", "--engine", "vllm"], ["distill", "--student.layers", "[99]"],
-             ["distill", "--data.source", "the-stack"], ["export", "smollm2"]]
+             ["distill", "--data.source", "the-stack"], ["export", "smollm2"], ["distill", "--data.path", "src"],
+             ["distill", "--data.validation_tokens", "1"], ["distill", "--train.upload", "nosuch://bucket"]]
     program = (f"import sys\nfrom kdcode.cli import main\nfor words in {lines}:\n    main(words)\n"
                f"    print([name for name in {LATE} if name in sys.modules], file=sys.stderr)")
     environment = os.environ | {"KDCODE_HOME": str(tmp_path), "PATH": "", "HF_TOKEN_PATH": os.devnull}

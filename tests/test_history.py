@@ -1,6 +1,8 @@
 """results/history.csv holds every committed report, and every report in git's history."""
 import json
+import re
 import shlex
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,6 +40,16 @@ def test_table_holds_the_reports_of_all_commits(history):
     for date, rows in from_git(ROOT).groupby("date"):
         values = sorted(set(rows["value"]))
         assert date in known and not set(values) - set(known[date]), date
+
+
+@pytest.mark.skipif(not (ROOT/".git").exists(), reason="no repository")
+def test_a_page_quotes_each_kept_report():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = [file for file in done.stdout.splitlines() if (ROOT/file).is_file()]
+    pages = [file for file in listed if not file.startswith("results/") and file.endswith((".ipynb", ".md", ".py"))]
+    text = "\n".join((ROOT/page).read_text() for page in pages).replace('\\"', '"').replace('"/"', "/")
+    kept = [name for name in NAMES if f"results/{name}/report.json" in listed]
+    assert kept and [name for name in kept if not re.search(rf"""["/]{name}["/]""", text)] == []
 
 
 def flat(settings: dict, above: str = "") -> dict:

@@ -211,6 +211,7 @@ def assert_kernel(pod, name):
     assert kernel["env"]["KDCODE_HOME"] == str(pod.checkout)
 
 
+@pytest.mark.slow
 def test_init_runs_again_and_after_a_restart(pod):
     pod.clone(root=True)  # as Onyxia does when it is root
     first = pod.init(root=True)
@@ -287,6 +288,7 @@ exec python3 "$@"
 """
 
 
+@pytest.mark.slow
 def test_interrupted_init_is_repaired(pod):
     python = pod.home.parent/"python"
     python.write_text(INTERRUPTED_PYTHON)
@@ -374,7 +376,8 @@ def make_assistant_wheel(folder):
     name = "notebook_intelligence-6.2.0"
     with zipfile.ZipFile(folder/f"{name}-py3-none-any.whl", "w") as wheel:
         wheel.writestr("notebook_intelligence/__init__.py", "")
-        wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: notebook-intelligence\nVersion: 6.2.0\n")
+        about = "Metadata-Version: 2.1\nName: notebook-intelligence\nVersion: 6.2.0\n"
+        wheel.writestr(f"{name}.dist-info/METADATA", about)
         wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{name}.dist-info/RECORD", "")
 

@@ -65,7 +65,8 @@ def answers(client):
 
 def requests_of(server):
     """Return the number of completions that a server answered."""
-    found = re.search(r'kdcode_requests_total\{path="/v1/completions",status="200"\} (\d+)', server.get("/metrics").text)
+    metrics = server.get("/metrics").text
+    found = re.search(r'kdcode_requests_total\{path="/v1/completions",status="200"\} (\d+)', metrics)
     return int(found[1]) if found else 0
 
 

@@ -16,8 +16,9 @@ import pytest
 from transformers import TrainerState
 
 from conftest import wait_until
-from kdcode.callbacks import ENDPOINT_VARIABLES, MLflowTracking, remote_folder
+from kdcode.callbacks import MLflowTracking
 from kdcode.config import Config
+from kdcode.files import ENDPOINT_VARIABLES, remote_folder
 
 ACCESS_KEY, SECRET_KEY = "ACCESSKEY0123456789", "SECRETKEY0123456789"
 KEYS = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY,

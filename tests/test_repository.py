@@ -306,7 +306,8 @@ def test_no_pickled_weights():
 
 # Static checks
 
-@pytest.mark.parametrize("words", [("ruff", "check"), ("mypy",)], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [("ruff", "check"), pytest.param(("mypy",), marks=pytest.mark.slow)],
+                         ids=lambda words: words[0])
 def test_static_checks_find_nothing(words):
     """The programs of `make check`; `make setup` installs both, so a missing one is a failure."""
     recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT/"Makefile").read_text(), re.M)[1]

@@ -68,6 +68,7 @@ def expected(target, prompts):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_second_sequence_needs_no_new_graph(used, post_compile=CompiledFxGraph.post_compile):
     """Its calls have the first one's addresses and sizes. Padded calls give the logits of calls that are not.
 

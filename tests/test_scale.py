@@ -138,6 +138,7 @@ def run_sharded(start, *words):
 def close(a, b): return len(a) == len(b) == 16 and max(abs(x - y) for x, y in zip(a, b)) < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(kdcode, start, tiny_teacher, tmp_path):
     words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--targets.kind", "top_k",
              "--train.precision", "float32"]
@@ -251,6 +252,7 @@ def test_several_sources_with_teacher_generated_text(kdcode, tiny_teacher, tmp_p
     assert other["recipe"]["author"].startswith(f"{tiny_teacher} ") and other["recipe"] != corpus["recipe"]
 
 
+@pytest.mark.slow
 def test_killed_search_resumes_with_two_workers(kdcode, start, tiny_teacher, tmp_path):
     space = {"train.learning_rate": {"low": 3e-4, "high": .03, "log": True}, "train.batch_size": [2, 4],
              "loss.divergence": ["forward_kl", "jsd"]}
@@ -279,7 +281,8 @@ def test_killed_search_resumes_with_two_workers(kdcode, start, tiny_teacher, tmp
 def test_killed_experiment_resumes_and_compares(kdcode, start, tiny_teacher, tmp_path):
     base = {"name": "guide", "teacher": {"name": str(tiny_teacher)}, "targets": {"kind": "top_k"},
             "data": {"tokens": 1024, "validation_tokens": 512, "block_size": 64},
-            "student": {"layers": [0], "draft_vocabulary": 1000}, "train": {"batch_size": 4, "eval_steps": 4}}
+            "student": {"layers": [0], "draft_vocabulary": 1000}, "train": {"batch_size": 4, "eval_steps": 4},
+            "decode": {"problems": 2, "max_new_tokens": 12, "compile": False}}
     experiment = {"question": "Text or teacher?", "config": base, "seeds": [0, 1],
                   "variants": {"text": {"loss.alpha": 1}, "teacher": {"loss.alpha": 0}}}
     (tmp_path/"guide.yaml").write_text(json.dumps(experiment))

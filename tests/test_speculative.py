@@ -13,6 +13,7 @@ from kdcode.bench import first_difference
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
 from kdcode.decode import complete, custom_generate, speculative_generate
+from kdcode.draft_eval import replay
 from kdcode.drafters import AcceptanceEstimate, AdaptiveDrafter, LatencyModel, ModelDrafter
 from kdcode.eagle import EagleStudent
 from kdcode.student import Student
@@ -98,6 +99,29 @@ def test_sampled_rows_of_a_batch_equal_solo_runs(step, teacher, draft, prompts, 
     together = speculative_generate(teacher, draft, prompts, seed=seed, **options)
     for i, (prompt, result) in enumerate(zip(prompts, together)):
         assert speculative_generate(teacher, draft, prompt, seed=seed + i, **options).tokens == result.tokens
+
+
+@step_forms("ordinary", "static")
+@pytest.mark.parametrize("kind", ["independent", "head"])
+def test_sliding_attention_of_a_draft(step, kind):
+    """Tokens accepted in a batch are those of a forward pass over each whole text, in which a window has an effect."""
+    target, prompts = model("llama", 2, 0), [[1], list(range(3, 28)), [5, 6, 7] * 5]
+    torch.manual_seed(0)
+    draft = EagleStudent.from_teacher(target, [0, 1], [0]) if kind == "head" else Student.from_teacher(target, [0])
+    draft, teacher = draft.eval(), Teacher(target, None, "random")
+    settings = dict(gamma=3, adaptive=False, max_new_tokens=40, student_weights="plain")
+
+    def counts(window):
+        draft.config.sliding_window = window
+        results = speculative_generate(target, draft, prompts, **settings)
+        texts = [(result.prompt, result.tokens) for result in results]
+        replayed = [replay(teacher, draft, [text], 3, 40) for text in texts]
+        assert [one.statistics.accepted for one in results] == [one.accepted for one in replayed]
+        assert [one.statistics.drafted for one in results] == [one.drafted for one in replayed]
+        return texts, [one.accepted for one in replayed]
+
+    (text, narrow), (same_text, wide) = counts(6), counts(None)
+    assert text == same_text and narrow != wide
 
 
 @step_forms("ordinary", "static")
