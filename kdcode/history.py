@@ -255,6 +255,11 @@ def _best_speedup(rows: list[dict[str, Any]], method: str) -> float | None:
     """Return the largest speedup among the settings of a method of transformers, or None if it was not measured."""
     return max((row["speedup"] for row in rows if row["method"].startswith(method)), default=None)
 
+def _speedup_cell(row: dict[str, Any]) -> float | str | None:
+    """Return the speedup of a row, with its 95% interval if there is one; None for an empty row."""
+    interval = row.get("95% interval")
+    return f"{row['speedup']:.2f} ({interval})" if interval else row.get("speedup")
+
 def _headline_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the cells of a report of `kdcode bench decode`."""
     from kdcode.bench import DRAFTER_LABELS, GENERATE, NO_DRAFT, STUDENT_DRAFT, TRANSFORMERS_METHODS
@@ -262,8 +267,8 @@ def _headline_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     student = by_method[STUDENT_DRAFT]
     return {
         "generate tokens/s": by_method[GENERATE]["tokens/s"],
-        "speedup: student draft": student["speedup"],
-        "hybrid draft": by_method.get(DRAFTER_LABELS["hybrid"], {}).get("speedup"),
+        "speedup: student draft": _speedup_cell(student),
+        "hybrid draft": _speedup_cell(by_method.get(DRAFTER_LABELS["hybrid"], {})),
         "prompt lookup (transformers)": _best_speedup(rows, TRANSFORMERS_METHODS["lookup"]),
         "assisted generation": _best_speedup(rows, TRANSFORMERS_METHODS["assisted"]),
         "kdcode without drafting": by_method.get(NO_DRAFT, {}).get("speedup"),
