@@ -546,6 +546,6 @@ def test_pages_contain_the_launch_links(page):
     assert {launch.launch_link(image) for image in launch.IMAGES} <= set(links) <= allowed
 
 
-def test_the_assistants_page_contains_its_launch_links():
-    links = re.findall(r"https://datalab\.sspcloud\.fr/launcher/[^\s)>\"]+", (ROOT/"docs"/"assistant.md").read_text())
+def test_the_page_on_editors_contains_its_launch_links():
+    links = re.findall(r"https://datalab\.sspcloud\.fr/launcher/[^\s)>\"]+", (ROOT/"docs"/"editors.md").read_text())
     assert links == [launch.launch_link(image, assistant=True) for image in launch.IMAGES]
