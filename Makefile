@@ -8,6 +8,8 @@
 # make test-engines: our student as the draft of both
 # make assistant: JupyterLab with Notebook Intelligence in an environment of its own
 # make test-assistant: completions and chat from kdcode serve in JupyterLab, in a browser
+# make trainers: TRL in an environment of its own, for kdcode bench trainers
+# make test-trainers: the same training in TRL and in kdcode
 # make test-long: the tests that take long (compilers, the server under load, killed searches), a quarter of an hour
 # make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
@@ -15,7 +17,7 @@ BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test docs check hooks test-engines test-assistant test-long test-gpu engines assistant readme export
+.PHONY: setup demo test docs check hooks test-engines test-trainers test-assistant test-long test-gpu engines trainers assistant readme export
 
 setup: .venv/complete
 
@@ -58,6 +60,9 @@ test-engines: setup engines
 
 test-assistant: setup assistant
 	$(BIN)/pytest -m assistant tests/test_assistant.py
+
+test-trainers: setup trainers
+	$(BIN)/pytest -m engines tests/test_trainers.py
 
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
@@ -111,6 +116,15 @@ assistant: .assistant/complete
 	@# kdcode.assistant is imported from here, and notebooks run in .venv
 	@echo "$(CURDIR)" > "$$(.assistant/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kdcode.pth"
 	@$(BIN)/python -m ipykernel install --prefix .assistant --name python3 --display-name "Python 3 (kdcode)" >/dev/null 2>&1
+	@touch $@
+
+trainers: .engines/trl/complete
+
+.engines/trl/complete:
+	@echo "installing TRL: a few minutes"
+	@.engines/trl/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .engines/trl
+	@# the versions of .venv, so that both trainers compute with the same libraries
+	@.engines/trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==1.16.0 torch==2.13.0
 	@touch $@
 
 export: setup

@@ -11,8 +11,8 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
            'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode',
            'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile',
-           'bench_steps', 'bench_loss', 'bench_targets', 'record_command', 'run_bench', 'run_eval', 'run_doctor',
-           'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command', 'run_bench', 'run_eval',
+           'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
            'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
            'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
            'parse', 'read_prompt', 'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
@@ -45,9 +45,10 @@ from kdcode.config import (
     SHORT_PROMPT)
 from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
-    check_search, check_stack_token, check_teacher_name, check_weights, check_writable, did_you_mean, draft_folder,
-    is_draft_head, is_hub_id, LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files, result_folder,
-    shipped_draft, shipped_drafts, source_folder, student_architecture, teacher_fingerprint, teacher_vocabulary)
+    check_search, check_stack_token, check_teacher_name, check_trainers, check_weights, check_writable, did_you_mean,
+    draft_folder, is_draft_head, is_hub_id, LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files,
+    result_folder, shipped_draft, shipped_drafts, source_folder, student_architecture, teacher_fingerprint,
+    teacher_vocabulary)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -445,6 +446,16 @@ def bench_targets(config: Config, folder: Path, options):
     return bench.bench_targets(
         config, labelling_teacher, corpus, folder, options.command_line, ProgressBar("part"))
 
+def bench_trainers(config: Config, folder: Path, options):
+    """Compare training in kdcode with training in TRL."""
+    from kdcode import trainers
+    steps = Steps(3)
+    corpus, _, labelling_teacher = load_corpus_and_teachers(config, folder, steps)
+    steps("training: with TRL, with online targets, with cached targets, which are written first")
+    return trainers.bench_trainers(
+        config, labelling_teacher, corpus, folder, options.command_line, ProgressBar("step"))
+
+# %% ../nbs/12_cli.ipynb #b3a0c301
 BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "decode": (bench_decode, "speculative decoding against decoding without drafting"),
     "lengths": (bench_lengths, "short and long prompts and answers"),
@@ -456,6 +467,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "serve": (bench_server, "throughput and latency of the server by number of clients, prompt and reuse"),
     "loss": (bench_loss, "memory and time of the chunked loss"),
     "targets": (bench_targets, "cached targets against online targets"),
+    "trainers": (bench_trainers, "training in kdcode and in TRL: speed, memory and the drafts"),
 }
 
 def record_command(folder: Path) -> str:
@@ -1128,7 +1140,7 @@ def check_doctor(config: Config, options) -> None:
         read_prompts(options.prompts)
 
 # %% ../nbs/12_cli.ipynb #4fc23cb9
-TRAINING = ("demo", "targets", "distill", "tune", "experiment")
+TRAINING = ("demo", "targets", "distill", "tune", "experiment", "trainers")  # commands and benchmarks that train
 
 def check_models(config: Config, options) -> None:
     """Raise `ConfigError` for a prompt without text, and for models that are not there or do not fit."""
@@ -1172,7 +1184,9 @@ def check_files(config: Config, options) -> None:
     if options.command == "eval":
         check_evaluation(config, options)
     check_lookup(config, options)
-    if options.command in TRAINING or options.get("benchmark") == "targets" or options.get("grow_vocabulary"):
+    if options.get("benchmark") == "trainers":
+        check_trainers(config)
+    if options.command in TRAINING or options.get("benchmark") in TRAINING or options.get("grow_vocabulary"):
         check_training(config, options)
     if options.command not in ("generate", "serve"):
         check_writable(run_path(config))

@@ -83,9 +83,7 @@ class EagleConfig(LlamaConfig):
         return (self.eagle_config or {}).get("eagle_aux_hidden_state_layer_ids")
 
     @property
-    def rope_theta(self) -> float:
-        """Base of the rotary positions."""
-        return (self.rope_parameters or {}).get("rope_theta", self.default_theta)
+    def rope_theta(self) -> float: return (self.rope_parameters or {}).get("rope_theta", self.default_theta)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "EagleConfig":

@@ -11,7 +11,7 @@ __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD'
            'is_draft_head', 'read_tokens', 'check_lookup_files', 'check_weights', 'read_prompts', 'changed_fields',
            'with_defaults', 'check_same_run', 'check_run', 'check_search', 'check_writable', 'source_folder',
            'check_stack_token', 'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine',
-           'is_loopback', 'api_key', 'bind_socket']
+           'trl_python', 'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -432,6 +432,24 @@ def check_engine(
     try: shlex.split(options)
     except ValueError as error:
         raise ConfigError(f"--engine-options is {options!r} ({error}); close its quotes") from None
+
+# %% ../nbs/00c_files.ipynb #a1e0c202
+def trl_python() -> Path:
+    """Return the Python of TRL's environment. Raises `ConfigError` if TRL is not installed."""
+    folder = home()/".engines"/"trl"
+    if not (folder/"complete").exists():
+        raise ConfigError("TRL is not installed; run make trainers")
+    return folder/"bin"/"python"
+
+def check_trainers(config: Config) -> None:
+    """Raise `ConfigError` if TRL is not installed, or cannot train the student of a configuration."""
+    trl_python()
+    student, why = config.student, "but TRL's GKDTrainer trains a plain Llama"
+    if student.feature_layers:
+        raise ConfigError(f"student.feature_layers is {student.feature_layers}, {why}; set it to []")
+    if student.architecture != "llama":
+        raise ConfigError(f"student.architecture is {student.architecture}, {why}; set it to llama")
+    config.data.check_one_length()
 
 # %% ../nbs/00c_files.ipynb #4afcfd5e
 def is_loopback(host: str) -> bool:
