@@ -6,6 +6,8 @@
 # make hooks: git cleans and exports before each commit, and merges notebooks by cells
 # make engines: vLLM and llama.cpp in environments of their own, for kdcode bench engines
 # make test-engines: our student as the draft of both
+# make assistant: JupyterLab with Notebook Intelligence in an environment of its own
+# make test-assistant: completions and chat from kdcode serve in JupyterLab, in a browser
 # make trainers: TRL in an environment of its own, for kdcode bench trainers
 # make test-trainers: the same training in TRL and in kdcode
 # make test-long: the tests that take long (compilers, the server under load, killed searches), a quarter of an hour
@@ -15,7 +17,7 @@ BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test docs check hooks test-engines test-trainers test-long test-gpu engines trainers readme export
+.PHONY: setup demo test docs check hooks test-engines test-trainers test-assistant test-long test-gpu engines trainers assistant readme export
 
 setup: .venv/complete
 
@@ -55,6 +57,9 @@ docs: setup
 
 test-engines: setup engines
 	$(BIN)/pytest -m engines tests/test_engines.py
+
+test-assistant: setup assistant
+	$(BIN)/pytest -m assistant tests/test_assistant.py
 
 test-trainers: setup trainers
 	$(BIN)/pytest -m engines tests/test_trainers.py
@@ -100,6 +105,17 @@ engines: .engines/bin/vllm .engines/bin/llama-server .engines/bin/convert-hf-to-
 	@echo "fetching speculators, whose EAGLE-3 model is a reference for ours"
 	@# with the torch and transformers of .venv, of which it imports other versions than it asks for
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target .engines/speculators speculators==0.9.0 hs-connectors==0.9.0 loguru==0.7.3 openai==3.57.0 pydantic-settings==2.16.3 typer==0.29.2
+	@touch $@
+
+assistant: .assistant/complete
+
+.assistant/complete: | .venv/complete
+	@echo "installing JupyterLab with Notebook Intelligence: a few minutes"
+	@.assistant/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .assistant
+	@.assistant/bin/python -m pip install --quiet --disable-pip-version-check jupyterlab==4.6.6 notebook-intelligence==6.2.0
+	@# kdcode.assistant is imported from here, and notebooks run in .venv
+	@echo "$(CURDIR)" > "$$(.assistant/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kdcode.pth"
+	@$(BIN)/python -m ipykernel install --prefix .assistant --name python3 --display-name "Python 3 (kdcode)" >/dev/null 2>&1
 	@touch $@
 
 trainers: .engines/trl/complete

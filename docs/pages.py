@@ -362,7 +362,7 @@ def known_names():
 
 
 INDEX = {  # the sidebar
-    "Start": ["install", "demo", "server", "onyxia"],
+    "Start": ["install", "demo", "server", "editors", "onyxia"],
     "Learn": ["lessons", "how"],
     "Reference": ["answers", "reference", "glossary"],
 }

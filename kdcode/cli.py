@@ -614,7 +614,7 @@ def serve_with_vllm(config: Config, draft: str | None, key: str | None, argument
     dtype = str(teacher.model.dtype).removeprefix("torch.")
     command = vllm_command(find_program("vLLM"), files, config.decode.gamma, dtype, teacher.name)
     address = ["--host", config.serve.host, "--port", str(config.serve.port)]
-    environment = os.environ | VLLM_ENVIRONMENT | ({"VLLM_API_KEY": key} if key else {})
+    environment = VLLM_ENVIRONMENT | os.environ | ({"VLLM_API_KEY": key} if key else {})
     os.execve(command[0], [*command, *address, *arguments], environment)
 
 def run_serve(config: Config, options) -> None:

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Prepares a JupyterLab service on Onyxia for kdcode. Onyxia runs it before Jupyter starts, as root or as the user:
-#     curl URL | bash -s -- [NOTEBOOK]
+#     curl URL | bash -s -- [--with-assistant[=SERVER]] [NOTEBOOK]
 # Jupyter opens NOTEBOOK, a path in the repository, first; the default is the first lesson.
+# With the option, Jupyter gets Notebook Intelligence, with completions and a chat from `kdcode serve` at the address
+# SERVER; the default is this machine. A key of the server comes from the environment variable KDCODE_API_KEY.
 # It may run any number of times, in a terminal too. After a restart, when only ~/work is left, it reuses what it finds there.
 # Jupyter must start in any case, so a failure is reported in one line and the exit status is 0.
 set -euo pipefail
 
 readonly REPOSITORY=https://github.com/kdcode/kdcode  # cloned if there is no checkout yet
+readonly ASSISTANT='notebook-intelligence>=6.2,<7'    # as in pyproject.toml
 readonly SECONDS_ALLOWED=540                          # Onyxia waits about ten minutes for Jupyter; in a terminal there is no limit
 
 say() { echo "kdcode: $*"; }
@@ -20,7 +23,7 @@ stop() {
 report_failure() {  # at the end of a step that failed
     local status=$? reason=""
     [ "$status" -eq 0 ] || [ "$status" -eq 143 ] || [ -z "$step" ] || {  # 143: stopped at the time limit
-        [ ! -f "$log" ] || reason=$(grep -Ei '^(error|fatal)' "$log" | tail -n 1) || true
+        [ ! -f "$log" ] || reason=$(grep -Ei '^(error|fatal|kdcode.assistant:)' "$log" | tail -n 1) || true
         say "failed to $step (${reason:-exit status $status}); see the log in $log" >&3
     }
 }
@@ -51,11 +54,12 @@ clone() {
     mv "$unfinished" "$work/kdcode"
 }
 
-one_line() {  # FILE LINE: writes the line once, at the end of the file, and keeps all other lines
+one_line() {  # FILE LINE [MARK]: writes the line once, at the end of the file, and keeps all other lines
+    local mark="  # ${3:-kdcode}"
     mkdir -p "$(dirname "$1")"
     touch "$1"
-    { grep -v '  # kdcode$' "$1" || true; } >"$1.kdcode"
-    echo "$2  # kdcode" >>"$1.kdcode"
+    { grep -v "$mark\$" "$1" || true; } >"$1.kdcode"
+    echo "$2$mark" >>"$1.kdcode"
     cat "$1.kdcode" >"$1"
     rm "$1.kdcode"
 }
@@ -125,6 +129,32 @@ first_lesson() {
     if [ -f "${lessons[0]}" ]; then echo "${lessons[0]#"$checkout"/}"; else echo nbs/index.ipynb; fi
 }
 
+quoted() { "$venv/bin/python" -c 'import sys; print(repr(sys.argv[1]))' "$1"; }  # for Python
+
+install_assistant() {  # SERVER: in the image's Python, which runs Jupyter; lost at a restart, except pip's downloads
+    local python=${KDCODE_PYTHON:-python3}
+    step="install the assistant"
+    say "installing $ASSISTANT for Jupyter"
+    {
+        "$python" -m pip install --disable-pip-version-check --no-input "$ASSISTANT"
+        PYTHONPATH=$checkout "$python" -m kdcode.assistant "$1"
+    } >>"$log" 2>&1
+    one_line "$jupyter_config" "import sys; sys.path.append($(quoted "$checkout"))" "kdcode assistant"
+    say "the assistant uses kdcode serve at $1; keys and tokens stay in the environment (KDCODE_API_KEY)"
+}
+
+read_arguments() {  # sets notebook and server
+    local word
+    for word; do
+        case $word in
+            --with-assistant) server=http://127.0.0.1:8000 ;;
+            --with-assistant=*) server=${word#*=} ;;
+            -*) say "there is no option $word; this script takes --with-assistant[=SERVER] and a notebook" >&2 ;;
+            *) notebook=$word ;;
+        esac
+    done
+}
+
 open_notebook() {  # NOTEBOOK
     local notebook=${1:-$(first_lesson)} address
     step="set the notebook that Jupyter opens"
@@ -133,16 +163,18 @@ open_notebook() {  # NOTEBOOK
         notebook=$(first_lesson)
     fi
     address=$("$venv/bin/python" -c 'import sys, urllib.parse; print(urllib.parse.quote(sys.argv[1]))' "${checkout#"$work"/}/$notebook")
-    one_line "${JUPYTER_CONFIG_DIR:-$home/.jupyter}/jupyter_server_config.py" "c.LabApp.default_url = '/lab/tree/$address'"
+    one_line "$jupyter_config" "c.LabApp.default_url = '/lab/tree/$address'"
     say "ready: the kernel uses $venv, and Jupyter opens $address"
 }
 
 prepare() {  # as the user
-    local checkout venv extras=dev variables=()
+    local checkout venv extras=dev variables=() notebook="" server=""
+    local jupyter_config="${JUPYTER_CONFIG_DIR:-$home/.jupyter}/jupyter_server_config.py"
     step="write to $work/.cache/kdcode"
     exec 3>&2  # for messages; the standard error of a step goes to the log
     trap report_failure EXIT
     umask 022
+    read_arguments "$@"
     cd "$work"
     mkdir -p "$work/.cache/kdcode"
     date >"$log"
@@ -155,7 +187,8 @@ prepare() {  # as the user
     set_environment
     make_environment
     register_kernel
-    open_notebook "$@"
+    open_notebook "$notebook"
+    [ -z "$server" ] || install_assistant "$server"
 }
 
 main() {
@@ -172,13 +205,13 @@ main() {
     own "$(find_checkout || echo "$work/kdcode")" || say "some files in $work do not belong to $user, and their owner cannot be changed" >&2
     [ "$(stat -c %U "$work")" = "$user" ] || "${as_root[@]}" chown "$user:$group" "$work" 2>/dev/null || say "$work does not belong to $user, and its owner cannot be changed" >&2
     # a separate shell, in which every failure is fatal, and which does not read the script that is piped into this one
-    run=(env HOME="$home" user="$user" home="$home" work="$work" log="$log" REPOSITORY="$REPOSITORY"
+    run=(env HOME="$home" user="$user" home="$home" work="$work" log="$log" REPOSITORY="$REPOSITORY" ASSISTANT="$ASSISTANT"
          bash -c "$(declare -f); set -euo pipefail; prepare \"\$@\"" kdcode "$@")
     [ -t 0 ] || run=(timeout "$SECONDS_ALLOWED" "${run[@]}")
     [ "$(id -u)" -ne 0 ] || run=("$(PATH=$PATH:/usr/sbin:/sbin command -v runuser)" -u "$user" -- "${run[@]}")
     "${run[@]}" </dev/null || status=$?
     [ "$status" -ne 124 ] || say "not finished after $SECONDS seconds, so Jupyter starts now" >&2
-    if [ "$status" -ne 0 ] && checkout=$(find_checkout); then say "to continue, open a terminal and run: bash $checkout/onyxia/init.sh" >&2; fi
+    if [ "$status" -ne 0 ] && checkout=$(find_checkout); then say "to continue, open a terminal and run: bash $checkout/onyxia/init.sh${*:+ $*}" >&2; fi
 }
 
 main "$@"

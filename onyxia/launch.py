@@ -42,6 +42,7 @@ def launch_link(
     image: str,                   # one of IMAGES
     notebook: str | None = None,  # notebook to open, as its path in the repository; None: the first lesson
     port: bool = False,           # whether to open port 5000 to the internet, for kdcode serve
+    assistant: bool = False,      # whether to install the assistant
 ) -> str:
     """Return the URL that starts a service with this project. Raises `ValueError` for an unknown image or notebook."""
     if image not in IMAGES:
@@ -50,7 +51,8 @@ def launch_link(
     url, script = repository()
     values = {"autoLaunch": "true", "name": "kdcode", "git.repository": launcher_string(url),
               "init.personalInit": launcher_string(script)}
-    if notebook: values["init.personalInitArgs"] = launcher_string(notebook)
+    if words := ["--with-assistant"] * assistant + [notebook] * bool(notebook):
+        values["init.personalInitArgs"] = launcher_string(" ".join(words))
     if port: values["networking.user.enabled"] = "true"
     return f"{LAUNCHER}/{image}?" + "&".join(f"{key}={value}" for key, value in values.items())
 

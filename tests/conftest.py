@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
@@ -182,11 +183,11 @@ def served(pair):
     from kdcode.serve import create_app, make_server, Service
 
     @contextmanager
-    def serving(models=pair, **limits):
+    def serving(models=pair, key=None, **limits):
         config = Config(decode=DecodeSettings(gamma=3, adaptive=False), serve=ServeSettings(**limits))
         service = Service(*models, config)
         listening = socket.create_server(("127.0.0.1", 0))
-        server = make_server(create_app(service))
+        server = make_server(create_app(service, key))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         wait_until(lambda: server.started)
@@ -197,3 +198,29 @@ def served(pair):
             server.should_exit = True
             thread.join()
     return serving
+
+
+@contextmanager
+def start_jupyterlab(python, folder, state, **variables):
+    """Run JupyterLab of an environment in a folder, with its settings in another; yields its address."""
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
+             "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    environment = os.environ | OFFLINE | {name: str(state/name) for name in names} | {"PYTHONPATH": str(ROOT)}
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    options = (f"--ServerApp.port={port}", "--ServerApp.token=", "--ServerApp.password=", "--no-browser",
+               f"--ServerApp.root_dir={folder}", "--allow-root")
+    address, log = f"http://127.0.0.1:{port}", state/"log.txt"
+    with log.open("w") as out:
+        server = subprocess.Popen([python, "-m", "jupyterlab", *options], env=environment | variables, stdout=out,
+                                  stderr=out)
+
+    def answers():
+        assert server.poll() is None, log.read_text()
+        try: return urllib.request.urlopen(f"{address}/api").status == 200
+        except OSError: return False
+    try:
+        wait_until(answers)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(60)

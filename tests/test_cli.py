@@ -347,3 +347,42 @@ def test_a_terminal_shows_who_wrote_each_token(capsys, monkeypatch, pair, option
         drafted = "".join(re.findall(r"\x1b\[32m(.*?)\x1b\[0m", shown, re.S))
         assert drafted == "".join(piece for piece, draft in result.pieces() if draft)
         assert f"{result.statistics.tokens} tokens in {result.statistics.calls} target calls" in errors
+
+
+FAKE_VLLM = """#!/bin/sh
+echo "$VLLM_CPU_KVCACHE_SPACE $VLLM_NO_USAGE_STATS $VLLM_API_KEY"
+printf '%s\\n' "$@"
+"""
+
+
+@pytest.fixture
+def vllm(tmp_path):
+    """A program in place of vLLM that prints its environment and arguments; returns the PATH with it."""
+    (program := tmp_path/"bin"/"vllm").parent.mkdir()
+    program.write_text(FAKE_VLLM)
+    program.chmod(0o755)
+    return f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_serve_passes_everything_on_to_vllm(kdcode, pair, tiny_teacher, tmp_path, vllm, method):
+    """Independent student and EAGLE-3 head, address, key, and options and environment for several GPUs and replicas."""
+    from kdcode.eagle import EagleStudent
+    teacher, student = pair
+    if method == "eagle3": student = EagleStudent.from_teacher(teacher.model).eval()
+    student.save_pretrained(tmp_path/"student")
+    done = kdcode("serve", "--engine", "vllm", "--teacher.name", tiny_teacher, "--teacher.device", "cpu",
+                  "--draft", tmp_path/"student", "--serve.host", "0.0.0.0", "--serve.port", 8123, "--decode.gamma", 3,
+                  "--engine-options", "--tensor-parallel-size 2 --data-parallel-size 4 --max-model-len 8192",
+                  PATH=vllm, KDCODE_API_KEY="a key", VLLM_CPU_KVCACHE_SPACE="40")
+    assert done.returncode == 0, done.stderr
+    environment, command, folder, *arguments = done.stdout.splitlines()
+    assert (environment, command) == ("40 1 a key", "serve") and (Path(folder)/"model.safetensors").exists()
+    options = dict(zip(arguments, arguments[1:]))  # of a repeated one, vLLM takes the last, too
+    drafting = json.loads(options["--speculative-config"])
+    draft = Path(drafting.pop("model"))
+    assert drafting == {"method": method, "num_speculative_tokens": 3}
+    assert ("Eagle3" in (draft/"config.json").read_text()) == (method == "eagle3")
+    assert (options["--host"], options["--port"]) == ("0.0.0.0", "8123")
+    assert options["--served-model-name"] == str(tiny_teacher)
+    assert arguments[-6:] == ["--tensor-parallel-size", "2", "--data-parallel-size", "4", "--max-model-len", "8192"]

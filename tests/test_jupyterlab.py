@@ -5,19 +5,15 @@ JupyterLab takes long to start, so `make docs` runs these tests.
 import base64
 import io
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from conftest import needs_browser, OFFLINE, wait_until
+from conftest import needs_browser, start_jupyterlab
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
@@ -71,25 +67,8 @@ def folder(tmp_path_factory, tiny_teacher):
 def lab(folder, tmp_path_factory):
     """JupyterLab, with settings of its own; return its address and the folder of its settings."""
     state = tmp_path_factory.mktemp("state")
-    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
-             "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
-    environment = os.environ | OFFLINE | {name: str(state/name) for name in names} | {"PYTHONPATH": str(ROOT)}
     write_setting(state, "notification", {"fetchNews": "false", "checkForUpdates": False})
-    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
-    options = (f"--ServerApp.port={port}", "--ServerApp.token=", "--ServerApp.password=", "--no-browser",
-               f"--ServerApp.root_dir={folder}", "--allow-root")
-    log = (state/"log.txt").open("w")
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-
-    def answers():
-        assert server.poll() is None, (state/"log.txt").read_text()
-        try: return urllib.request.urlopen(f"{address}/api").status == 200
-        except OSError: return False
-    wait_until(answers)
-    yield address, state
-    server.terminate()
-    server.wait(60)
+    with start_jupyterlab(sys.executable, folder, state) as address: yield address, state
 
 
 def write_setting(state, name, values):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 import zipfile
 from importlib.metadata import distribution
 from importlib.util import find_spec
@@ -370,6 +371,60 @@ def test_init_reports_each_problem_in_one_line(pod):
     assert pod.foreign() == []
 
 
+def make_assistant_wheel(folder):
+    """Create a wheel in place of Notebook Intelligence: a package with the same name and version, and no content."""
+    name = "notebook_intelligence-6.2.0"
+    with zipfile.ZipFile(folder/f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("notebook_intelligence/__init__.py", "")
+        about = "Metadata-Version: 2.1\nName: notebook-intelligence\nVersion: 6.2.0\n"
+        wheel.writestr(f"{name}.dist-info/METADATA", about)
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+
+
+IMPORT_AS_JUPYTER = """import sys
+from jupyterlab.labapp import LabApp
+app = LabApp()
+app.config_file_name = "jupyter_server_config"
+app.load_config_file()
+import kdcode.assistant, notebook_intelligence
+print(kdcode.assistant.__file__, app.config.LabApp.default_url, sys.prefix)"""
+
+
+def test_init_installs_the_assistant(pod):
+    """In the image's Python, with its settings in the home folder; the key is in no file."""
+    make_assistant_wheel(pod.wheels)
+    for folder in (pod.image, pod.image/"bin", site_packages_of(pod.image)):  # the image's files belong to its user
+        os.chown(folder, pod.user.pw_uid, pod.user.pw_gid)
+    variables = {"KDCODE_REPOSITORY": str(pod.repository), "KDCODE_API_KEY": "unusual-key-of-a-test"}
+    first = pod.init("--with-assistant=https://user-1.example.org", "nbs/index.ipynb", **variables)
+    assert first.stderr == "" and "kdcode serve at https://user-1.example.org" in first.stdout
+    again = pod.init("--with-assistant", **variables)
+    assert again.stderr == "" and "http://127.0.0.1:8000" in again.stdout
+    assert pod.config.read_text().count("sys.path.append") == 1
+    assert_assistant(pod)
+    failed = pod.init("--with-assistant=here", **variables)
+    assert failed.stderr.splitlines() == [
+        "kdcode: failed to install the assistant (kdcode.assistant: the address is 'here'; give that of kdcode serve, "
+        f"such as http://127.0.0.1:8000/v1); see the log in {pod.work}/.cache/kdcode/init.log",
+        f"kdcode: to continue, open a terminal and run: bash {pod.checkout}/onyxia/init.sh --with-assistant=here"]
+    unknown = pod.init("--with-tea", **variables)
+    assert "kdcode: ready" in unknown.stdout and unknown.stderr == (
+        "kdcode: there is no option --with-tea; this script takes --with-assistant[=SERVER] and a notebook\n")
+
+
+def assert_assistant(pod):
+    """The image's Jupyter finds the assistant, which asks the server on this machine."""
+    file, url, prefix = pod.run("python3", "-c", IMPORT_AS_JUPYTER).stdout.split()
+    assert (file, url) == (f"{pod.checkout}/kdcode/assistant.py", f"/lab/tree/kdcode/{FIRST_LESSON}")
+    assert (Path(prefix)/"share"/"jupyter"/"nbi_extensions"/"kdcode"/"extension.json").exists()
+    settings = json.loads((pod.home/".jupyter"/"nbi"/"config.json").read_text())
+    for role in ("chat_model", "inline_completion_model"):
+        assert settings[role]["properties"] == [{"id": "base_url", "value": "http://127.0.0.1:8000/v1"}]
+    done = pod.run("grep", "--recursive", "--files-with-matches", "unusual-key-of-a-test", ".", check=False)
+    assert done.stdout == "" and pod.foreign() == []
+
+
 def only_message(done, pod=None):
     """Return the one line that reports a problem. With a checkout, a second line says how to continue."""
     lines = done.stderr.splitlines()
@@ -419,6 +474,8 @@ def test_missing_packages_are_found(monkeypatch, tmp_path):
 
 def test_script_passes_static_checks():
     assert f"readonly REPOSITORY={SETTINGS['git_url']}  #" in SCRIPT
+    extras = tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"readonly ASSISTANT='{extras['assistant'][-1]}'  " in SCRIPT
     assert os.access(ROOT/"onyxia"/"init.sh", os.X_OK)
     subprocess.run(["bash", "-n"], input=SCRIPT, text=True, check=True)
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -460,6 +517,8 @@ def test_launch_links_contain_the_settings():
         assert values == {("git", "repository"): SETTINGS["git_url"], ("init", "personalInit"): script}
     _, _, values = parse_link(launch.launch_link("jupyter-pytorch", FIRST_LESSON, port=True))
     assert (values["init", "personalInitArgs"], values["networking", "user", "enabled"]) == (FIRST_LESSON, True)
+    _, _, values = parse_link(launch.launch_link("jupyter-pytorch", FIRST_LESSON, assistant=True))
+    assert values["init", "personalInitArgs"] == f"--with-assistant {FIRST_LESSON}"
     assert launch.launch_link("jupyter-pytorch-gpu").startswith(
         f"{LAUNCHER}ide/jupyter-pytorch-gpu?autoLaunch=true&name=kdcode&git.repository=%C2%ABhttps%3A%2F%2F")
 
@@ -485,3 +544,8 @@ def test_pages_contain_the_launch_links(page):
     links = re.findall(r"https://datalab\.sspcloud\.fr/launcher/[^\s)>\"]+", (ROOT/page).read_text())
     allowed = {launch.launch_link(image, port=port) for image in launch.IMAGES for port in (False, True)}
     assert {launch.launch_link(image) for image in launch.IMAGES} <= set(links) <= allowed
+
+
+def test_the_page_on_editors_contains_its_launch_links():
+    links = re.findall(r"https://datalab\.sspcloud\.fr/launcher/[^\s)>\"]+", (ROOT/"docs"/"editors.md").read_text())
+    assert links == [launch.launch_link(image, assistant=True) for image in launch.IMAGES]
