@@ -250,7 +250,7 @@ def round_costs(figures: dict[str, float]) -> str:
     return (f"A step costs γc + v target calls with c = {figures['c']:.2f} and v = {figures['v']:.2f}; "
             f"the predicted speedup is {figures['predicted_speedup']:.2f}, the measured one {figures['speedup']:.2f}.")
 
-# %% ../nbs/09d_history.ipynb #4e4fa48a
+# %% ../nbs/09d_history.ipynb #b7d20e51
 def _best_speedup(rows: list[dict[str, Any]], method: str) -> float | None:
     """Return the largest speedup among the settings of a method of transformers, or None if it was not measured."""
     return max((row["speedup"] for row in rows if row["method"].startswith(method)), default=None)
@@ -260,6 +260,7 @@ def _speedup_cell(row: dict[str, Any]) -> float | str | None:
     interval = row.get("95% interval")
     return f"{row['speedup']:.2f} ({interval})" if interval else row.get("speedup")
 
+# %% ../nbs/09d_history.ipynb #4e4fa48a
 def _headline_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the cells of a report of `kdcode bench decode`."""
     from kdcode.bench import DRAFTER_LABELS, GENERATE, NO_DRAFT, STUDENT_DRAFT, TRANSFORMERS_METHODS
