@@ -44,6 +44,7 @@ from .provenance import short_hash
 from .report import Report
 from .result import Statistics
 from .sampling import SamplingParams
+from .student import Student
 from .teacher import checkpoint_fingerprint, generate_ids, Teacher
 
 # %% ../nbs/09g_doctor.ipynb #8752f360
@@ -338,8 +339,9 @@ def check_context(pair: Pair) -> Finding:
     known, longest = pair.training.block, max((len(t) for part in pair.contexts.values() for _, t in part), default=0)
     limit = getattr(pair.draft.config.get_text_config(), "max_position_embeddings", None) or math.inf
     size = int(min(known or BLOCK, limit - longest))
+    window = f"set sliding_window in its config.json to {size}, " if isinstance(pair.draft, Student) else ""
     finding = Finding(CONTEXT, "no long texts to measure on", "as high as with the last tokens only",
-                      "train the draft with longer blocks (data.block_sizes), or use it for short prompts")
+                      f"{window}train the draft with longer blocks (data.block_sizes), or use it for short prompts")
     shown = []
     for length, texts in pair.contexts.items():
         rate = pair.acceptance(texts, teacher=ContextTeacher(pair.teacher, []))

@@ -133,13 +133,25 @@ def small_draft_vocabulary(teacher, texts, load):
     return Pair(teacher, draft, texts)
 
 
+def long_pair(teacher, texts, draft):
+    """A draft with a prompt of 400 tokens, solved problems of HumanEval one after the other."""
+    solved = (problem["prompt"] + problem["canonical_solution"] for problem in humaneval_problems()[20:])
+    prompt = teacher.tokenizer.decode(text_ids(teacher.tokenizer, "\n\n".join(solved))[:400])
+    return Pair(teacher, draft, texts, contexts={400: continued(teacher, [prompt], 24)})
+
+
 def short_context(teacher, texts, load):
-    """A draft whose context ends at 256 tokens, and a prompt of 400."""
+    """A draft whose context ends at 256 tokens."""
     draft = load(INDEPENDENT)
     draft.config.max_position_embeddings = 256
-    code = (ROOT/"kdcode"/"data.py").read_text()
-    prompt = teacher.tokenizer.decode(text_ids(teacher.tokenizer, code)[1000:1400])
-    return Pair(teacher, draft, texts, contexts={400: continued(teacher, [prompt], 24)})
+    return long_pair(teacher, texts, draft)
+
+
+def no_window(teacher, texts, load):
+    """A draft that looks farther back than it was trained."""
+    draft = load(INDEPENDENT)
+    draft.config.sliding_window = None
+    return long_pair(teacher, texts, draft)
 
 
 def draft_samples(teacher, texts, load):
@@ -195,7 +207,8 @@ PLANTED = {
     missing_beginning: "beginning of the prompt", layers_counted_from_one: "feature layers",
     layers_in_another_order: "feature layers", shifted_states: "state and position",
     norm_at_the_wrong_place: "state and position", small_draft_vocabulary: "draft vocabulary",
-    short_context: "context length", draft_samples: "sampling parameters", repetition_penalty: "sampling parameters",
+    short_context: "context length", no_window: "context length", draft_samples: "sampling parameters",
+    repetition_penalty: "sampling parameters",
     noise_of_bfloat16: "numerics", other_checkpoint: "teacher's checkpoint",
     head_with_other_embedding: "teacher's checkpoint", other_text: "text", no_training: "training"}
 
