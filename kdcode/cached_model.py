@@ -260,6 +260,7 @@ def int8(model: PreTrainedModel) -> PreTrainedModel:
 # %% ../nbs/02b_cached_model.ipynb #0ab027d1
 def sliding_window(config) -> int | None:
     """Return how far back attention with a sliding window reaches; None if the model has full attention only."""
+    if window := getattr(config, "attention_window", None): return window  # of a student
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 def attention_kinds(config) -> set[str]:

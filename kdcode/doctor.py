@@ -339,7 +339,8 @@ def check_context(pair: Pair) -> Finding:
     known, longest = pair.training.block, max((len(t) for part in pair.contexts.values() for _, t in part), default=0)
     limit = getattr(pair.draft.config.get_text_config(), "max_position_embeddings", None) or math.inf
     size = int(min(known or BLOCK, limit - longest))
-    window = f"set sliding_window in its config.json to {size}, " if isinstance(pair.draft, Student) else ""
+    is_in_context = isinstance(pair.draft, Student) and max(pair.contexts, default=0) + longest <= limit
+    window = f"set attention_window in its config.json to {size}, " if is_in_context else ""
     finding = Finding(CONTEXT, "no long texts to measure on", "as high as with the last tokens only",
                       f"{window}train the draft with longer blocks (data.block_sizes), or use it for short prompts")
     shown = []

@@ -65,7 +65,7 @@ class EagleConfig(LlamaConfig):
     target_hidden_size: int | None = None    # width of the features; None: the head's own
     norm_before_residual: bool = False       # whether the residual connection of the first layer starts after the norm
     norm_before_fc: bool = False             # whether the features are normalised together
-    sliding_window: int | None = None        # positions that one attends to, itself included; None: to all
+    attention_window: int | None = None      # positions that one attends to, itself included; None: to all
     own_embedding: bool = False              # whether the file has an embedding; otherwise it is the teacher's
     eagle_config: dict | None = None         # with `eagle_aux_hidden_state_layer_ids`, the feature layers
     teacher: str = ""                        # name of the teacher that the head was made for
@@ -331,7 +331,7 @@ class EagleBody(EaglePairs):
         """Return the states of pairs before the final norm, (batch, new, hidden); `features` are fused."""
         past = cache.get_seq_length() if cache is not None else 0
         x = self.pair_inputs(input_ids, features)
-        mask = build_attention_mask(x.shape[1], past, attention_mask, x.device, self.config.sliding_window)
+        mask = build_attention_mask(x.shape[1], past, attention_mask, x.device, self.config.attention_window)
         if self.table is None or self.table.device != x.device or self.table.dtype != x.dtype:
             self.table = position_table(self.config, x)
         rotation = select_positions(self.table, past, x.shape[1], position_ids)
@@ -428,7 +428,7 @@ class TrainableHead(EagleBody):
         for step in range(1, steps + 1):
             cache = TrainingTimeTestCache(cache)
             mask = None if step == 1 else training_time_test_mask(
-                step, input_ids.shape[1] - skip, input_ids.device, self.config.sliding_window)
+                step, input_ids.shape[1] - skip, input_ids.device, self.config.attention_window)
             shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
             states = self.hidden_states(input_ids[:, skip:], cache, mask, features=shifted[:, skip:])
             states = F.pad(states, (0, 0, skip, 0))  # index t again belongs to token t

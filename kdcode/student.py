@@ -64,7 +64,8 @@ class StudentConfig(PreTrainedConfig):
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
-    sliding_window: int | None = None  # positions that one attends to, itself included; None: to all before it
+    attention_window: int | None = None  # positions that one attends to, itself included; None: to all before it.
+    # Not named sliding_window: caches of transformers then drop keys, and an assistant has to roll back
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -362,7 +363,7 @@ class StudentModel(nn.Module):
         """Map `input_ids` (batch, new) to hidden states (batch, new, hidden)."""
         past = cache.get_seq_length() if cache is not None else 0
         x = self.embed(input_ids, features)
-        mask = build_attention_mask(x.shape[1], past, padding, x.device, self.config.sliding_window)
+        mask = build_attention_mask(x.shape[1], past, padding, x.device, self.config.attention_window)
         if self.table is None or self.table.device != x.device or self.table.dtype != x.dtype:
             self.table = position_table(self.config, x)
         encodings = select_positions(self.table, past, x.shape[1], position_ids)

@@ -58,7 +58,7 @@ from .validate import apply_head, validate, ValidationSet
 def _trained_for(teacher: Teacher, config: Config, student: Student) -> Student:
     """Store the fingerprint of the teacher's weights and the reach of attention in a student; return the student."""
     longest = max(config.data.token_shares)
-    student.config.sliding_window = longest if longest < student.config.max_position_embeddings else None
+    student.config.attention_window = longest if longest < student.config.max_position_embeddings else None
     student.config.teacher_weights = checkpoint_fingerprint(teacher)
     return student
 

@@ -150,7 +150,7 @@ def short_context(teacher, texts, load):
 def no_window(teacher, texts, load):
     """A draft that looks farther back than it was trained."""
     draft = load(INDEPENDENT)
-    draft.config.sliding_window = None
+    draft.config.attention_window = None
     return long_pair(teacher, texts, draft)
 
 

@@ -112,7 +112,7 @@ def test_sliding_attention_of_a_draft(step, kind):
     settings = dict(gamma=3, adaptive=False, max_new_tokens=40, student_weights="plain")
 
     def counts(window):
-        draft.config.sliding_window = window
+        draft.config.attention_window = window
         results = speculative_generate(target, draft, prompts, **settings)
         texts = [(result.prompt, result.tokens) for result in results]
         replayed = [replay(teacher, draft, [text], 3, 40) for text in texts]
@@ -122,6 +122,20 @@ def test_sliding_attention_of_a_draft(step, kind):
 
     (text, narrow), (same_text, wide) = counts(6), counts(None)
     assert text == same_text and narrow != wide
+
+
+def test_draft_with_a_window_in_transformers():
+    """`generate` has the tokens of forward passes over the whole text, also for a padded row, and as an assistant."""
+    target = model("llama", 2, 0)
+    draft, ids = Student.from_teacher(target, [0, 1]).eval(), torch.arange(1, 13)[None]
+    draft.config.attention_window = 8
+    inputs = left_padded([ids[0].tolist(), list(range(3, 20))])
+    expected, options = ids, dict(max_new_tokens=30, do_sample=False, pad_token_id=0)
+    for _ in range(30): expected = torch.cat([expected, draft(expected).logits[:, -1:].argmax(-1)], 1)
+    assert draft.generate(ids, **options).tolist() == expected.tolist() != target.generate(ids, **options).tolist()
+    assert draft.generate(**inputs, **options)[0, 5:].tolist() == expected[0].tolist()
+    assisted = target.generate(ids, assistant_model=draft, **options)
+    assert assisted.tolist() == target.generate(ids, **options).tolist()
 
 
 @step_forms("ordinary", "static")
