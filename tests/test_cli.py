@@ -101,6 +101,7 @@ def test_generate_streams_the_output_of_the_teacher(kdcode, tiny_teacher, tmp_pa
     assert any(variant.endswith("PyTorch kernels") for variant in variants)
 
 
+@pytest.mark.slow
 def test_a_draft_vocabulary_is_grown_for_export(kdcode, tiny_teacher, tmp_path):
     from transformers import AutoModelForCausalLM
     assert kdcode("distill", "--name", "trimmed", *settings(tiny_teacher)).returncode == 0

@@ -29,6 +29,7 @@ from kdcode.provenance import processor_hash
 from kdcode.sampling import SamplingParams
 
 STEP = StepKind(False, 2)  # one row, several tokens
+COMPILED = pytest.param("compiled", marks=pytest.mark.slow)  # a minute of compilation
 
 
 def tiny(seed=0, kind=LlamaForCausalLM, config=LlamaConfig, **changes):
@@ -390,7 +391,7 @@ def generated(target, prompt, max_length, **options):
                            pad_token_id=0, **options)[0].tolist()
 
 
-@step_forms("static", "replayed", "compiled")
+@step_forms("static", "replayed", COMPILED)
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("options", [{"adaptive": False}, {"adaptive": True}, {"drafter": "hybrid"},
                                      {"drafter": "ngram"}, {"repetition_penalty": 1.5, "adaptive": False}])
@@ -403,7 +404,7 @@ def test_greedy_text_to_the_end_of_the_context(step, name, options):
         assert found.tokens == generated(target, prompt, 64, **penalty)[len(prompt):]
 
 
-@step_forms("static", "replayed", "compiled")
+@step_forms("static", "replayed", COMPILED)
 def test_eagle_head_drafts_the_same(step, monkeypatch):
     """Tokens and accepted drafts are those of the ordinary step, for three rows and for those that are left."""
     target = tiny(2)
@@ -417,7 +418,7 @@ def test_eagle_head_drafts_the_same(step, monkeypatch):
     assert found == run()
 
 
-@step_forms("static", "replayed", "compiled")
+@step_forms("static", "replayed", COMPILED)
 def test_continuous_batching(step):
     """Sequences that join and leave at any time get the tokens of `generate`."""
     target, settings = TARGETS["sliding window"], DecodeSettings(
@@ -444,7 +445,7 @@ def third_token_probs(model, prompt, params):
     return torch.einsum("a,ab,abc->c", first, second, third).double()
 
 
-@step_forms("static", "compiled")
+@step_forms("static", COMPILED)
 @pytest.mark.parametrize("draft_sampling", ["sampled", "greedy"])
 def test_sampled_text_has_the_distribution_of_the_target(step, draft_sampling):
     """The third token of 1,000 texts passes a χ² test, and fails it under another temperature."""

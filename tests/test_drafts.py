@@ -81,6 +81,7 @@ def test_the_smollm2_draft_has_a_useful_acceptance_rate(teacher, baseline):
     assert_useful_draft(teacher, student, replace(SETTINGS, student_weights="int8"), baseline)
 
 
+@pytest.mark.slow
 def test_the_independent_draft_works_in_other_engines(teacher, baseline):
     """As a plain Llama it has the same logits, and drafts in the assisted generation of transformers."""
     name, = INDEPENDENT

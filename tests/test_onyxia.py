@@ -391,6 +391,7 @@ import kdcode.assistant, notebook_intelligence
 print(kdcode.assistant.__file__, app.config.LabApp.default_url, sys.prefix)"""
 
 
+@pytest.mark.slow
 def test_init_installs_the_assistant(pod):
     """In the image's Python, with its settings in the home folder; the key is in no file."""
     make_assistant_wheel(pod.wheels)

@@ -278,6 +278,7 @@ def test_killed_search_resumes_with_two_workers(kdcode, start, tiny_teacher, tmp
     assert abs(read_json(tmp_path/"again"/"report.json")["figures"]["acceptance_rate"] - best) < 1e-6
 
 
+@pytest.mark.slow
 def test_killed_experiment_resumes_and_compares(kdcode, start, tiny_teacher, tmp_path):
     base = {"name": "guide", "teacher": {"name": str(tiny_teacher)}, "targets": {"kind": "top_k"},
             "data": {"tokens": 1024, "validation_tokens": 512, "block_size": 64},

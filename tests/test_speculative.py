@@ -172,6 +172,7 @@ def test_batch_of_the_embedded_teacher_equals_solo_runs(step):
         assert result.tokens[:8] == solo[:8]
 
 
+@pytest.mark.slow
 def test_four_bit_teacher_differs_only_at_near_ties(tmp_path):
     """Calls of one row and of several use different kernels; tokens may differ only where the top two logits are closer
     than that noise."""

@@ -1,4 +1,5 @@
 """The embedded teacher's plain copy is the model in its GGUF file."""
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -6,6 +7,7 @@ from kdcode.files import embedded_teacher
 from kdcode.teacher import load_teacher
 
 
+@pytest.mark.slow
 def test_plain_copy_equals_the_gguf_file():
     file = embedded_teacher()
     copied = load_teacher("smollm2")
