@@ -57,8 +57,9 @@ from .validate import apply_head, validate, ValidationSet
 # %% ../nbs/06b_train.ipynb #ad3cfac4
 def _trained_for(teacher: Teacher, config: Config, student: Student) -> Student:
     """Store the fingerprint of the teacher's weights and the reach of attention in a student; return the student."""
-    longest = max(config.data.token_shares)
-    student.config.attention_window = longest if longest < student.config.max_position_embeddings else None
+    longest, context = max(config.data.token_shares), student.config.max_position_embeddings
+    if not isinstance(student, EagleStudent):
+        student.config.attention_window = longest if longest < context else None
     student.config.teacher_weights = checkpoint_fingerprint(teacher)
     return student
 
