@@ -10,6 +10,7 @@
 # make test-assistant: completions and chat from kdcode serve in JupyterLab, in a browser
 # make trainers: TRL in an environment of its own, for kdcode bench trainers
 # make test-trainers: the same training in TRL and in kdcode
+# make test-shipped: kdcode doctor with the shipped drafts, after texts of up to 4,096 tokens, for many minutes
 # make test-long: the tests that take long (compilers, the server under load, killed searches), a quarter of an hour
 # make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BIN := .venv/bin
 export KDCODE_HOME ?= $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test docs check hooks test-engines test-trainers test-assistant test-long test-gpu engines trainers assistant readme export
+.PHONY: setup demo test docs check hooks test-engines test-trainers test-assistant test-long test-shipped test-gpu engines trainers assistant readme export
 
 setup: .venv/complete
 
@@ -63,6 +64,9 @@ test-assistant: setup assistant
 
 test-trainers: setup trainers
 	$(BIN)/pytest -m engines tests/test_trainers.py
+
+test-shipped: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m shipped tests/test_doctor.py
 
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow

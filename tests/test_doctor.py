@@ -310,7 +310,7 @@ def test_mistakes_are_one_line_before_torch_is_imported(tmp_path, monkeypatch, c
     assert len(lines) == 1 and message in lines[0]
 
 
-@pytest.mark.slow
+@pytest.mark.shipped
 @pytest.mark.parametrize("draft", [HEAD, INDEPENDENT])
 def test_shipped_pair_by_the_command(kdcode, draft, tmp_path):
     done = kdcode("doctor", "--draft", ROOT/"models"/draft, timeout=3000)
@@ -318,7 +318,7 @@ def test_shipped_pair_by_the_command(kdcode, draft, tmp_path):
     assert "no check found a fault" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.shipped
 def test_prose_by_the_command(kdcode, tmp_path):
     (tmp_path/"prose.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROSE))
     done = kdcode("doctor", "--draft", "smollm2", "--prompts", tmp_path/"prose.jsonl", timeout=3000)
