@@ -11,7 +11,7 @@
 # make trainers: TRL in an environment of its own, for kdcode bench trainers
 # make test-trainers: the same training in TRL and in kdcode
 # make test-shipped: kdcode doctor with the shipped drafts, after texts of up to 4,096 tokens, for many minutes
-# make test-long: the tests that take long (compilers, the server under load, killed searches), a quarter of an hour
+# make test-long: the tests that take long (compilers, the server under load, killed searches), for many minutes
 # make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
 BIN := .venv/bin

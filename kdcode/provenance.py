@@ -7,6 +7,7 @@ __all__ = ['CGROUPS', 'INSTRUCTIONS', 'KIND', 'PACKAGES', 'write_atomic', 'short
            'cpu_facts', 'processor', 'processor_hash', 'versions', 'machine', 'commit', 'provenance']
 
 # %% ../nbs/00_provenance.ipynb #a8ebd611
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -74,6 +75,7 @@ INSTRUCTIONS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}  # by f
 KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags",  # x86
         "CPU implementer", "CPU part", "Features")                              # ARM
 
+@functools.cache  # long on a host with many cores, and asked for each new sequence
 def cpu_facts(info: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     """Return what Linux knows about the first processor; empty on other systems."""
     first = info.read_text().partition("\n\n")[0] if info.exists() else ""
