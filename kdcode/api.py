@@ -9,23 +9,26 @@ __all__ = ['NO_FUNCTIONS', 'FOR_CHAT', 'TEXT_ONLY', 'UNSUPPORTED_FIELDS', 'VLLM_
            'StrictModel', 'integer', 'SpeculationOptions', 'StreamOptions', 'check_known', 'SamplingRequest',
            'JsonSchema', 'ResponseFormat', 'ConstrainedRequest', 'CompletionRequest', 'InfillExtra', 'InfillRequest',
            'TextPart', 'CalledFunction', 'ToolCall', 'ChatMessage', 'FunctionDefinition', 'Tool', 'NamedFunction',
-           'NamedToolChoice', 'ToolRequest', 'ChatCompletionRequest', 'token_bytes', 'token_text', 'TextDelta',
-           'CompletionLogprobs', 'CompletionFormat', 'ChatLogprobs', 'ChatCompletionFormat', 'PromptTokensDetails',
-           'Usage', 'SpeculationStep', 'SpeculationStatistics', 'SpeculationInfo', 'ResponseBase', 'CompletionChoice',
-           'CompletionResponse', 'ChatCompletionChoice', 'ChatCompletionResponse', 'InfillResponse', 'ErrorDetail',
-           'ErrorResponse', 'APIError', 'validation_message', 'to_api_error', 'error_response']
+           'NamedToolChoice', 'ToolRequest', 'ChatCompletionRequest', 'letter_ids', 'token_bytes', 'token_text',
+           'TextDelta', 'CompletionLogprobs', 'CompletionFormat', 'ChatLogprobs', 'ChatCompletionFormat',
+           'PromptTokensDetails', 'Usage', 'SpeculationStep', 'SpeculationStatistics', 'SpeculationInfo',
+           'ResponseBase', 'CompletionChoice', 'CompletionResponse', 'ChatCompletionChoice', 'ChatCompletionResponse',
+           'InfillResponse', 'ErrorDetail', 'ErrorResponse', 'APIError', 'validation_message', 'to_api_error',
+           'error_response']
 
 # %% ../nbs/11_api.ipynb #17924b9a
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator, StringConstraints
 from starlette.exceptions import HTTPException
+from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .batching import QueueFull, SchedulerClosed
@@ -248,10 +251,10 @@ class InfillExtra(BaseModel):
     filename: str = ""
 
 class InfillRequest(SamplingRequest):
-    """A request to `/infill`, in the form of llama.cpp's server."""
+    """A request to `/infill`, in the form of llama.cpp's server. Fields that are not llama.cpp's are ignored."""
     model: str = ""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.
-    stop: Annotated[list[StopString], Field(max_length=32)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=32)] | None = None
     input_prefix: str
     input_suffix: str
     input_extra: Annotated[list[InfillExtra], Field(max_length=1024, fail_fast=True)] = []
@@ -261,6 +264,9 @@ class InfillRequest(SamplingRequest):
     n: Literal[1] = 1
     num_logprobs: ClassVar[None] = None
     echo: ClassVar[bool] = False
+    used_fields: ClassVar[frozenset[str]] = frozenset({
+        "model", "temperature", "top_p", "seed", "stop", "stream", "input_prefix", "input_suffix", "input_extra", "prompt",
+        "n_predict", "speculation"})
 
     @model_validator(mode="before")
     @classmethod
@@ -268,7 +274,7 @@ class InfillRequest(SamplingRequest):
         """Return the known fields that are not null."""
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if name in cls.model_fields and value is not None}
+        return {name: value for name, value in fields.items() if name in cls.used_fields and value is not None}
 
     @property
     def max_tokens(self) -> int | None:
@@ -293,7 +299,7 @@ class CalledFunction(StrictModel):
         """Return the arguments as an object, or as they are if they are not valid JSON."""
         try:
             return json.loads(self.arguments)
-        except ValueError:  # an answer that ended early
+        except (ValueError, RecursionError):  # an answer that ended early
             return self.arguments
 
 class ToolCall(StrictModel):
@@ -422,10 +428,15 @@ class ChatCompletionRequest(ToolRequest):
 # %% ../nbs/11_api.ipynb #804926e6
 BYTE_DECODER = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level tokenizers
 
+@lru_cache(maxsize=4)
+def letter_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids of a letter, which needs the tokenizer once: two threads cannot use it at the same time."""
+    return tuple(text_ids(tokenizer, "a", False))
+
 def token_bytes(teacher: Teacher, token: int) -> bytes:
     """Return the bytes of a token within a text, which may be part of a character."""
     tokenizer = teacher.tokenizer
-    text = text_after(tokenizer, text_ids(tokenizer, "a", False), [token], skip_special_tokens=False)
+    text = text_after(tokenizer, list(letter_ids(tokenizer)), [token], skip_special_tokens=False)
     stored = tokenizer.convert_ids_to_tokens(token) or ""
     if "\ufffd" in text and (byte := re.fullmatch("<0x([0-9A-F]{2})>", stored)):
         return bytes.fromhex(byte[1])
@@ -548,7 +559,8 @@ class ChatCompletionFormat(ChatLogprobs):
             return delta.text, [], reason
         parser = self.parsers.setdefault(index, ToolCallParser(self.tool_format))
         content, parts = parser.feed(delta.text, last=reason is not None)
-        return content, parts, "tool_calls" if reason == "stop" and parser.calls else reason
+        is_cut = parser.read == parser._read_arguments  # by a stop string
+        return content, parts, "tool_calls" if reason == "stop" and parser.calls and not is_cut else reason
 
     def choice(self, index: int, delta: TextDelta, finish_reason: str | None) -> dict[str, Any]:
         """Return a choice with the whole message."""
@@ -638,7 +650,7 @@ class InfillResponse(BaseModel):
     content: str
     stop: bool
     model: str
-    stop_type: Literal["eos", "limit"]
+    stop_type: Literal["eos", "limit", "word"]
     tokens_predicted: int
     tokens_evaluated: int
     tokens_cached: int
@@ -687,7 +699,7 @@ class APIError(Exception):
 # %% ../nbs/11_api.ipynb #5ba034fe
 UNION_FIELDS = {  # fields that accept several types -> what they accept
     "prompt": "prompt must be a string, a list of token ids, or a list of at most 32 of either; no list may be empty",
-    "stop": "stop must be a string of 1 to 200 characters, or a list of at most 4 such strings",
+    "stop": "stop must be a string of 1 to 200 characters, or a list of at most 4 such strings (32 in /infill)",
     "tool_choice": 'tool_choice must be none, auto, required, or {"type": "function", "function": {"name": ...}}',
 }
 MAX_QUOTED_VALUE = 50  # characters

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -401,7 +402,8 @@ def predicted_run_speedup(
     verify_steps = sum(count * costs.v(gamma) for gamma, count in enumerate(_rounds_by_gamma(s)) if count)
     steps_per_token = (s.student_seconds / step + verify_steps) / _expected_tokens(s)
     tokens, seconds = sum(map(len, baseline.texts)), sum(baseline.seconds)
-    return seconds / (seconds + step * tokens * (steps_per_token - 1))
+    outside = max(seconds - step * tokens, 0.)  # measured at two times, so noise can make it negative
+    return seconds / (outside + step * tokens * steps_per_token)
 
 # %% ../nbs/09a_bench.ipynb #caf4ecf1
 HEADLINE_PROMPTS = 40  # at least, for a speedup that is quoted
@@ -840,8 +842,9 @@ def plot_tasks(rows: list[dict[str, Any]]) -> Figure:
 
 # %% ../nbs/09a_bench.ipynb #00406185
 def _tasks_notes(config: Config, everything: dict[str, Decoded]) -> list[str]:
-    """Return the notes of a task benchmark: the definition of a speedup, and the intervals over all prompts."""
+    """Return the notes of a task benchmark: what a speedup is, and the intervals and times over all prompts."""
     intervals = []
+    times = [f"{name} {_p50_ms(one.ttft):.0f} and {_p50_ms(one.tpot):.1f}" for name, one in everything.items()]
     for name in list(BY_TASK.values())[1:]:
         speedups = prompt_speedups(everything, name)
         low, high = bootstrap_interval(speedups)
@@ -849,7 +852,8 @@ def _tasks_notes(config: Config, everything: dict[str, Decoded]) -> list[str]:
     limit = f"At most {config.decode.max_new_tokens} new tokens, {sampling_name(config.decode)}."
     return [f"{limit} A speedup is the mean over prompts of (seconds per token of `generate`) / (seconds per token of "
             "the method).",
-            f"Speedups over all prompts, with 95% bootstrap intervals: {', '.join(intervals)}."]
+            f"Speedups over all prompts, with 95% bootstrap intervals: {', '.join(intervals)}.",
+            f"TTFT and TPOT in ms over all prompts: {', '.join(times)}. {LATENCY_NOTE}"]
 
 def _task_methods(teacher: Teacher, student: PreTrainedModel, settings: DecodeSettings, seed: int) -> dict[str, Method]:
     """Return the methods of a task benchmark, by column name."""
@@ -905,6 +909,7 @@ def busy_row(
     threads: Literal["auto"] | int,
 ) -> dict[str, Any]:
     """Return the tokens per second of each method beside busy processes."""
+    THREADS.use(available_cpus())  # from where auto starts
     THREADS.use(threads)
     decode_interleaved(methods, problems[:1], device)  # the number of threads settles
     decoded = decode_interleaved(methods, problems, device)
@@ -923,12 +928,11 @@ def bench_busy(
     settings, problems, rows = config.decode, humaneval_problems(config.decode.problems), []
     methods = decode_methods(teacher, student, settings, config.seed, "pair")
     choices: list[Literal["auto"] | int] = ["auto", *sorted({1, available_cpus()})]
-    for count in BUSY_PROCESSES:
-        with busy_processes(count):
-            for threads in choices:
-                rows.append(busy_row(methods, problems, teacher.device, count, threads))
-                if progress: progress(len(rows), len(choices) * len(BUSY_PROCESSES))
-    THREADS.use(config.threads)
+    try:
+        for count, threads in itertools.product(BUSY_PROCESSES, choices):
+            with busy_processes(count): rows.append(busy_row(methods, problems, teacher.device, count, threads))
+            if progress: progress(len(rows), len(choices) * len(BUSY_PROCESSES))
+    finally: THREADS.use(config.threads)
     figures = {f"{row['threads']} threads, {row['busy processes']} busy, {name}": row[name]
                for row in rows for name in methods}
     note = f"Tokens per second; HumanEval prompts: {len(problems)}, at most {settings.max_new_tokens} new tokens."
@@ -1000,13 +1004,14 @@ def peak_memory(
 ) -> float:           # MiB on top of the tensors themselves
     """Measure the peak memory of one `loss_step` on the CPU, in a process of its own (Linux: reads VmHWM).
 
-    Raises `MemoryError` if the process fails.
+    Raises `ConfigError` if the process fails.
     """
     code = _PEAK_PROGRAM.format(tokens=tokens, width=width, vocabulary=vocabulary, chunk_size=chunk_size)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
-        raise MemoryError(f"the loss of {tokens} tokens with chunk size {chunk_size} did not fit into memory "
-                          f"(exit status {done.returncode}); use fewer tokens")
+        reason = (done.stderr.strip().splitlines() or ["it was killed, probably for its memory"])[-1]
+        raise ConfigError(f"the loss of {tokens} tokens with chunk size {chunk_size} could not be measured "
+                          f"(exit status {done.returncode}: {reason})")
     return float(done.stdout)
 
 # %% ../nbs/09a_bench.ipynb #9d7a9f83
@@ -1180,12 +1185,18 @@ def teacher_variants(
     return variants
 
 def llama_cpp_times(file: str, threads: int) -> dict[int, float] | None:
-    """Return mean milliseconds of llama.cpp's calls by number of tokens; None without `llama-bench`."""
+    """Return mean milliseconds of llama.cpp's calls by number of tokens; None without a `llama-bench` that works."""
     if shutil.which("llama-bench") is None:
         return None
     command = ["llama-bench", "-m", file, "-t", str(threads), "-n", "0", "-d", str(CONTEXT),
                "-p", ",".join(map(str, TOKEN_COUNTS)), "-r", "9", "-o", "json"]
-    results = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        warnings.warn(f"llama-bench failed (exit status {done.returncode}: {reason}), so llama.cpp is left out",
+                      stacklevel=2)
+        return None
+    results = json.loads(done.stdout)
     return {result["n_prompt"]: result["avg_ns"] / 1e6 for result in results}
 
 # %% ../nbs/09a_bench.ipynb #025df932

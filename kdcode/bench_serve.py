@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'JSON_TOKENS', 'JSON_FORMAT', 'Answer', 'send', 'Load', 'library_text', 'Prompts', 'Clients', 'is_valid',
-           'JsonClients', 'UserClients', 'percentile', 'MeasuredClients', 'ServerLoad', 'send_all', 'running_server',
-           'plot_serve', 'bench_serve']
+           'JsonClients', 'UserClients', 'percentile', 'MeasuredClients', 'ServerLoad', 'send_all', 'check_load',
+           'running_server', 'plot_serve', 'bench_serve']
 
 # %% ../nbs/11b_bench_serve.ipynb #5714a4cc
 import asyncio
@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from .bench import save_plots
-from .config import Config
+from .config import Config, ConfigError
 from .data import text_ids
 from .notebook import plot_style
 from .report import Report
@@ -210,7 +210,7 @@ class UserClients(JsonClients):
         messages, times = [], []
         for turn in range(self.load.turns):
             messages.append({"role": "user", "content": f"Question {turn}: what comes after {turn * 37} and why?"})
-            answer = await self.ask(messages, self.load.new_tokens // 2)
+            answer = await self.ask(messages, max(self.load.new_tokens // 2, 1))
             messages.append({"role": "assistant", "content": answer.text})
             times.append(answer.first_token)
         return times
@@ -306,6 +306,12 @@ async def send_all(
     measured.add("lost requests", sum(not answer.complete for answer in measured.answers), "lost")
 
 # %% ../nbs/11b_bench_serve.ipynb #e40bf812
+def check_load(load: Load, most: int) -> None:
+    """Raise `ConfigError` if the server, whose answers have at most `most` new tokens, would refuse a request."""
+    if 3 * load.new_tokens > most:
+        raise ConfigError(f"decode.max_new_tokens is {load.new_tokens}, and the stream beside a long prompt has three "
+                          f"times as many, but serve.max_new_tokens is {most}; use at most {most // 3}")
+
 @contextmanager
 def running_server(teacher: Teacher, student: PreTrainedModel, config: Config) -> Iterator[tuple[str, Service]]:
     """Serve both models on a free port in a `with` block. Yields the URL and the service."""
@@ -317,6 +323,8 @@ def running_server(teacher: Teacher, student: PreTrainedModel, config: Config) -
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(.01)
+    if not server.started:
+        raise ConfigError("the server did not start; its message is above")
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}", service
     finally:
@@ -346,7 +354,7 @@ async def _measure(
 ) -> ServerLoad:
     """Measure the server at an address."""
     limits = httpx.Limits(max_connections=max(load.clients) + 1)
-    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as client:  # no proxy
         measured = ServerLoad(client, model, prompts, load)
         await send_all(measured, lengths, with_chat, progress)
         return measured
@@ -362,10 +370,13 @@ def bench_serve(
 ) -> Report:
     """Measure the server with requests of several clients."""
     lengths = load.lengths(teacher.context_size, config.serve.max_prompt_tokens)
+    check_load(load, config.serve.max_new_tokens)
     with running_server(teacher, student, config) as (url, service), ThreadPoolExecutor(1) as thread:
         with_chat = bool(teacher.tokenizer.chat_template)
         work = _measure(url, service.name, Prompts(teacher), load, lengths, with_chat, progress)
         measured = thread.submit(asyncio.run, work).result()  # in a notebook, this thread has a loop already
+    if not any(answer.complete for answer in measured.answers):
+        raise ConfigError("no request got a complete answer; the server's messages are above")
     settings = config.serve
     notes = [f"{load.repeats} requests of each kind and client, {load.new_tokens} new tokens, greedy; {settings.slots} "
              f"slots, chunks of {settings.prefill_chunk} tokens, a prefix cache of {settings.cache_gb:g} GB.",

@@ -45,8 +45,8 @@ from .threads import THREADS
 # %% ../nbs/02b_cached_model.ipynb #06e59ab3
 def clock(device: torch.device) -> float:
     """Return the time in seconds after all work queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple[object, float]:
@@ -88,7 +88,7 @@ def kernel_seconds(kernel: LinearKernel, layers: list[nn.Linear]) -> float:
     """Return the seconds of the products of all these layers."""
     first = layers[0].weight
     widths = {layer.in_features for layer in layers}
-    inputs = {width: torch.randn(kernel.rows, width, device=first.device, dtype=first.dtype) for width in widths}
+    inputs = {width: torch.ones(kernel.rows, width, device=first.device, dtype=first.dtype) for width in widths}
     def once():
         for layer in layers: kernel(inputs[layer.in_features], layer.weight)
     return timed(once, first.device)[1]
@@ -112,7 +112,7 @@ Kernels = dict[int, LinearKernel]  # by number of rows, up to 16; no entry where
 
 def fastest_kernels(
     layers: list[nn.Linear],  # of one dtype
-    megabytes: int = 200,     # of weights to measure on: more than fits into the processor's cache
+    megabytes: int = 500,     # of weights to measure on: more than fits into the processor's cache
     repeats: int = 5,
 ) -> Kernels:
     """Measure which kernel computes these layers fastest.
@@ -142,7 +142,7 @@ def measurement_key(layers: list[nn.Linear]) -> str:
     """Return the hash of everything that the times of these layers depend on."""
     shapes = sorted((str(dtype), *shape) for dtype, shape in {(layer.weight.dtype, layer.weight.shape)
                                                               for layer in layers})
-    return short_hash([processor_hash(), torch.get_num_threads(), torch.__version__, shapes])
+    return short_hash([processor_hash(), THREADS.largest(), torch.__version__, shapes])
 
 def read_kernels(file: Path) -> Kernels | None:
     """Return the kernels in a file of `write_kernels`; None if there is no such file, or it is damaged."""
@@ -165,7 +165,7 @@ def kernels_for(layers: list[nn.Linear]) -> Kernels:
         file = cache_folder()/"kernels"/f"{key}.json"
         MEASURED[key] = read_kernels(file)
         if MEASURED[key] is None:
-            MEASURED[key] = fastest_kernels(layers)
+            with THREADS.all_in_use(): MEASURED[key] = fastest_kernels(layers)
             write_kernels(file, MEASURED[key])
     return MEASURED[key]
 
@@ -186,7 +186,7 @@ def replaced_forwards(forwards: Forwards) -> Iterator[None]:
     try: yield
     finally:
         for module in changed:
-            del vars(module)["forward"]
+            vars(module).pop("forward", None)  # another thread may compile the same model
 
 def tuned_forward(
     layer: nn.Linear,
@@ -613,8 +613,11 @@ def machine_limits(
     dtype: torch.dtype,
     repeats: int = 5,
 ) -> tuple[float, float]:  # bytes per second, operations per second
-    """Measure how fast the machine reads memory (256 MB) and multiplies (1,024 × 2,048 by 2,048 × 2,048)."""
-    numbers = torch.ones(2**28 // dtype.itemsize, device=device, dtype=dtype)
+    """Measure how fast the machine reads memory (1 GB) and multiplies (1,024 × 2,048 by 2,048 × 2,048).
+
+    Some servers have a cache of several hundred megabytes.
+    """
+    numbers = torch.ones(2**30 // dtype.itemsize, device=device, dtype=dtype)
     readable = numbers.view(torch.int32) if dtype.itemsize == 2 else numbers  # max() of 16-bit floats is slow
     a = torch.ones(1024, 2048, device=device, dtype=dtype)
     b = torch.ones(2048, 2048, device=device, dtype=dtype)

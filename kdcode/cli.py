@@ -15,10 +15,10 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
            'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
            'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
-           'parse', 'read_prompt', 'choose_draft', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
-           'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training', 'check_doctor',
-           'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command',
-           'main']
+           'parse', 'read_prompt', 'choose_draft', 'card_limits', 'check_text_length', 'check_plan', 'check_export',
+           'check_evaluation', 'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training',
+           'check_doctor', 'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error',
+           'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -635,7 +635,7 @@ def run_serve(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #0566aa07
 COMMANDS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "demo": (run_demo, "train a small student and measure its speedup, in minutes"),
-    "plan": (run_plan, "find out whether a draft pays for a teacher, before training one"),
+    "plan": (run_plan, "find out whether a draft pays off for a teacher, before training one"),
     "targets": (run_targets, "cache the teacher's targets for a corpus"),
     "distill": (run_distill, "build a corpus and train a student"),
     "tune": (run_tune, "search for the best hyperparameters"),
@@ -829,7 +829,7 @@ def main_help() -> str:
     width = max(map(len, COMMANDS))
     return "\n".join([
         "kdcode speeds up a code model with a small draft model, and leaves its output unchanged.", "",
-        "Find out whether a draft pays for your model on this machine, and which one:",
+        "Find out whether a draft pays off for your model on this machine, and which one:",
         "  kdcode plan --teacher.name USER/TEACHER",
         "Decode with any two models of the Hugging Face Hub that have the same tokenizer:",
         f"  kdcode generate {_PROMPT} {pair}",
@@ -837,7 +837,7 @@ def main_help() -> str:
         "  kdcode distill --teacher.name USER/TEACHER --data.source folder --data.path my/code",
         "Serve both with OpenAI's API:",
         f"  kdcode serve {pair}",
-        "Without --teacher.name and --draft, they use a small embedded model and its shipped draft model.", "",
+        "Without --teacher.name and --draft, they use a small embedded model, and its shipped draft model or your demo's.", "",
         "usage: kdcode COMMAND [options]", "", "commands:",
         *[f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()], "",
         "kdcode COMMAND --help      the options that people use, with examples",
@@ -992,7 +992,7 @@ def parse(
     return COMMANDS[command][0], config, options
 
 # %% ../nbs/12_cli.ipynb #d7a27335
-PAIR_BENCHMARKS = ("decode", "tasks", "engines", "profile", "busy", "serve")  # need a teacher and a student
+PAIR_BENCHMARKS = ("decode", "lengths", "tasks", "engines", "profile", "busy", "serve")  # need a teacher and a student
 
 def read_prompt(prompt: str) -> str:
     """Return a prompt, that of standard input for "-". Raise `ConfigError` if it is empty or has only spaces."""
@@ -1034,6 +1034,12 @@ def card_limits(
                           "TFLOP/s in the teacher's dtype")
     return bandwidth * 1e9, flops * 1e12
 
+def check_text_length(config: Config) -> None:
+    """Raise `ConfigError` if the texts are so short that no draft token of a head is verified."""
+    if config.decode.max_new_tokens < 3:
+        raise ConfigError(f"decode.max_new_tokens is {config.decode.max_new_tokens}; to examine a draft it should be at "
+                          "least 3")
+
 def check_plan(config: Config, options) -> None:
     """Set `options.limits`. Raise `ConfigError` for half a card, and for settings that the plan cannot predict."""
     options.limits = card_limits(options.bandwidth, options.flops)
@@ -1042,6 +1048,12 @@ def check_plan(config: Config, options) -> None:
                           "decoding; remove it, or measure with kdcode bench decode")
     if config.decode.gamma < 1:
         raise ConfigError("decode.gamma is 0, which drafts nothing; give the largest number of draft tokens")
+    check_text_length(config)
+    plain = Config().decode
+    for name in ("repetition_penalty", "bad_words", "stop", "min_new_tokens", "lookup_files"):
+        if getattr(config.decode, name) != getattr(plain, name):
+            raise ConfigError(f"decode.{name} is set, but kdcode plan predicts plain greedy decoding; remove it, or "
+                              "measure with kdcode bench decode")
 
 # %% ../nbs/12_cli.ipynb #1acac444
 def check_export(options) -> None:
@@ -1090,8 +1102,7 @@ def check_infilling(config: Config) -> None:
     if not config.data.fim_share: return
     from kdcode.infill import FIM_FORMATS, no_fim_tokens
     name, known = config.teacher.name, teacher_vocabulary(config.teacher.name).keys()
-    formats = ({fim.prefix, fim.suffix, fim.middle} - {""} for fim in FIM_FORMATS)
-    if name == "smollm2" or known and not any(tokens <= known for tokens in formats):
+    if name == "smollm2" or known and not any(fim.tokens <= known for fim in FIM_FORMATS):
         raise no_fim_tokens(name)
 
 def check_student(config: Config) -> None:
@@ -1136,6 +1147,7 @@ def check_doctor(config: Config, options) -> None:
     """Raise `ConfigError` if there are no drafts to examine, or the file with prompts has a mistake."""
     if config.decode.gamma < 1:
         raise ConfigError("decode.gamma is 0, which drafts nothing; kdcode doctor needs at least 1")
+    check_text_length(config)
     if options.prompts:
         read_prompts(options.prompts)
 

@@ -336,19 +336,29 @@ def split_of(
     return "validation" if int.from_bytes(text_hash(text)[-8:]) < share * 2**64 else "train"
 
 # %% ../nbs/01_data.ipynb #bc374174
+@functools.lru_cache(maxsize=16)
+def _fingerprint(tokenizer: PreTrainedTokenizerBase, size: int) -> str:
+    return vocabulary_fingerprint(tokenizer.get_vocab())
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the `vocabulary_fingerprint` of a tokenizer."""
-    return vocabulary_fingerprint(tokenizer.get_vocab())
+    return _fingerprint(tokenizer, len(tokenizer))  # kept: it takes a tenth of a second, before each decoded text
+
+@functools.lru_cache(maxsize=16)
+def _different_tokens(
+    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, sizes: tuple[int, int]
+) -> dict[int, tuple[str | None, str | None]]:
+    first, second = ({index: token for token, index in tokenizer.get_vocab().items() if token != f"[PAD{index}]"}
+                     for tokenizer in (a, b))
+    pairs = ((index, (first.get(index), second.get(index))) for index in sorted(first.keys() | second.keys()))
+    return {index: pair for index, pair in pairs if pair[0] != pair[1]}
 
 def different_tokens(
     a: PreTrainedTokenizerBase,
     b: PreTrainedTokenizerBase,
 ) -> dict[int, tuple[str | None, str | None]]:  # id -> its tokens in `a` and `b`; None: no such id
     """Return the ids that do not stand for the same token in two vocabularies, ascending. Padding rows are ignored."""
-    first, second = ({index: token for token, index in tokenizer.get_vocab().items() if token != f"[PAD{index}]"}
-                     for tokenizer in (a, b))
-    pairs = ((index, (first.get(index), second.get(index))) for index in sorted(first.keys() | second.keys()))
-    return {index: pair for index, pair in pairs if pair[0] != pair[1]}
+    return _different_tokens(a, b, (len(a), len(b)))
 
 def describe_tokens(
     different: dict[int, tuple[str | None, str | None]],  # not empty

@@ -409,13 +409,15 @@ def make_decoder(
 # %% ../nbs/07c_decode.ipynb #0b1e29e8
 def decoder_graphs(
     teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    student: PreTrainedModel | Drafter,
     settings: DecodeSettings,
     batches: bool = False,  # also for several rows
 ) -> dict[PreTrainedModel, list[StepKind]]:
     """Return the kinds of graphs that a decoder of these models can use, by model; none if `compile` is off."""
     if settings.compile is False:
         return {}
+    if isinstance(student, Drafter):  # of one's own: its steps are not ours
+        return {teacher: usual_kinds(teacher.device, tuple(student.feature_layers), batches)}
     features = tuple(getattr(student.config, "feature_layers", None) or ())
     own = (-1,) if features else ()  # a head continues from its own last state
     graphs = {teacher: usual_kinds(teacher.device, features, batches)}

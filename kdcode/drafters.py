@@ -497,25 +497,38 @@ class CompositeDrafter(CompositePrompts):
 
 # %% ../nbs/07b_drafters.ipynb #74e30a91
 class LatencyModel:
-    """Estimates the time of a call from the number of tokens in it, by interpolating medians of recent measurements."""
+    """Estimates the time of a call from the number of tokens in it, by interpolating medians of recent measurements.
 
-    def __init__(self, memory: int = 9):  # measurements kept for each number of tokens
-        self.memory = memory
+    A call takes at most as long as one over more tokens. A number of tokens that did not occur for long is forgotten,
+    but not the smallest one.
+    """
+
+    def __init__(
+        self,
+        memory: int = 9,    # measurements kept for each number of tokens
+        horizon: int = 100,  # calls after which a number of tokens is forgotten
+    ):
+        self.memory, self.horizon, self.calls = memory, horizon, 0
         self.recent: dict[int, deque[float]] = {}
+        self.last: dict[int, int] = {}
+        """by number of tokens: the number of its last call"""
         self.medians: dict[int, float] = {}
 
     def add(self, count: int, seconds: float) -> None:
         """Add the measured time of a call over `count` tokens."""
         recent = self.recent.setdefault(count, deque(maxlen=self.memory))
         recent.append(seconds)
-        self.medians[count] = statistics.median(recent)
+        self.medians[count], self.last[count], self.calls = statistics.median(recent), self.calls, self.calls + 1
+        for old in [n for n, call in self.last.items() if self.calls - call > self.horizon and n > min(self.last)]:
+            for known in (self.recent, self.last, self.medians): del known[old]
 
     def seconds(self, count: int) -> float:
         """Return the estimated seconds of a call over `count` tokens; nan without measurements."""
         if not self.medians:
             return float("nan")
         counts = sorted(self.medians)
-        return float(np.interp(count, counts, [self.medians[n] for n in counts]))
+        times = np.minimum.accumulate([self.medians[n] for n in reversed(counts)])[::-1]
+        return float(np.interp(count, counts, times))
 
 # %% ../nbs/07b_drafters.ipynb #f2c502c6
 class Timestamp:
@@ -741,11 +754,12 @@ class AdaptivePrompts(CompositeDrafter):
     sampled: bool
     stop: UnsureStop | None = None  # of the next draft
 
-    def set_stop(self, adapts: list[bool], budgets: list[int]) -> bool:
+    def set_stop(self, sequences: list[Sequence], adapts: list[bool], budgets: list[int]) -> bool:
         """Let a model end the draft of a single sequence where it is unsure, if drafting pays. Return whether so."""
         model, self.stop = self.drafters[0], None
         if not isinstance(model, ModelDrafter): return False
-        if self.controller.pays and adapts == [True] and reads_are_free(self.device):
+        is_plain = not any(sequence.sampling.processors for sequence in sequences)  # other rows do not stop
+        if self.controller.pays and adapts == [True] and is_plain and reads_are_free(self.device):
             self.stop = UnsureStop(self.controller, budgets[0])
         model.stop = self.stop
         return self.stop is not None
@@ -786,7 +800,7 @@ class AdaptiveDrafter(AdaptivePrompts):
         """Return drafts of at most γ tokens."""
         gamma = self.controller.choose(max(budgets), len(sequences))
         adapts = [self.sampled or sequence.sampling.temperature == 0 for sequence in sequences]
-        if self.set_stop(adapts, budgets): gamma = budgets[0]
+        if self.set_stop(sequences, adapts, budgets): gamma = budgets[0]
         budgets = [min(n, gamma) if adapted else n for n, adapted in zip(budgets, adapts)]
         self.began = Timestamp(self.device)
         self.drafts = self.drafters[0].propose(sequences, budgets) if any(budgets) else [Draft([]) for _ in sequences]

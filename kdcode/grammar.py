@@ -107,6 +107,8 @@ class GrammarState:
         if common < len(self.consumed):
             self.matcher.rollback(len(self.consumed) - common)
             self.masks = {count: mask for count, mask in self.masks.items() if count <= common}
+        if self.matcher.is_error():  # after a rejected draft; a parser that gave up cannot go back
+            self.matcher, self.masks, self.error, common = self.grammar.matcher.deep_copy(), {}, "", 0
         count = self.matcher.try_consume_tokens(tokens[common:])
         self.consumed = tokens[:common + count]
         return len(self.consumed) == len(tokens) and not self.matcher.is_error()

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIM_FORMATS', 'FimFormat', 'token_id', 'find_fim_format', 'no_fim_tokens', 'check_fim', 'middle_end_id',
-           'fim_end_ids', 'beginning_ids', 'part_encoding', 'fim_marks', 'order_parts', 'extra_ids', 'infill_prompt',
-           'fim_text']
+           'fim_end_ids', 'beginning_ids', 'split_controls', 'part_encoding', 'fim_marks', 'order_parts', 'extra_ids',
+           'infill_prompt', 'fim_text']
 
 # %% ../nbs/00e_infill.ipynb #24459ad5
+import re
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,11 @@ class FimFormat:
     """after the middle: the first of them that the tokenizer has; none: the tokenizer's end of text"""
     stops: tuple[str, ...] = ()
     """other tokens that end a completion"""
+
+    @property
+    def tokens(self) -> set[str]:
+        """The tokens that mark prefix, suffix and middle."""
+        return {self.prefix, self.suffix, self.middle} - {""}
 
 FIM_FORMATS = (
     # Qwen2.5-Coder Technical Report, section 3.2.2. CodeGemma has the same three tokens (CodeGemma: Open Code Models
@@ -69,8 +75,7 @@ def find_fim_format(
 ) -> FimFormat | None:
     """Return the format whose tokens the tokenizer and the model have; None if there is none."""
     for fim in FIM_FORMATS:
-        needed = [token for token in (fim.prefix, fim.suffix, fim.middle) if token]
-        if all(token_id(tokenizer, token, vocabulary_size) is not None for token in needed):
+        if all(token_id(tokenizer, token, vocabulary_size) is not None for token in fim.tokens):
             return fim
     return None
 
@@ -108,12 +113,17 @@ def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = tokenizer([""], verbose=False)["input_ids"][0]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
-def part_encoding(
-    tokenizer: PreTrainedTokenizerBase,  # a fast one
-    text: str,
-    starts_document: bool,
-) -> tuple[list[int], list[int]]:  # ids, and the first character of each token in `text`
-    """Return the tokens of a part of a document: special tokens in it are plain characters, and none is added."""
+def split_controls(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Cut a text within each control token that is added but not special: those the tokenizer always recognises."""
+    known = {token for fim in FIM_FORMATS
+             for token in (*fim.tokens, fim.repository, fim.file, *fim.end, *fim.stops) if token}
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()
+             if token.content in known and not token.special]
+    found = re.finditer("|".join(map(re.escape, added)), text) if added else ()
+    cuts = [match.start() + 1 for match in found]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
+
+def _encode_piece(tokenizer: PreTrainedTokenizerBase, text: str, starts_document: bool) -> tuple[list[int], list[int]]:
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # a batch of one each:
     feed = tokenizer(["\n"], **options)["input_ids"][0]  # a single text with <FILL_ME> is an infilling request
     before = "\n" if len(feed) > 1 and not starts_document else ""  # more than one token: a space was added
@@ -121,6 +131,20 @@ def part_encoding(
     skipped = len(feed) if before else 0
     starts = [max(start - len(before), 0) for start, _ in encoded["offset_mapping"][0]]
     return encoded["input_ids"][0][skipped:], starts[skipped:]
+
+def part_encoding(
+    tokenizer: PreTrainedTokenizerBase,  # a fast one
+    text: str,
+    starts_document: bool,
+) -> tuple[list[int], list[int]]:  # ids, and the first character of each token in `text`
+    """Return the tokens of a part of a document: control tokens in it are plain characters, and none is added."""
+    ids, starts, position = [], [], 0
+    for piece in split_controls(tokenizer, text):
+        found = _encode_piece(tokenizer, piece, starts_document and not position)
+        ids += found[0]
+        starts += [position + start for start in found[1]]
+        position += len(piece)
+    return ids, starts
 
 # %% ../nbs/00e_infill.ipynb #152fba7e
 def fim_marks(fim: FimFormat, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -118,10 +118,15 @@ def linear_weights(model: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """Count the weights of a model; it needs no storage."""
+    """Count the weights of a model; it needs no storage. Raises `ConfigError` for a mixture of experts."""
     c = model.config.get_text_config()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    matrices = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
+    tables = sum(table.weight.numel() for table in model.modules() if isinstance(table, nn.Embedding))
+    if matrices > linear_weights(model) + tables:
+        raise ConfigError(f"{type(model).__name__} has weights outside of linear layers, such as experts, whose time "
+                          "kdcode plan cannot predict; measure with kdcode bench steps")
     return ModelSize(sum(weight.numel() for weight in model.parameters()), linear_weights(model),
                      model.get_output_embeddings().weight.numel(), 2 * c.num_hidden_layers * heads * dim,
                      c.num_hidden_layers, c.hidden_size, c.vocab_size)
@@ -135,6 +140,8 @@ def weight_bytes(size: ModelSize, settings: TeacherSettings, counted: int | None
     itemsize = getattr(torch, settings.dtype).itemsize
     if settings.quantization == "packed":  # the blocks of a GGUF file
         folder, options = model_source(settings.name)
+        if "gguf_file" not in options:
+            raise ConfigError(f"teacher.quantization is packed, but {settings.name} is no .gguf file; choose none or nf4")
         return counted * (Path(folder)/options["gguf_file"]).stat().st_size / size.parameters
     if settings.quantization == "nf4":
         body = size.linear - size.head
@@ -373,14 +380,17 @@ def write_distill_file(config: Config, option: DraftOption, file: Path) -> None:
     write_atomic(file, comment + yaml.safe_dump(settings, sort_keys=False))
 
 # %% ../nbs/09f_plan.ipynb #c405b689
-def verdict_note(options: list[DraftOption]) -> str:
+def verdict_note(
+    options: list[DraftOption],
+    where: str,  # "on this machine" or "on the card"
+) -> str:
     """Return whether a draft pays, which one, and at which acceptance rate."""
     best, ngram = best_by_form([o for o in options if o.form != NGRAM])[0], options[-1]
     least = break_even(best.costs, best.most)
     about = f"{best.name} with γ = {best.gamma}"
     if verdict(best.speedup) == "don't":
         limit = "at no acceptance rate" if math.isnan(least) else f"only above an acceptance rate of {least:.2f}"
-        text = (f"Don't train a draft for this teacher on this machine: the best one, {about}, pays {limit}, and "
+        text = (f"Don't train a draft for this teacher {where}: the best one, {about}, pays {limit}, and "
                 f"{best.acceptance_rate:.2f} is to be expected.")
     else:
         text = (f"A draft {verdict(best.speedup)}: {about} gives an expected speedup of {best.speedup:.2f} over "
@@ -439,7 +449,7 @@ def write_plan(
     draft = model_size(draft_shape(teacher, best.settings))
     write_distill_file(config, best, folder/"distill.yaml")
     images = save_plots(folder, {"speedup.png": plot_options(best_by_form(options))})
-    all_notes = [verdict_note(options), *notes, memory_note(size, config, draft), training_note(best, where)]
+    all_notes = [verdict_note(options, where), *notes, memory_note(size, config, draft), training_note(best, where)]
     rows = [option_row(option) for option in options]
     report = Report(command, config, plan_figures(options), rows, all_notes, images)
     report.save(folder)
@@ -500,7 +510,7 @@ def published_acceptance(draft: str) -> tuple[float, str]:
     card, report = (folder/"README.md", folder.parent/"report.json") if folder else (Path(), Path())
     if card.is_file() and (found := re.search(r"^\| acceptance rate α \| (0?\.\d+|1\.0*) \|", card.read_text(), re.M)):
         return float(found[1]), str(card)
-    if report.is_file() and (rate := json.loads(report.read_text())["figures"].get("acceptance_rate")):
+    if report.is_file() and (rate := json.loads(report.read_text()).get("figures", {}).get("acceptance_rate")):
         return rate, f"{report} (held-out text at temperature 1)"
     raise ConfigError(f"neither a model card nor a report gives the acceptance rate of {draft}; run kdcode plan with "
                       "--draft, but without --bandwidth and --flops, where the teacher runs: it measures the rate")
@@ -640,8 +650,9 @@ def seconds_per_token(teacher: Teacher, student: PreTrainedModel, config: Config
     return {name: 1 / one.speed for name, one in decoded.items()}
 
 def predicted_seconds(statistics: Statistics, costs: StepCosts, without_draft: float) -> float:
-    """Return the predicted seconds per token of a replay."""
-    return without_draft - costs.calls[1] / 1e3 + statistics.seconds / statistics.tokens
+    """Return the predicted seconds per token of a replay; what is spent outside the models stays as it is."""
+    outside = max(without_draft - costs.calls[1] / 1e3, 0.)  # measured at two times, so noise can make it negative
+    return outside + statistics.seconds / statistics.tokens
 
 # %% ../nbs/09f_plan.ipynb #a9d483dc
 DRAFTERS: tuple[Literal["student", "ngram", "hybrid"], ...] = ("student", "ngram", "hybrid")

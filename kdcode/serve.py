@@ -8,14 +8,14 @@ __all__ = ['TIME_BUCKETS', 'KEPT_GRAMMARS', 'MIN_TEMPERATURE', 'KEEP_ALIVE', 'lo
            'PendingToken', 'searched_text', 'truncate_tokens', 'StopStringSearch', 'IncrementalDecoder', 'special_text',
            'TextBuffer', 'ResponseSequence', 'make_delta', 'grammar_error', 'RequestStream', 'usage_info',
            'total_statistics', 'statistics_info', 'step_info', 'join_deltas', 'DecodingMetrics', 'Metrics',
-           'TokenTimer', 'public_name', 'request_tools', 'chat_prompt', 'end_of_turn_ids', 'infill_prompts',
-           'request_prompts', 'check_sequence_count', 'max_sequence_length', 'grammar_source', 'RequestGrammars',
-           'make_batch', 'model_not_found', 'Service', 'CountPenalty', 'request_processors', 'sampling_settings',
-           'end_ids', 'response_sequences', 'ResponseBuilder', 'keep_alive', 'StreamBuilder', 'InfillBuilder',
-           'known_path', 'check_api_key', 'body_too_large', 'host_name', 'check_host', 'GuardMiddleware',
-           'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses', 'add_completion_routes',
-           'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app', 'server_url',
-           'make_server', 'serve']
+           'TokenTimer', 'public_name', 'known_tool_format', 'request_tools', 'chat_prompt', 'end_of_turn_ids',
+           'infill_prompts', 'request_prompts', 'check_sequence_count', 'max_sequence_length', 'grammar_source',
+           'RequestGrammars', 'make_batch', 'model_not_found', 'Service', 'CountPenalty', 'request_processors',
+           'sampling_settings', 'end_ids', 'response_sequences', 'ResponseBuilder', 'keep_alive', 'StreamBuilder',
+           'InfillBuilder', 'known_path', 'check_api_key', 'body_too_large', 'host_name', 'check_host',
+           'GuardMiddleware', 'until_disconnect', 'cancel_on_disconnect', 'respond', 'error_responses',
+           'add_completion_routes', 'add_model_routes', 'content_security_policy', 'add_service_routes', 'create_app',
+           'server_url', 'make_server', 'serve']
 
 # %% ../nbs/11a_serve.ipynb #a052de94
 import asyncio
@@ -33,7 +33,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,10 +144,10 @@ class IncrementalDecoder:
         """Return the text of an incomplete character at the end, if there is one."""
         return next(self._texts, "")
 
-def special_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Return a special token as text; empty for any other token."""
+def special_text(tokenizer: PreTrainedTokenizerBase, token: int, ends: bool = False) -> str:
+    """Return a special token, or an added one that ends the sequence, as text; empty for any other token."""
     added = tokenizer.added_tokens_decoder.get(token)
-    return added.content if added and added.special else ""
+    return added.content if added and (added.special or ends) else ""
 
 # %% ../nbs/11a_serve.ipynb #8ab24d57
 class TextBuffer:
@@ -161,10 +161,13 @@ class TextBuffer:
             self.search.skip(self.tokenizer.decode(prompt[-4 * self.search.overlap:]))  # a character has 1 to 4 tokens
         self.pending: list[PendingToken] = []
 
-    def append(self, token: int, drafted: bool, logprobs: TokenLogprobs | None) -> bool:
-        """Add a token. Return whether it completes a stop string; the text is then cut before the stop string."""
-        text = self.decoder.add(token)
-        special = "" if text or not self.search.stop_strings else special_text(self.tokenizer, token)
+    def append(self, token: int, drafted: bool, logprobs: TokenLogprobs | None, ends: bool = False) -> bool:
+        """Add a token; one that ends the sequence is no text. Return whether it completes a stop string.
+
+        The text is then cut before the stop string.
+        """
+        text = "" if ends else self.decoder.add(token)
+        special = "" if text or not self.search.stop_strings else special_text(self.tokenizer, token, ends)
         return self._add(PendingToken(text, drafted, (token, logprobs) if logprobs else None, special))
 
     def finish(self) -> bool:
@@ -193,8 +196,9 @@ class TextBuffer:
 class ResponseSequence:
     """Turn the decoding steps of one sequence into text deltas."""
 
-    def __init__(self, sequence: Sequence, teacher: Teacher, stop_strings: list[str]):
-        self.sequence = sequence
+    def __init__(self, sequence: Sequence, teacher: Teacher, stop_strings: list[str], details: bool = True):
+        self.sequence, self.stopped_by_string = sequence, False
+        self.details = details  # whether the text of rejected draft tokens is needed
         self.tokenizer = teacher.tokenizer
         self.buffer = TextBuffer(teacher, list(sequence.tokens), stop_strings)
         self.prompt_tokens = len(sequence.tokens)
@@ -205,10 +209,12 @@ class ResponseSequence:
         """Return the text that may be sent after a decoding step."""
         for i, token in enumerate(step.tokens):
             self.completion_tokens += 1
-            if self.buffer.append(token, i < step.accepted, step.logprobs[i] if step.logprobs else None):
-                self.finish_reason = "stop"
+            logprobs = step.logprobs[i] if step.logprobs else None
+            if self.buffer.append(token, i < step.accepted, logprobs, token in self.sequence.stop.ids):
+                self.finish_reason, self.stopped_by_string = "stop", True
                 break
-        rejected = [text_after(self.tokenizer, step.tokens, [token], False) for token in step.rejected]
+        shown = step.rejected if self.details else []
+        rejected = [text_after(self.tokenizer, step.tokens, [token], False) for token in shown]
         if self.finish_reason:
             return make_delta(self.buffer.pending, rejected)
         if step.tokens[-1] in self.sequence.stop.ids:
@@ -217,7 +223,8 @@ class ResponseSequence:
 
     def finish(self, reason: str = "length", rejected: list[str] = ()) -> TextDelta:
         """Return the text that was held back, when no more tokens follow."""
-        self.finish_reason = "stop" if self.buffer.finish() else reason
+        self.stopped_by_string = self.buffer.finish()
+        self.finish_reason = "stop" if self.stopped_by_string else reason
         return make_delta(self.buffer.pending, rejected)
 
 def make_delta(tokens: list[PendingToken], rejected: list[str] = ()) -> TextDelta:
@@ -380,12 +387,17 @@ def public_name(teacher: Teacher) -> str:
     path = Path(teacher.name)
     return path.resolve().name if path.is_dir() else teacher.name
 
+@lru_cache(maxsize=4)
+def known_tool_format(tokenizer: PreTrainedTokenizerBase) -> ToolFormat:
+    """Return `find_tool_format`, which needs the tokenizer once: two threads cannot use it at the same time."""
+    return find_tool_format(tokenizer)
+
 def request_tools(teacher: Teacher, request: SamplingRequest) -> ToolFormat | None:
     """Return the format of tool calls, None if none are possible. Raises `APIError` if the chat template has none."""
     if not isinstance(request, ChatCompletionRequest) or not request.callable_tools:
         return None
     try:
-        return find_tool_format(teacher.tokenizer)
+        return known_tool_format(teacher.tokenizer)
     except ConfigError as error:
         raise APIError(400, f"model {public_name(teacher)!r} can't call tools: {error}; describe the functions in a "
                             "message, or serve a model whose chat template has tools", "tools", "no_tools") from None
@@ -404,7 +416,7 @@ def chat_prompt(teacher: Teacher, request: ChatCompletionRequest) -> list[int]:
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if request_tools(teacher, request) else None
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:  # the template's own expressions
         raise APIError(400, f"the chat template of {name!r} rejects these messages: {error}", "messages") from None
     return text_ids(tokenizer, unicode(text), add_special_tokens=False)
 
@@ -414,7 +426,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     messages = [{"role": "user", "content": reply}, {"role": "assistant", "content": reply}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, ValueError):  # ValueError: no template
+    except (TemplateError, TypeError, ValueError):  # ValueError: no template
         return set()
     rest = text_ids(tokenizer, text.rpartition(reply)[2].strip(), add_special_tokens=False)
     return {rest[0]} & tokenizer.added_tokens_decoder.keys() if rest else set()
@@ -649,7 +661,7 @@ def response_sequences(service: Service, request: SamplingRequest, prompts: list
     except ValueError as error:
         raise APIError(400, str(error), "prompt") from None
     stop_strings = request.stop_strings + service.decode.stop
-    return [ResponseSequence(sequence, teacher, stop_strings) for sequence in sequences]
+    return [ResponseSequence(sequence, teacher, stop_strings, request.speculation.details) for sequence in sequences]
 
 # %% ../nbs/11a_serve.ipynb #b02284b3
 class ResponseBuilder:
@@ -783,7 +795,7 @@ class InfillBuilder(StreamBuilder):
                    "prompt_ms": 1e3 * (first - self.timer.started), "predicted_n": one.completion_tokens,
                    "predicted_ms": 1e3 * (now - first)}
         return {"content": text, "stop": True, "model": self.service.name, "truncated": False, "timings": timings,
-                "stop_type": "eos" if one.finish_reason == "stop" else "limit",
+                "stop_type": "word" if one.stopped_by_string else "eos" if one.finish_reason == "stop" else "limit",
                 "tokens_predicted": one.completion_tokens, "tokens_evaluated": one.prompt_tokens,
                 "tokens_cached": one.sequence.cached_tokens}
 
@@ -922,12 +934,12 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected
 async def respond(service: Service, request: SamplingRequest, format_type: type, http_request: Request) -> Response:
     """Return the response to a completion or chat completion request."""
     started = time.perf_counter()
-    stream = await service.submit(request)
     infill = isinstance(request, InfillRequest)
     builder_type = InfillBuilder if infill else StreamBuilder if request.stream else ResponseBuilder
-    tool_format = request_tools(service.teacher, request)
+    async with service.tokenizer_lock: tool_format = request_tools(service.teacher, request)
     options = {"tool_format": tool_format} if tool_format else {}
     response_format = format_type(service.teacher, request, **options)
+    stream = await service.submit(request)  # last: what it has queued is cancelled by the end of the response
     builder = builder_type(service, request, stream, response_format, started)
     if request.stream:
         events = keep_alive(builder.events())

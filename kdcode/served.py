@@ -129,6 +129,7 @@ class ServedHead(nn.Module):
         """Return the logits of `rows`."""
         k = hidden.shape[-1] // 2
         ids, log_p = hidden[..., :k].long(), hidden[..., k:]
+        ids = ids.where(ids < self.vocabulary_size, -1)  # a model may have more rows than the tokenizer has tokens
         chosen = torch.arange(self.vocabulary_size, device=hidden.device)[rows]
         column = ids.new_full((self.vocabulary_size + 1,), len(chosen))  # of other ids and of padding: the last one
         column[chosen] = torch.arange(len(chosen), device=hidden.device)
@@ -214,7 +215,11 @@ class ServedTeacher(TextTeacher):
         """Return the log-probabilities of a prompt. Raises `ConfigError` if the server has none."""
         for echo in (self.echo, not self.echo):
             body = logprobs_request(self.name, ids, self.k, echo)
-            if positions := read_logprobs(self.server.call("/completions", body)["choices"][0], len(ids)):
+            try: answer = self.server.call("/completions", body)
+            except ConfigError:  # a server that refuses the fields of one form may know the other
+                if echo != self.echo: raise
+                continue
+            if positions := read_logprobs(answer["choices"][0], len(ids)):
                 self.echo = echo
                 return positions
         raise ConfigError(f"teacher {self.server.url} answers without log-probabilities of the prompt by token id, "

@@ -109,6 +109,8 @@ class ThreadSetting:
 
     def __init__(self):
         self.tuner: ThreadTuner | None = None
+        self.adapts = True
+        """whether the number follows the load"""
         self.applied: tuple[int, int] | None = None
         """thread of Python and the number that was set there"""
         self.used: set[int] = set()
@@ -124,7 +126,8 @@ class ThreadSetting:
     def use(self, threads: Literal["auto"] | int) -> None:
         """Use a fixed number of threads, or adapt it to the load."""
         import torch
-        if threads == "auto":
+        self.adapts = threads == "auto"
+        if self.adapts:
             self.tuner = ThreadTuner(min(torch.get_num_threads(), available_cpus()), self.set)
         else:
             self.set(threads)
@@ -134,7 +137,7 @@ class ThreadSetting:
         """Return the tuner; a new one at first, and if a caller has changed PyTorch's number of threads."""
         import torch
         mine = self.applied and self.applied[0] == threading.get_ident()
-        if self.tuner is None or (self.tuner.largest > 1 and mine and self.applied[1] != torch.get_num_threads()):
+        if self.tuner is None or (self.adapts and mine and self.applied[1] != torch.get_num_threads()):
             self.use("auto")
         return self.tuner
 
@@ -145,6 +148,20 @@ class TorchThreads(ThreadSetting):
     def __init__(self):
         super().__init__()
         self.timing = False
+
+    def largest(self) -> int:
+        """Return the number of threads on an idle machine: the fixed one, or the largest of `auto`."""
+        import torch
+        return max(self.check().largest, torch.get_num_threads())
+
+    @contextmanager
+    def all_in_use(self) -> Iterator[None]:
+        """Use the largest number of threads in a `with` block, whatever the load is."""
+        import torch
+        before = torch.get_num_threads()
+        self.set(self.largest())
+        try: yield
+        finally: self.set(before)
 
     @contextmanager
     def timed(
