@@ -837,7 +837,7 @@ def main_help() -> str:
         "  kdcode distill --teacher.name USER/TEACHER --data.source folder --data.path my/code",
         "Serve both with OpenAI's API:",
         f"  kdcode serve {pair}",
-        "Without --teacher.name and --draft, they use a small embedded model, and its shipped draft model or your demo's.", "",
+        "Without --teacher.name and --draft: a small embedded model, and its shipped draft or your demo's.", "",
         "usage: kdcode COMMAND [options]", "", "commands:",
         *[f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()], "",
         "kdcode COMMAND --help      the options that people use, with examples",
