@@ -538,8 +538,14 @@ class LegacyEagleStudent(EagleStudent):
     skipped_tokens = 0
 
     def __init__(self, config: LegacyEagleConfig):
-        StudentBase.__init__(self, config)  # its buffer `draft_ids` is found because the property finds no `d2t`
+        StudentBase.__init__(self, config)
         self.shared_embedding = self.embed_tokens = None
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The buffer of this name; None if the head has all ids."""
+        if "draft_ids" not in self._buffers: raise AttributeError("draft_ids")  # it is not registered yet
+        return self._buffers["draft_ids"]
 
     @classmethod
     def from_pretrained(cls, path, *inputs, **options) -> "LegacyEagleStudent":
