@@ -265,8 +265,8 @@ class InfillRequest(SamplingRequest):
     num_logprobs: ClassVar[None] = None
     echo: ClassVar[bool] = False
     used_fields: ClassVar[frozenset[str]] = frozenset({
-        "model", "temperature", "top_p", "seed", "stop", "stream", "input_prefix", "input_suffix", "input_extra", "prompt",
-        "n_predict", "speculation"})
+        "model", "temperature", "top_p", "seed", "stop", "stream", "input_prefix", "input_suffix", "input_extra",
+        "prompt", "n_predict", "speculation"})
 
     @model_validator(mode="before")
     @classmethod

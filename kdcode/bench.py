@@ -1184,6 +1184,7 @@ def teacher_variants(
         pass
     return variants
 
+# %% ../nbs/09a_bench.ipynb #635a8f43
 def llama_cpp_times(file: str, threads: int) -> dict[int, float] | None:
     """Return mean milliseconds of llama.cpp's calls by number of tokens; None without a `llama-bench` that works."""
     if shutil.which("llama-bench") is None:

@@ -88,7 +88,8 @@ def damaged_file(checkpoint: Path) -> str | None:
 # %% ../nbs/06a_callbacks.ipynb #1cec5484
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint in a folder, or None; print a line to stderr for each newer, damaged one."""
-    finished = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    finished = [state.parent for state in states if re.fullmatch(r"checkpoint-\d+", state.parent.name)]  # no copies
     for checkpoint in sorted(finished, key=checkpoint_step, reverse=True):
         damaged = damaged_file(checkpoint)
         if not damaged: return checkpoint
@@ -392,7 +393,7 @@ class UploadQueue:
     def work(self) -> None:
         """Upload the queued paths, the newest first; those that fail stay in the queue."""
         failed = set()
-        while names := [name for name in self.waiting if name not in failed]:
+        while names := [name for name in list(self.waiting) if name not in failed]:  # `add` runs in another thread
             if not self.try_upload(names[-1]): failed.add(names[-1])
 
     def try_upload(self, name: str) -> bool:

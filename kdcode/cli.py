@@ -6,19 +6,20 @@
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'PLAN_OPTIONS',
            'DECODING_OPTIONS', 'EXPORT_OPTIONS', 'OPTIONS', 'CORPUS_SETTINGS', 'DECODING_SETTINGS', 'COMMON_SETTINGS',
            'SECTIONS', 'EXAMPLES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps', 'ProgressBar', 'display_path',
-           'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_next',
-           'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune',
-           'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
-           'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode',
-           'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile',
-           'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command', 'run_bench', 'run_eval',
-           'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
-           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
-           'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
-           'parse', 'read_prompt', 'choose_draft', 'card_limits', 'check_text_length', 'check_plan', 'check_export',
-           'check_evaluation', 'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training',
-           'check_doctor', 'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error',
-           'announce', 'run_command', 'main']
+           'garbage_collection_paused', 'process_state', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers',
+           'print_next', 'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress',
+           'run_tune', 'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream',
+           'run_generate', 'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan',
+           'bench_decode', 'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server',
+           'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command',
+           'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student',
+           'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help',
+           'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option', 'explain_error',
+           'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt', 'choose_draft',
+           'check_plain_decoding', 'check_text_length', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
+           'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training', 'check_doctor',
+           'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command',
+           'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -33,6 +34,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +48,8 @@ from kdcode.config import (
 from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
     check_search, check_stack_token, check_teacher_name, check_trainers, check_weights, check_writable, did_you_mean,
-    draft_folder, is_draft_head, is_hub_id, LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files,
-    result_folder, shipped_draft, shipped_drafts, source_folder, student_architecture, teacher_fingerprint,
+    draft_config, draft_folder, is_draft_head, is_hub_id, LEGACY_HEAD, model_source, read_prompts, remote_folder,
+    report_files, result_folder, shipped_draft, shipped_drafts, source_folder, student_architecture, teacher_fingerprint,
     teacher_vocabulary)
 from .notebook import time_to_go
 from .provenance import short_hash
@@ -100,9 +102,18 @@ def garbage_collection_paused() -> Iterator[None]:
             gc.freeze()
         gc.enable()
 
+# %% ../nbs/12_cli.ipynb #c7802021
+def process_state(config: Config):
+    """Return accelerate's state of this process, in which each one has a GPU of its own."""
+    from accelerate import PartialState
+    from kdcode.teacher import pick_device
+    is_cpu = pick_device(config.teacher.device).type == "cpu"
+    return PartialState(cpu=is_cpu, timeout=timedelta(days=7))  # while one process labels or generates, others wait
+
 # %% ../nbs/12_cli.ipynb #f21293b3
 def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tuple:
     """Return the teacher in its decoding dtype and in its labelling dtype; store both in `loaded`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1: process_state(config)
     with garbage_collection_paused():
         import torch
         from kdcode.served import open_teacher
@@ -118,15 +129,14 @@ def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tup
 
 def load_corpus(config: Config, folder: Path, steps: Steps, labelling_teacher=None):
     """Return the corpus of a run, with text that `labelling_teacher` generates if it is given."""
-    from accelerate import PartialState
     from kdcode.data import build_corpus
-    from kdcode.teacher import load_tokenizer, pick_device, teacher_documents, teacher_identity
+    from kdcode.teacher import load_tokenizer, teacher_documents, teacher_identity
     documents, author = None, ""
     if labelling_teacher is not None:
         documents = teacher_documents(labelling_teacher, config.data, config.seed, generated_text_folder(config))
         author = "{teacher} {weights}".format(**teacher_identity(labelling_teacher))
     steps(f"corpus: {config.data.tokens:,} training tokens from {', '.join(config.data.sources)}")
-    with PartialState(cpu=pick_device(config.teacher.device).type == "cpu").main_process_first():
+    with process_state(config).main_process_first():
         name = config.teacher.tokenizer or config.teacher.name
         tokenizer = labelling_teacher.tokenizer if labelling_teacher else load_tokenizer(name)
         return build_corpus(
@@ -601,6 +611,9 @@ def run_export(config: Config, options) -> None:
     model = grow_student(config, options) if options.grow_vocabulary else options.model
     path = write_student(model, config.teacher.name, run_folder(config), options.to)
     print(f"student: {display_path(path)}")
+    if options.to in ("llama", "gguf") and (window := draft_config(options.model).get("attention_window")):
+        print(f"note: a plain Llama has no sliding window; after more than {window} tokens it is accepted less often than "
+              "in kdcode", file=sys.stderr)
     following = ["bench", "engines"] if options.to == "gguf" else ["generate", SHORT_PROMPT]
     draft = options.model if options.to == "gguf" else display_path(path)
     print_next(with_teacher(config, *following, "--draft", draft))
@@ -820,6 +833,8 @@ def make_parser(
         parser.add_argument(option, **arguments)
     if command not in WITHOUT_SETTINGS:
         add_config(parser, with_help)
+    if command in ("generate", "serve"):  # the fastest in every task: nbs/experiments/09_tasks.ipynb
+        parser.set_defaults({"decode.drafter": "hybrid"})
     return parser
 
 # %% ../nbs/12_cli.ipynb #03834b06
@@ -1017,6 +1032,21 @@ def choose_draft(config: Config, options) -> None:
     else:
         check_draft(options.draft, config.teacher.name)
 
+# %% ../nbs/12_cli.ipynb #48e6d4db
+def check_plain_decoding(config: Config, what: str) -> None:
+    """Raise `ConfigError` for settings that a command, of which `what` is the beginning of a sentence, ignores."""
+    plain = Config().decode
+    for name in ("repetition_penalty", "bad_words", "stop", "min_new_tokens", "lookup_files"):
+        if getattr(config.decode, name) != getattr(plain, name):
+            raise ConfigError(f"decode.{name} is set, but {what} plain decoding; remove it, or measure with kdcode "
+                              "bench decode")
+
+def check_text_length(config: Config) -> None:
+    """Raise `ConfigError` if the texts are so short that no draft token of a head is verified."""
+    if config.decode.max_new_tokens < 3:
+        raise ConfigError(f"decode.max_new_tokens is {config.decode.max_new_tokens}; to examine a draft it should be "
+                          "at least 3")
+
 # %% ../nbs/12_cli.ipynb #c3f7a0d2
 def card_limits(
     bandwidth: float | None,  # GB/s
@@ -1034,12 +1064,6 @@ def card_limits(
                           "TFLOP/s in the teacher's dtype")
     return bandwidth * 1e9, flops * 1e12
 
-def check_text_length(config: Config) -> None:
-    """Raise `ConfigError` if the texts are so short that no draft token of a head is verified."""
-    if config.decode.max_new_tokens < 3:
-        raise ConfigError(f"decode.max_new_tokens is {config.decode.max_new_tokens}; to examine a draft it should be at "
-                          "least 3")
-
 def check_plan(config: Config, options) -> None:
     """Set `options.limits`. Raise `ConfigError` for half a card, and for settings that the plan cannot predict."""
     options.limits = card_limits(options.bandwidth, options.flops)
@@ -1049,11 +1073,7 @@ def check_plan(config: Config, options) -> None:
     if config.decode.gamma < 1:
         raise ConfigError("decode.gamma is 0, which drafts nothing; give the largest number of draft tokens")
     check_text_length(config)
-    plain = Config().decode
-    for name in ("repetition_penalty", "bad_words", "stop", "min_new_tokens", "lookup_files"):
-        if getattr(config.decode, name) != getattr(plain, name):
-            raise ConfigError(f"decode.{name} is set, but kdcode plan predicts plain greedy decoding; remove it, or "
-                              "measure with kdcode bench decode")
+    check_plain_decoding(config, "kdcode plan predicts")
 
 # %% ../nbs/12_cli.ipynb #1acac444
 def check_export(options) -> None:
@@ -1196,6 +1216,8 @@ def check_files(config: Config, options) -> None:
     if options.command == "eval":
         check_evaluation(config, options)
     check_lookup(config, options)
+    if options.get("benchmark") == "engines":
+        check_plain_decoding(config, "kdcode bench engines compares")
     if options.get("benchmark") == "trainers":
         check_trainers(config)
     if options.command in TRAINING or options.get("benchmark") in TRAINING or options.get("grow_vocabulary"):

@@ -360,6 +360,7 @@ def different_tokens(
     """Return the ids that do not stand for the same token in two vocabularies, ascending. Padding rows are ignored."""
     return _different_tokens(a, b, (len(a), len(b)))
 
+# %% ../nbs/01_data.ipynb #e65919f7
 def describe_tokens(
     different: dict[int, tuple[str | None, str | None]],  # not empty
     examples: int = 3,

@@ -185,7 +185,7 @@ def teacher_rows(teacher: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBas
     return torch.tensor([vocabulary.get(token, -1) for token in teacher.convert_ids_to_tokens(range(count))])
 
 def with_rows(draft: PreTrainedModel, rows: Tensor) -> PreTrainedModel:
-    """Return a copy of a draft whose embedding and output head have these rows; for −1 an embedding of 0, and no output."""
+    """Return a copy of a draft whose embedding and output head have these rows; for −1: 0, and the lowest logit."""
     changed = copy.deepcopy(draft)
     modules = [changed.get_input_embeddings(), changed.get_output_embeddings()]
     weights = [module.weight for module in modules]  # both before a change: they can be one tensor

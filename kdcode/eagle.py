@@ -8,7 +8,7 @@ __all__ = ['ARCHITECTURE', 'RENAMED', 'UNUSED', 'SharedModule', 'teacher_depth',
            'training_time_test_mask', 'head_weights', 'sort_draft_ids', 'FeatureProjection', 'EagleModules',
            'EagleBase', 'attach_head', 'EaglePairs', 'EagleBody', 'feature_scales', 'start_fc', 'copy_first_layer',
            'head_shape', 'head_config', 'start_head', 'TrainableHead', 'EagleStudent', 'open_student', 'load_student',
-           'LegacyEagleConfig', 'OldestEagleConfig', 'LegacyEagleModel', 'LegacyEagleStudent']
+           'LegacyEagleConfig', 'OldestEagleConfig', 'BufferedDraftIds', 'LegacyEagleModel', 'LegacyEagleStudent']
 
 # %% ../nbs/02a_eagle.ipynb #855d80b6
 from pathlib import Path
@@ -514,6 +514,14 @@ class OldestEagleConfig(LegacyEagleConfig):
         """Return the fields as a `LegacyEagleConfig`."""
         return LegacyEagleConfig.from_dict(config_dict, **kwargs)
 
+class BufferedDraftIds:
+    """Has the draft vocabulary in a buffer."""
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """Ids that the head predicts, (draft vocabulary,); None: all."""
+        if "draft_ids" in self._buffers: return self._buffers["draft_ids"]
+        raise AttributeError("draft_ids")  # so that the buffer can be registered
+
 class LegacyEagleModel(StudentModel):
     """The body of a `LegacyEagleStudent`."""
 
@@ -531,7 +539,7 @@ class LegacyEagleModel(StudentModel):
         return self.narrow(embedding).to(features.dtype) + self.join(self.state_norm(features)).to(features.dtype)
 
 # %% ../nbs/02a_eagle.ipynb #6ba89447
-class LegacyEagleStudent(EagleStudent):
+class LegacyEagleStudent(BufferedDraftIds, EagleStudent):
     """A head of an earlier version. It drafts, but cannot be trained further or exported."""
     config_class, model_class = LegacyEagleConfig, LegacyEagleModel
     base_model_prefix = "model"
@@ -540,12 +548,6 @@ class LegacyEagleStudent(EagleStudent):
     def __init__(self, config: LegacyEagleConfig):
         StudentBase.__init__(self, config)
         self.shared_embedding = self.embed_tokens = None
-
-    @property
-    def draft_ids(self) -> Tensor | None:
-        """The buffer of this name; None if the head has all ids."""
-        if "draft_ids" not in self._buffers: raise AttributeError("draft_ids")  # it is not registered yet
-        return self._buffers["draft_ids"]
 
     @classmethod
     def from_pretrained(cls, path, *inputs, **options) -> "LegacyEagleStudent":

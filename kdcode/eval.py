@@ -47,7 +47,9 @@ from .student import Student
 from .teacher import finished_batches, load_teacher, Teacher, teacher_identity, weights_fingerprint
 
 # %% ../nbs/09e_eval.ipynb #c7874c3d
-NO_DRAFT_SETTINGS = {"gamma": 0, "adaptive": False, "drafter": "ngram"}  # the n-gram drafter needs no draft model
+NO_DRAFT_SETTINGS = {  # the n-gram drafter needs no draft model; the rest does not matter without one
+    "gamma": 0, "adaptive": False, "drafter": "ngram", "lookup_files": [], "draft_sampling": "sampled",
+    "student_weights": "plain"}
 
 def generate_texts(
     model: Teacher,
@@ -338,9 +340,9 @@ def quality_figures(
 ) -> dict[str, Any]:
     """Return the figures of a model's own output, stored in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = teacher_identity(candidate.model) | {
-        name: asdict(config)[name] for name in ("seed", "data", "decode", "eval")}
-    inputs |= {"draft": getattr(student, "name_or_path", None), "isolation": isolation}
+    inputs = teacher_identity(candidate.model) | {key: asdict(config)[key] for key in ("seed", "data", "decode", "eval")}
+    problems = short_hash(read_problems(config.eval.problems, config.eval.limit))  # a file can change
+    inputs |= {"draft": getattr(student, "name_or_path", None), "isolation": isolation, "problems": problems}
     programs = functools.partial(program_figures, candidate.model, student, config, isolation, folder, progress)
     figures = cached_figures(folder/"programs.json", inputs, programs)
     if student is None:
@@ -505,8 +507,10 @@ def _stored_speeds(
     teacher: Teacher, candidates: list[Candidate], config: Config, folder: Path, progress: Callable[[int, int], None]
 ) -> dict[str, dict[str, float]]:
     """Return the speeds of all candidates, stored in `folder`."""
-    models = {one.name: weights_fingerprint(one.draft or one.model.model) for one in candidates}
-    inputs = {"decode": asdict(config.decode), "models": models, "seed": config.seed, "machine": machine()}
+    opened = {one.name: one.draft or one.model.model for one in candidates}
+    models = {name: [weights_fingerprint(model), str(model.dtype)] for name, model in opened.items()}
+    inputs = {"decode": asdict(config.decode), "models": models, "device": str(teacher.device),
+              "teacher": teacher_identity(teacher), "seed": config.seed, "machine": machine()}
     measure = functools.partial(speed_rows, teacher, candidates, config, progress)
     return cached_figures(folder/"speed.json", inputs, measure)
 

@@ -7,11 +7,11 @@ __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD'
            'STACK_TERMS', 'ENDPOINT_VARIABLES', 'S3_COMPATIBILITY', 'PROGRAMS', 'embedded_teacher', 'did_you_mean',
            'is_hub_id', 'hub_problem', 'check_teacher_name', 'model_source', 'teacher_layers', 'check_layers',
            'check_device', 'shipped_drafts', 'shipped_draft', 'draft_folder', 'vocabulary_fingerprint',
-           'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'student_architecture',
-           'is_draft_head', 'read_tokens', 'check_lookup_files', 'check_weights', 'read_prompts', 'changed_fields',
-           'with_defaults', 'check_same_run', 'check_run', 'check_search', 'check_writable', 'source_folder',
-           'check_stack_token', 'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine',
-           'trl_python', 'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
+           'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'draft_config',
+           'student_architecture', 'is_draft_head', 'read_tokens', 'check_lookup_files', 'check_weights',
+           'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run', 'check_run', 'check_search',
+           'check_writable', 'source_folder', 'check_stack_token', 'remote_folder', 'report_files', 'result_folder',
+           'find_program', 'check_engine', 'trl_python', 'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -213,11 +213,14 @@ def check_draft(
 # %% ../nbs/00c_files.ipynb #ef3fde83
 LEGACY_HEAD = "EagleStudent"  # the architecture of heads of an earlier form, which draft in kdcode only
 
+def draft_config(name: str) -> dict[str, Any]:
+    """Return the content of a student's config.json, as in `draft_folder`; empty for one on the hub."""
+    folder = draft_folder(name)
+    return json.loads((folder/"config.json").read_text()) if folder else {}
+
 def student_architecture(name: str) -> str:
     """Return the architecture in the configuration of a student, as in `draft_folder`; empty if it is unknown."""
-    folder = draft_folder(name)
-    config = json.loads((folder/"config.json").read_text()) if folder else {}
-    return (config.get("architectures") or [""])[0]
+    return (draft_config(name).get("architectures") or [""])[0]
 
 def is_draft_head(name: str) -> bool:
     """Return whether the configuration of a student, as in `draft_folder`, says that it uses hidden states."""
@@ -278,7 +281,7 @@ def read_prompts(file: str) -> list[str]:
 # %% ../nbs/00c_files.ipynb #11b99ced
 RESULT_NEUTRAL = {  # fields and sections of a configuration that may change when a run is resumed
     "name", "out", "decode", "eval", "serve", "threads", "train.upload", "train.keep_checkpoints",
-    "train.logging_steps", "teacher.device", "targets.folder"}
+    "train.logging_steps", "teacher.device", "teacher.label_dtype", "targets.folder"}
 
 def changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
     """Return the names of the fields in which two configurations differ, without those in `RESULT_NEUTRAL`."""

@@ -91,24 +91,38 @@ class Grammar:
     def __call__(self, prompt_length: int) -> "GrammarConstraint":
         return GrammarConstraint(self, prompt_length)
 
+    def unpack(self, packed: bytes) -> Tensor:
+        """Return a mask with one bit per token as booleans (vocab,)."""
+        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+        return torch.from_numpy(bits[:self.vocabulary_size]).bool()
+
+    def ends(self) -> Tensor:
+        """Return the mask (vocab,) that allows an end of text only."""
+        ids = torch.tensor(sorted(self.end_ids))
+        return torch.zeros(self.vocabulary_size, dtype=torch.bool).index_fill(0, ids, True)
+
 # %% ../nbs/07e_grammar.ipynb #543b125c
 class GrammarState:
     """The parser of one sequence, which follows its new tokens back and forth."""
 
     def __init__(self, grammar: Grammar):
-        self.grammar, self.matcher = grammar, grammar.matcher.deep_copy()
+        self.grammar = grammar
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again with the first new token."""
+        self.matcher = self.grammar.matcher.deep_copy()
         self.consumed: list[int] = []        # new tokens that the parser has seen
         self.masks: dict[int, Tensor] = {}   # allowed tokens (vocab,), after so many of them
         self.error = ""                      # why the parser gave up; empty if it did not
 
     def advance(self, tokens: list[int]) -> bool:
         """Bring the parser to the state after these new tokens. Return whether it is there."""
+        if self.matcher.is_error(): self.restart()  # after a rejected draft: a parser that gave up cannot go back
         common = common_prefix(np.array(self.consumed), np.array(tokens))
         if common < len(self.consumed):
             self.matcher.rollback(len(self.consumed) - common)
             self.masks = {count: mask for count, mask in self.masks.items() if count <= common}
-        if self.matcher.is_error():  # after a rejected draft; a parser that gave up cannot go back
-            self.matcher, self.masks, self.error, common = self.grammar.matcher.deep_copy(), {}, "", 0
         count = self.matcher.try_consume_tokens(tokens[common:])
         self.consumed = tokens[:common + count]
         return len(self.consumed) == len(tokens) and not self.matcher.is_error()
@@ -118,21 +132,12 @@ class GrammarState:
         if len(tokens) in self.masks and self.consumed[:len(tokens)] == tokens:
             return self.masks[len(tokens)]
         if not self.advance(tokens):
-            return self.ends()
+            return self.grammar.ends()
         packed = self.matcher.compute_bitmask()
         self.error = _one_line(self.matcher.get_error())
-        self.masks[len(tokens)] = self.ends() if self.error else self.unpack(packed)
+        self.masks[len(tokens)] = self.grammar.ends() if self.error else self.grammar.unpack(packed)
         return self.masks[len(tokens)]
 
-    def unpack(self, packed: bytes) -> Tensor:
-        """Return a mask with one bit per token as booleans (vocab,)."""
-        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
-        return torch.from_numpy(bits[:self.grammar.vocabulary_size]).bool()
-
-    def ends(self) -> Tensor:
-        """Return the mask (vocab,) that allows an end of text only."""
-        ids = torch.tensor(sorted(self.grammar.end_ids))
-        return torch.zeros(self.grammar.vocabulary_size, dtype=torch.bool).index_fill(0, ids, True)
 
 # %% ../nbs/07e_grammar.ipynb #71eddfb7
 class GrammarConstraint(Constraint):

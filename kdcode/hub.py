@@ -32,7 +32,7 @@ from .student import Student
 
 # %% ../nbs/10b_hub.ipynb #dc5ae5da
 TEACHERS = {  # start of a teacher's name: hub id and licence identifier of the hub
-    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    "smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
     "qwen2.5-coder-1.5b-instruct": ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "apache-2.0"),
     "codellama/codellama-7b-python-hf": ("codellama/CodeLlama-7b-Python-hf", "llama2"),
 }
@@ -42,7 +42,8 @@ def teacher_and_licence(
     licence: str | None = None,  # identifier of the hub; None: the teacher's, if known
 ) -> tuple[str, str]:            # hub id (the bare name if it has none), licence
     """Return the teacher's hub id and the student's licence. Raises `ConfigError` if the licence is unknown."""
-    name = teacher.lower().removeprefix("qwen/")
+    name = teacher.lower().removeprefix("qwen/").removeprefix("huggingfacetb/")
+    name = "smollm2-135m-instruct" if name == "smollm2" else name  # the embedded teacher
     unlisted = (teacher if teacher.count("/") == 1 else Path(teacher).name, None)
     hub_id, known = next((entry for start, entry in TEACHERS.items() if name.startswith(start)), unlisted)
     if not (licence or known):

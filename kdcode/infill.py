@@ -53,8 +53,7 @@ FIM_FORMATS = (
     FimFormat("<fim-prefix>", "<fim-suffix>", "<fim-middle>", end=("<|endoftext|>",), stops=("<fim-pad>",)),
     # DeepSeek-Coder: When the Large Language Model Meets Programming, section 3.1.2
     FimFormat("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
-    # Codestral: `encode_fim` of Mistral's package mistral-common
-    FimFormat("[PREFIX]", "[SUFFIX]", suffix_first=True),
+    FimFormat("[PREFIX]", "[SUFFIX]", suffix_first=True),  # Codestral: `encode_fim` of Mistral's package mistral-common
 )
 
 # %% ../nbs/00e_infill.ipynb #f0785d6e

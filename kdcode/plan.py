@@ -141,7 +141,7 @@ def weight_bytes(size: ModelSize, settings: TeacherSettings, counted: int | None
     if settings.quantization == "packed":  # the blocks of a GGUF file
         folder, options = model_source(settings.name)
         if "gguf_file" not in options:
-            raise ConfigError(f"teacher.quantization is packed, but {settings.name} is no .gguf file; choose none or nf4")
+            raise ConfigError(f"teacher.quantization is packed, but {settings.name} is no .gguf file; choose none")
         return counted * (Path(folder)/options["gguf_file"]).stat().st_size / size.parameters
     if settings.quantization == "nf4":
         body = size.linear - size.head

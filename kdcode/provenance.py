@@ -68,8 +68,7 @@ def smallest_limit(
     folders = [root, root/controller]  # in a container these are its own group
     for _, controllers, path in lines:
         if not controllers or controller in controllers.split(","):
-            start = root/(controller if controllers else "")
-            inner = Path(path.lstrip("/"))
+            start, inner = root/(controller if controllers else ""), Path(path.lstrip("/"))
             folders += [start/part for part in (inner, *inner.parents)]
     return min(map({"cpu": _read_quota, "memory": _read_memory}[controller], folders))
 

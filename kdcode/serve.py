@@ -162,10 +162,7 @@ class TextBuffer:
         self.pending: list[PendingToken] = []
 
     def append(self, token: int, drafted: bool, logprobs: TokenLogprobs | None, ends: bool = False) -> bool:
-        """Add a token; one that ends the sequence is no text. Return whether it completes a stop string.
-
-        The text is then cut before the stop string.
-        """
+        """Add a token; one that ends the sequence is no text. Return whether a stop string is complete, and cut off."""
         text = "" if ends else self.decoder.add(token)
         special = "" if text or not self.search.stop_strings else special_text(self.tokenizer, token, ends)
         return self._add(PendingToken(text, drafted, (token, logprobs) if logprobs else None, special))

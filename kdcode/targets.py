@@ -58,7 +58,7 @@ class TeacherLabels:
         self.weight = dense_weight(teacher.head)[self.rows].to(dtype)
         self.bias = None if bias is None else bias.detach()[self.rows].to(dtype)
         depth = teacher_depth(teacher.model)
-        self.feature_layers = tuple(i % depth if i < 0 else i for i in feature_layers)
+        self.feature_layers = tuple(resolve_feature_layers(list(feature_layers), depth)) if feature_layers else ()
 
     def hidden_and_features(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last hidden states (batch × time, hidden) and the features (batch × time, layers × hidden).
@@ -86,6 +86,10 @@ def check_head(
     input_ids = torch.arange(4).unsqueeze(0)
     expected = teacher.logits(input_ids)[0, :, rows].float()
     found = head(teacher.hidden_states(input_ids)[0]).float()
+    if not expected.isfinite().all():
+        dtype = str(teacher.model.dtype).removeprefix("torch.")
+        raise ConfigError(f"teacher {teacher.name} gives logits that are not finite in {dtype}; set "
+                          "teacher.label_dtype to float32")
     if not torch.allclose(found, expected, rtol=LABEL_TOLERANCE, atol=LABEL_TOLERANCE):
         raise ConfigError(f"teacher {teacher.name} changes its logits after the output head, which the chunked loss "
                           "and the validation do not support; use a teacher without logit scaling or capping")
@@ -272,8 +276,9 @@ def check_fingerprint(
     different = [f"{key} {saved.get(key)!r} (now {fingerprint.get(key)!r})" for key in fingerprint | saved
                  if saved.get(key) != fingerprint.get(key)]
     if different:
+        dtype = f"set teacher.label_dtype to {saved['dtype']}, " if saved.get("dtype") != fingerprint["dtype"] else ""
         raise ConfigError(f"the targets in {folder} were made for other settings: {', '.join(different)}; "
-                          "choose another --name or targets.folder, or remove that folder")
+                          f"{dtype}choose another --name or targets.folder, or remove that folder")
 
 # %% ../nbs/05_targets.ipynb #0721759a
 def shard_generator(

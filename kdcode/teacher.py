@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SAMPLED_BYTES', 'NEUTRAL_FIELDS', 'INFILLING_TOKENS', 'PROMPT_KINDS', 'PROMPT_KIND_NAMES', 'GENERATION_FIELDS',
            'RESULT_FIELDS', 'SEED_STEP', 'is_complete', 'write_plain_copy', 'plain_copy', 'load_source',
-           'matmul_seconds', 'fastest_dtype', 'pick_device', 'load_error', 'load_tokenizer', 'eos_token_ids',
-           'LanguageModel', 'Teacher', 'tensor_digest', 'weights_hash', 'teacher_identity', 'weights_fingerprint',
-           'checkpoint_fingerprint', 'quantization_options', 'tokens_without_row', 'add_qwen_eos', 'load_teacher',
-           'SamplingProcessor', 'sampling_processors', 'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'TimedSteps',
-           'generate_ids', 'continuations', 'generate', 'line_prompt', 'function_prompt', 'teacher_prompts',
-           'length_sorted_batches', 'is_greedy_batch', 'finished_batches', 'teacher_documents']
+           'fastest_dtype', 'pick_device', 'load_error', 'load_tokenizer', 'eos_token_ids', 'LanguageModel', 'Teacher',
+           'tensor_digest', 'weights_hash', 'teacher_identity', 'weights_fingerprint', 'checkpoint_fingerprint',
+           'quantization_options', 'tokens_without_row', 'add_qwen_eos', 'load_teacher', 'SamplingProcessor',
+           'sampling_processors', 'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'TimedSteps', 'generate_ids',
+           'continuations', 'generate', 'line_prompt', 'function_prompt', 'teacher_prompts', 'length_sorted_batches',
+           'is_greedy_batch', 'finished_batches', 'teacher_documents']
 
 # %% ../nbs/04_teacher.ipynb #20a14fed
 import ast
@@ -29,7 +29,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,12 +40,12 @@ from transformers import (
     PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper,
     TopKLogitsWarper, TopPLogitsWarper)
 
-from .cached_model import timed, without_cudnn_attention
+from .cached_model import without_cudnn_attention
 from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
 from .data import Document, read_source, text_after, text_ids, tokenizer_fingerprint, usable_documents
 from .files import embedded_teacher, model_source
 from .notebook import working
-from .provenance import short_hash, write_atomic
+from .provenance import cpu_facts, short_hash, write_atomic
 from .threads import THREADS
 
 # %% ../nbs/04_teacher.ipynb #d14381bc
@@ -102,13 +101,6 @@ def load_source(
     return (str(copied), {}) if copied else model_source(name)
 
 # %% ../nbs/04_teacher.ipynb #c8e917c8
-@cache
-def matmul_seconds(repeats: int = 8) -> dict[torch.dtype, float]:
-    """Return the shortest time of a matmul on the CPU in float32 and in bfloat16, interleaved."""
-    inputs = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    times = [{dtype: timed(lambda: x @ x, x.device)[1] for dtype, x in inputs.items()} for _ in range(repeats)]
-    return {dtype: min(seconds[dtype] for seconds in times) for dtype in inputs}
-
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """Return the 16-bit dtype in which the device computes fastest, or float32 if it is slower in 16 bits."""
     if device.type == "cuda":
@@ -116,9 +108,8 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if native else torch.float16
     if device.type == "mps":
         return torch.float16
-    flags = torch.cpu.get_capabilities()
-    if flags.get("amx_bf16"): return torch.bfloat16
-    return min(matmul_seconds(), key=matmul_seconds().get) if flags.get("avx512_bf16") else torch.float32
+    flags, is_amd = torch.cpu.get_capabilities(), cpu_facts().get("vendor_id") == "AuthenticAMD"
+    return torch.bfloat16 if flags.get("amx_bf16") or flags.get("avx512_bf16") and is_amd else torch.float32
 
 # %% ../nbs/04_teacher.ipynb #aa8625c3
 def pick_device(

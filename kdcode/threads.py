@@ -109,10 +109,8 @@ class ThreadSetting:
 
     def __init__(self):
         self.tuner: ThreadTuner | None = None
-        self.adapts = True
-        """whether the number follows the load"""
-        self.applied: tuple[int, int] | None = None
-        """thread of Python and the number that was set there"""
+        self.adapts = True  # whether the number follows the load
+        self.applied: tuple[int, int] | None = None  # thread of Python, and the number that was set there
         self.used: set[int] = set()
 
     def set(self, threads: int) -> None:
@@ -141,27 +139,18 @@ class ThreadSetting:
             self.use("auto")
         return self.tuner
 
-# %% ../nbs/00b_threads.ipynb #df6ce214
-class TorchThreads(ThreadSetting):
-    """The same, for calls in `with` blocks."""
-
-    def __init__(self):
-        super().__init__()
-        self.timing = False
-
     def largest(self) -> int:
         """Return the number of threads on an idle machine: the fixed one, or the largest of `auto`."""
         import torch
         return max(self.check().largest, torch.get_num_threads())
 
-    @contextmanager
-    def all_in_use(self) -> Iterator[None]:
-        """Use the largest number of threads in a `with` block, whatever the load is."""
-        import torch
-        before = torch.get_num_threads()
-        self.set(self.largest())
-        try: yield
-        finally: self.set(before)
+# %% ../nbs/00b_threads.ipynb #df6ce214
+class TorchThreads(ThreadSetting):
+    """The same, for work in `with` blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.timing = False
 
     @contextmanager
     def timed(
@@ -182,5 +171,14 @@ class TorchThreads(ThreadSetting):
             tuner.end(model, kind, time.perf_counter() - start)
         finally:
             self.timing = False
+
+    @contextmanager
+    def all_in_use(self) -> Iterator[None]:
+        """Use as many threads in a `with` block as on an idle machine."""
+        import torch
+        before = torch.get_num_threads()
+        self.set(self.largest())
+        try: yield
+        finally: self.set(before)
 
 THREADS = TorchThreads()

@@ -17,6 +17,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -517,7 +518,7 @@ def distill(
     after SIGTERM or Ctrl-C.
     """
     folder = Path(folder or run_path(config))
-    state = PartialState(cpu=teacher.device.type == "cpu")
+    state = PartialState(cpu=teacher.device.type == "cpu", timeout=timedelta(days=7))  # the first one labels for hours
     if state.is_main_process: open_run(config, folder, resume)
     state.wait_for_everyone()
     if (folder/"student").exists(): return load_student(folder/"student", teacher.model)

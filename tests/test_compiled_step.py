@@ -24,7 +24,7 @@ from kdcode.compiled_step import (
     StaticModel, StepKind, use_compiler_cache, user_code_folder)
 from kdcode.config import DecodeSettings
 from kdcode.decode import make_sequences, speculative_generate
-from kdcode.eagle import EagleStudent
+from kdcode.eagle import EagleStudent, LegacyEagleConfig, LegacyEagleStudent
 from kdcode.provenance import processor_hash
 from kdcode.sampling import SamplingParams
 
@@ -360,6 +360,21 @@ def test_number_of_threads_changes():
                 torch.set_num_threads(n)
                 assert difference(model) < 1e-4
     finally: torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_head_of_an_earlier_version():
+    """The shipped heads keep their draft vocabulary elsewhere; nothing in their step stops the compiler."""
+    target = tiny()
+    shape = {name: getattr(target.config, name) for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")}
+    config = LegacyEagleConfig(feature_layers=[1, -1], num_hidden_layers=1, draft_vocab_size=30, **shape)
+    head, kind = LegacyEagleStudent(config).eval().attach(target), StepKind(False, 1, (-1,))
+    head.draft_ids.copy_(torch.arange(30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a head that does not compile
+        assert compile_steps(head, [kind])
+    assert READY[head] == {kind}
 
 
 @torch.no_grad()

@@ -211,7 +211,7 @@ def test_a_parser_that_gives_up_ends_its_own_request_only(pair, served, monkeypa
     def mask(state, tokens):
         if len(tokens) >= 3 and state.grammar.matcher is broken.matcher:
             state.error = "too many items"
-            return state.ends()
+            return state.grammar.ends()
         return original(state, tokens)
     with served() as (client, service), ThreadPoolExecutor(3) as clients:
         assert client.post(PATH, json=structured(SCHEMAS[0])).status_code == 200
