@@ -49,8 +49,8 @@ from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
     check_search, check_stack_token, check_teacher_name, check_trainers, check_weights, check_writable, did_you_mean,
     draft_config, draft_folder, is_draft_head, is_hub_id, LEGACY_HEAD, model_source, read_prompts, remote_folder,
-    report_files, result_folder, shipped_draft, shipped_drafts, source_folder, student_architecture, teacher_fingerprint,
-    teacher_vocabulary)
+    report_files, result_folder, shipped_draft, shipped_drafts, source_folder, student_architecture,
+    teacher_fingerprint, teacher_vocabulary)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -612,8 +612,8 @@ def run_export(config: Config, options) -> None:
     path = write_student(model, config.teacher.name, run_folder(config), options.to)
     print(f"student: {display_path(path)}")
     if options.to in ("llama", "gguf") and (window := draft_config(options.model).get("attention_window")):
-        print(f"note: a plain Llama has no sliding window; after more than {window} tokens it is accepted less often than "
-              "in kdcode", file=sys.stderr)
+        print(f"note: a plain Llama has no sliding window; after more than {window} tokens it is accepted less often "
+              "than in kdcode", file=sys.stderr)
     following = ["bench", "engines"] if options.to == "gguf" else ["generate", SHORT_PROMPT]
     draft = options.model if options.to == "gguf" else display_path(path)
     print_next(with_teacher(config, *following, "--draft", draft))

@@ -283,12 +283,12 @@ def graph_marker(model: PreTrainedModel, kind: StepKind) -> Path:
     fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
     shapes = [(name, str(x.dtype), x.shape) for name, x in model.named_parameters()]
     transposed = sorted(map(str, transposed_dtypes(tuned_kernels(model)[1])))
-    place = model.device.type
-    device = torch.cuda.get_device_name(model.device) if place == "cuda" else [place, processor_hash()]
+    kind_of_device = model.device.type
+    name = torch.cuda.get_device_name(model.device) if kind_of_device == "cuda" else processor_hash()
     parts = (static_step, StaticCache.update, transposed_rows_linear, grouped_sdpa)
     source = [inspect.getsource(part) for part in parts]
     known = [type(model).__qualname__, json.dumps(fields, sort_keys=True, default=str), shapes, transposed, str(kind),
-             kind.hidden_layers, device, torch.__version__, transformers.__version__, source]
+             kind.hidden_layers, kind_of_device, name, torch.__version__, transformers.__version__, source]
     return code_folder()/"graphs"/short_hash(known)
 
 def is_on_disk(model: PreTrainedModel, kind: StepKind) -> bool:

@@ -340,8 +340,8 @@ def quality_figures(
 ) -> dict[str, Any]:
     """Return the figures of a model's own output, stored in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = teacher_identity(candidate.model) | {key: asdict(config)[key] for key in ("seed", "data", "decode", "eval")}
-    problems = short_hash(read_problems(config.eval.problems, config.eval.limit))  # a file can change
+    saved, problems = asdict(config), short_hash(read_problems(config.eval.problems, config.eval.limit))
+    inputs = teacher_identity(candidate.model) | {name: saved[name] for name in ("seed", "data", "decode", "eval")}
     inputs |= {"draft": getattr(student, "name_or_path", None), "isolation": isolation, "problems": problems}
     programs = functools.partial(program_figures, candidate.model, student, config, isolation, folder, progress)
     figures = cached_figures(folder/"programs.json", inputs, programs)

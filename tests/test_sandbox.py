@@ -63,15 +63,30 @@ def one_test_at_a_time(tmp_path_factory):
         yield
 
 
+def command_line(pid):
+    """Return the command line of a process; empty if there is none any more."""
+    try: return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError: return ""
+
+
+def owner(pid):
+    """Return the nearest ancestor of a process that runs tests; None for an orphan."""
+    while pid := next((int(line.split()[1]) for line in status_of(pid) if line.startswith("PPid:")), 0):
+        if "execnet" in command_line(pid) or "pytest" in command_line(pid): return pid
+    return None
+
+
+def status_of(pid):
+    """Return the lines of a process's status; none if it has ended."""
+    try: return Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError: return []
+
+
 def remaining_processes():
-    """Return the command lines of processes that should have been killed."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found.append(file.read_text())
-        except OSError:
-            pass
-    return [line for line in found if "def supervise" in line or f"sleep\0{MARK}" in line]
+    """Return the command lines of processes that should have been killed, without those of tests beside this one."""
+    found = {int(folder.name): command_line(folder.name) for folder in Path("/proc").glob("[0-9]*")}
+    ours = {pid: line for pid, line in found.items() if "def supervise" in line or f"sleep\0{MARK}" in line}
+    return [line for pid, line in ours.items() if owner(pid) in (None, os.getpid())]
 
 
 def run_probes(name, folder):
