@@ -514,7 +514,7 @@ class OldestEagleConfig(LegacyEagleConfig):
         """Return the fields as a `LegacyEagleConfig`."""
         return LegacyEagleConfig.from_dict(config_dict, **kwargs)
 
-class BufferedDraftIds:
+class BufferedDraftIds(nn.Module):
     """Has the draft vocabulary in a buffer."""
     @property
     def draft_ids(self) -> Tensor | None:

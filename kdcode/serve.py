@@ -933,8 +933,9 @@ async def respond(service: Service, request: SamplingRequest, format_type: type,
     started = time.perf_counter()
     infill = isinstance(request, InfillRequest)
     builder_type = InfillBuilder if infill else StreamBuilder if request.stream else ResponseBuilder
-    async with service.tokenizer_lock: tool_format = request_tools(service.teacher, request)
-    options = {"tool_format": tool_format} if tool_format else {}
+    options = {}
+    if getattr(request, "callable_tools", None):
+        async with service.tokenizer_lock: options = {"tool_format": request_tools(service.teacher, request)}
     response_format = format_type(service.teacher, request, **options)
     stream = await service.submit(request)  # last: what it has queued is cancelled by the end of the response
     builder = builder_type(service, request, stream, response_format, started)

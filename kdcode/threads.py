@@ -125,7 +125,7 @@ class ThreadSetting:
         """Use a fixed number of threads, or adapt it to the load."""
         import torch
         self.adapts = threads == "auto"
-        if self.adapts:
+        if threads == "auto":
             self.tuner = ThreadTuner(min(torch.get_num_threads(), available_cpus()), self.set)
         else:
             self.set(threads)

@@ -6,8 +6,8 @@
 __all__ = ['STEP_DECAY', 'make_student', 'weighted_mean', 'LossParts', 'BoundedTrainer', 'TeacherTrainer', 'LengthBatches',
            'NonFiniteLoss', 'check_finite', 'DistillationTrainer', 'precision_flags', 'training_arguments',
            'run_stages', 'describe_run', 'fetch_checkpoint', 'fetch_checkpoints', 'update_best', 'open_run',
-           'make_callbacks', 'find_callback', 'make_trainer', 'train', 'finish_run', 'forgotten_if_unstarted',
-           'distill', 'best_validation']
+           'make_callbacks', 'find_callback', 'CorpusRecord', 'check_same_corpus', 'make_trainer', 'train',
+           'finish_run', 'forgotten_if_unstarted', 'distill', 'best_validation']
 
 # %% ../nbs/06b_train.ipynb #8d4c974c
 import copy
@@ -438,6 +438,30 @@ def find_callback(trainer: Trainer, kind: type) -> TrainerCallback | None:
     """Return the trainer's callback of a class, or None."""
     return next((callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)), None)
 
+# %% ../nbs/06b_train.ipynb #e55a10dd
+class CorpusRecord(TrainerCallback):
+    """Writes into each checkpoint which blocks it was trained on."""
+
+    def __init__(self, corpus: Corpus):
+        self.sha256 = corpus.statistics["train"]["sha256"]
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Write the record."""
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir)/f"checkpoint-{state.global_step}"
+            write_atomic(checkpoint/"corpus.json", json.dumps({"sha256": self.sha256}))
+
+def check_same_corpus(
+    checkpoint: Path | None,  # from which a run is resumed; None: from none
+    corpus: Corpus,
+) -> None:
+    """Raise `ConfigError` if a checkpoint was trained on other blocks."""
+    record = checkpoint/"corpus.json" if checkpoint else None
+    if record and record.exists() and json.loads(record.read_text())["sha256"] != corpus.statistics["train"]["sha256"]:
+        raise ConfigError(f"{checkpoint} was trained on another corpus: the files in data.path, the installed packages "
+                          "or the teacher's text have changed since; restore them, or train a new run under another "
+                          "--name")
+
 # %% ../nbs/06b_train.ipynb #9e749fbb
 def make_trainer(
     config: Config,
@@ -451,7 +475,7 @@ def make_trainer(
     student = make_student(config, teacher, corpus)
     t, feature_layers = config.train, config.student.feature_layers
     validation = ValidationSet.of(corpus.validation, teacher, t.batch_size, feature_layers)
-    found = [*make_callbacks(config, teacher, validation, folder), *callbacks]
+    found = [CorpusRecord(corpus), *make_callbacks(config, teacher, validation, folder), *callbacks]
     targets = None if config.targets.kind == "online" else make_targets(config, teacher, corpus, folder, progress)
     blocks = corpus.train.add_column("block", list(range(len(corpus.train))))  # by which the cache finds a block
     arguments = training_arguments(config, folder/"checkpoints", teacher.device, progress)
@@ -524,6 +548,7 @@ def distill(
     if (folder/"student").exists(): return load_student(folder/"student", teacher.model)
     with forgotten_if_unstarted(folder):
         check_corpus(config, corpus, teacher)
+        check_same_corpus(find_checkpoint(folder/"checkpoints"), corpus)
         with state.main_process_first():
             trainer = make_trainer(config, teacher, corpus, folder, progress and state.is_main_process, callbacks)
         train(trainer)
