@@ -6,20 +6,19 @@
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'PLAN_OPTIONS',
            'DECODING_OPTIONS', 'EXPORT_OPTIONS', 'OPTIONS', 'CORPUS_SETTINGS', 'DECODING_SETTINGS', 'COMMON_SETTINGS',
            'SECTIONS', 'EXAMPLES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps', 'ProgressBar', 'display_path',
-           'garbage_collection_paused', 'process_state', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers',
-           'print_next', 'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress',
-           'run_tune', 'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream',
-           'run_generate', 'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan',
-           'bench_decode', 'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server',
-           'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command',
-           'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student',
-           'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help',
-           'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option', 'explain_error',
-           'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt', 'choose_draft',
-           'check_plain_decoding', 'check_text_length', 'card_limits', 'check_plan', 'check_export', 'check_evaluation',
-           'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training', 'check_doctor',
-           'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command',
-           'main']
+           'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_next',
+           'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune',
+           'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
+           'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode',
+           'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile',
+           'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command', 'run_bench', 'run_eval',
+           'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
+           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
+           'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
+           'parse', 'read_prompt', 'choose_draft', 'check_plain_decoding', 'check_text_length', 'card_limits',
+           'check_plan', 'check_export', 'check_evaluation', 'check_corpus', 'check_infilling', 'check_student',
+           'check_targets', 'check_training', 'check_doctor', 'check_models', 'check_lookup', 'check_files',
+           'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -34,7 +33,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,22 +100,14 @@ def garbage_collection_paused() -> Iterator[None]:
             gc.freeze()
         gc.enable()
 
-# %% ../nbs/12_cli.ipynb #c7802021
-def process_state(config: Config):
-    """Return accelerate's state of this process, in which each one has a GPU of its own."""
-    from accelerate import PartialState
-    from kdcode.teacher import pick_device
-    is_cpu = pick_device(config.teacher.device).type == "cpu"
-    return PartialState(cpu=is_cpu, timeout=timedelta(days=7))  # while one process labels or generates, others wait
-
 # %% ../nbs/12_cli.ipynb #f21293b3
 def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tuple:
     """Return the teacher in its decoding dtype and in its labelling dtype; store both in `loaded`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1: process_state(config)
     with garbage_collection_paused():
         import torch
         from kdcode.served import open_teacher
-        from kdcode.teacher import fastest_dtype
+        from kdcode.teacher import fastest_dtype, pick_device, process_state
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1: process_state(pick_device(config.teacher.device))
     steps(f"teacher: {config.teacher.name}")
     key = repr([config.teacher, config.targets.k if config.teacher.is_served else None])
     if key not in loaded:
@@ -130,13 +120,13 @@ def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tup
 def load_corpus(config: Config, folder: Path, steps: Steps, labelling_teacher=None):
     """Return the corpus of a run, with text that `labelling_teacher` generates if it is given."""
     from kdcode.data import build_corpus
-    from kdcode.teacher import load_tokenizer, teacher_documents, teacher_identity
+    from kdcode.teacher import load_tokenizer, pick_device, process_state, teacher_documents, teacher_identity
     documents, author = None, ""
     if labelling_teacher is not None:
         documents = teacher_documents(labelling_teacher, config.data, config.seed, generated_text_folder(config))
         author = "{teacher} {weights}".format(**teacher_identity(labelling_teacher))
     steps(f"corpus: {config.data.tokens:,} training tokens from {', '.join(config.data.sources)}")
-    with process_state(config).main_process_first():
+    with process_state(pick_device(config.teacher.device)).main_process_first():
         name = config.teacher.tokenizer or config.teacher.name
         tokenizer = labelling_teacher.tokenizer if labelling_teacher else load_tokenizer(name)
         return build_corpus(

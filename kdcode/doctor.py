@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'MARGIN', 'TRAINED', 'CONTEXT', 'SAMPLING', 'COPY_BYTES', 'CURVE', 'CHECKS', 'DOCTOR_CONTEXTS',
-           'LONG_PROMPTS', 'RecordedTeacher', 'TrainingRecord', 'Pair', 'Finding', 'teacher_rows', 'with_rows',
-           'check_tokenizer', 'default_template', 'changed_prompts', 'check_beginning', 'neighbouring_layers',
-           'best_layers', 'check_feature_layers', 'other_residual', 'state_variants', 'check_state',
-           'check_draft_vocabulary', 'ContextTeacher', 'cropped_acceptance', 'check_context', 'generation_params',
-           'pair_params', 'describe_params', 'sampled_acceptance', 'check_sampling', 'noisy_share', 'check_numerics',
-           'other_checkpoint', 'check_checkpoint', 'check_text', 'tokens_like', 'rate_after', 'check_training',
-           'diagnose', 'training_record', 'continuations_of', 'fitting_texts', 'open_pair', 'plot_pair', 'doctor_note',
-           'report_doctor']
+           'LONG_PROMPTS', 'RecordedTeacher', 'TrainingRecord', 'draft_context', 'fitting_texts', 'Pair', 'Finding',
+           'teacher_rows', 'with_rows', 'check_tokenizer', 'default_template', 'changed_prompts', 'check_beginning',
+           'neighbouring_layers', 'best_layers', 'check_feature_layers', 'other_residual', 'state_variants',
+           'check_state', 'check_draft_vocabulary', 'ContextTeacher', 'cropped_acceptance', 'check_context',
+           'generation_params', 'pair_params', 'describe_params', 'sampled_acceptance', 'check_sampling', 'noisy_share',
+           'check_numerics', 'other_checkpoint', 'check_checkpoint', 'check_text', 'tokens_like', 'rate_after',
+           'check_training', 'diagnose', 'training_record', 'continuations_of', 'texts_to_examine', 'open_pair',
+           'plot_pair', 'doctor_note', 'report_doctor']
 
 # %% ../nbs/09g_doctor.ipynb #0f0c503f
 import copy
@@ -96,11 +96,17 @@ class TrainingRecord:
     block: int | None = None
     """length of its longest training blocks; None: unknown"""
 
+def draft_context(draft: PreTrainedModel) -> float:
+    """Return the number of tokens in a draft's context; infinity if it has no limit."""
+    return getattr(draft.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+def fitting_texts(draft: PreTrainedModel, texts: PromptTexts) -> PromptTexts:
+    """Return the texts that fit into the draft's context."""
+    return [(prompt, text) for prompt, text in texts if len(prompt) + len(text) <= draft_context(draft)]
+
 def _replayed(teacher: Teacher, draft: PreTrainedModel, texts: PromptTexts, gamma: int) -> Statistics:
     """Return the replay of the texts that fit into the draft's context."""
-    limit = getattr(draft.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    fitting = [(prompt, text) for prompt, text in texts if len(prompt) + len(text) <= limit]
-    return replay(teacher, draft, fitting, gamma, max((len(text) for _, text in texts), default=0))
+    return replay(teacher, draft, fitting_texts(draft, texts), gamma, max((len(text) for _, text in texts), default=0))
 
 def _rate(statistics: Statistics) -> float:
     """Return the acceptance rate, 0 if no draft token was verified."""
@@ -357,7 +363,7 @@ def cropped_acceptance(pair: Pair, texts: PromptTexts, size: int) -> float:
 def check_context(pair: Pair) -> Finding:
     """Let the draft see only as many tokens of long prompts as it was trained on."""
     known, longest = pair.training.block, max((len(t) for part in pair.contexts.values() for _, t in part), default=0)
-    limit = getattr(pair.draft.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = draft_context(pair.draft)
     size = int(min(known or BLOCK, limit - longest))
     is_in_context = isinstance(pair.draft, Student) and max(pair.contexts, default=0) + longest <= limit
     window = f"set attention_window in its config.json to {size}, " if is_in_context else ""
@@ -547,14 +553,12 @@ def continuations_of(teacher: Teacher, prompts: list[str], settings: DecodeSetti
     ids = [prompt_ids(teacher, prompt) for prompt in prompts]
     return list(zip(ids, generate_ids(teacher, prompts, settings.max_new_tokens)))
 
-def fitting_texts(draft: PreTrainedModel, texts: PromptTexts) -> PromptTexts:
+def texts_to_examine(draft: PreTrainedModel, texts: PromptTexts) -> PromptTexts:
     """Return the texts that fit into the draft's context. Raises `ConfigError` if none does."""
-    limit = getattr(draft.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    fitting = [(prompt, text) for prompt, text in texts if len(prompt) + len(text) <= limit]
-    if fitting: return fitting
+    if fitting := fitting_texts(draft, texts): return fitting
     shortest = min((len(prompt) + len(text) for prompt, text in texts), default=0)
-    raise ConfigError(f"no text fits into the draft's context of {limit} tokens; the shortest prompt and continuation "
-                      f"have {shortest}. Give shorter prompts, or a smaller decode.max_new_tokens")
+    raise ConfigError(f"no text fits into the draft's context of {draft_context(draft)} tokens; the shortest prompt "
+                      f"and continuation have {shortest}. Give shorter prompts, or a smaller decode.max_new_tokens")
 
 def open_pair(
     teacher: Teacher,
@@ -568,8 +572,9 @@ def open_pair(
         try: draft.attach(teacher.model)
         except ValueError as error: raise ConfigError(f"the draft does not fit {teacher.name}: {error}") from None
     problems = [problem["prompt"] for problem in humaneval_problems(config.decode.problems)]
-    reference = fitting_texts(draft, continuations_of(teacher, problems, config.decode))
-    texts = reference if prompts is None else fitting_texts(draft, continuations_of(teacher, prompts, config.decode))
+    reference = texts_to_examine(draft, continuations_of(teacher, problems, config.decode))
+    texts = reference if prompts is None else texts_to_examine(
+        draft, continuations_of(teacher, prompts, config.decode))
     lengths = [length for length in DOCTOR_CONTEXTS if 2 * length <= teacher.context_size]
     few = replace(config, eval=replace(config.eval, documents=LONG_PROMPTS))
     contexts = context_texts(teacher, few, lengths) if lengths else {}

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SAMPLED_BYTES', 'NEUTRAL_FIELDS', 'INFILLING_TOKENS', 'PROMPT_KINDS', 'PROMPT_KIND_NAMES', 'GENERATION_FIELDS',
            'RESULT_FIELDS', 'SEED_STEP', 'is_complete', 'write_plain_copy', 'plain_copy', 'load_source',
-           'fastest_dtype', 'pick_device', 'load_error', 'load_tokenizer', 'eos_token_ids', 'LanguageModel', 'Teacher',
-           'tensor_digest', 'weights_hash', 'teacher_identity', 'weights_fingerprint', 'checkpoint_fingerprint',
-           'quantization_options', 'tokens_without_row', 'add_qwen_eos', 'load_teacher', 'SamplingProcessor',
-           'sampling_processors', 'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'TimedSteps', 'generate_ids',
-           'continuations', 'generate', 'line_prompt', 'function_prompt', 'teacher_prompts', 'length_sorted_batches',
-           'is_greedy_batch', 'finished_batches', 'teacher_documents']
+           'fastest_dtype', 'pick_device', 'process_state', 'load_error', 'load_tokenizer', 'eos_token_ids',
+           'LanguageModel', 'Teacher', 'tensor_digest', 'weights_hash', 'teacher_identity', 'weights_fingerprint',
+           'checkpoint_fingerprint', 'quantization_options', 'tokens_without_row', 'add_qwen_eos', 'load_teacher',
+           'SamplingProcessor', 'sampling_processors', 'left_pad', 'truncate_at_eos', 'contiguous_inputs', 'TimedSteps',
+           'generate_ids', 'continuations', 'generate', 'line_prompt', 'function_prompt', 'teacher_prompts',
+           'length_sorted_batches', 'is_greedy_batch', 'finished_batches', 'teacher_documents']
 
 # %% ../nbs/04_teacher.ipynb #20a14fed
 import ast
@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -127,6 +128,15 @@ def pick_device(
         reason = str(error).splitlines()[0]
         raise ConfigError(f"teacher.device is {name!r}, which this machine doesn't have ({reason}); "
                           "use auto or cpu") from None
+
+# %% ../nbs/04_teacher.ipynb #9c082fcb
+def process_state(device: torch.device):
+    """Return accelerate's `PartialState` of this process. With several processes, each has a GPU of its own.
+
+    Processes wait for days, not minutes: one labels or generates for all of them.
+    """
+    from accelerate import PartialState  # imported late: decoding does not need it
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
 # %% ../nbs/04_teacher.ipynb #e7202759
 def load_error(name: str, error: Exception) -> ConfigError:

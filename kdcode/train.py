@@ -17,7 +17,6 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ from .served import ServedTeacher
 from .student import pack_weights, Student
 from .targets import (
     check_corpus, check_labels, draft_vocabulary, load_start_student, make_targets, TargetCache, TeacherLabels)
-from .teacher import checkpoint_fingerprint, fastest_dtype, Teacher
+from .teacher import checkpoint_fingerprint, fastest_dtype, process_state, Teacher
 from .threads import THREADS
 from .validate import apply_head, validate, ValidationSet
 
@@ -542,7 +541,7 @@ def distill(
     after SIGTERM or Ctrl-C.
     """
     folder = Path(folder or run_path(config))
-    state = PartialState(cpu=teacher.device.type == "cpu", timeout=timedelta(days=7))  # the first one labels for hours
+    state = process_state(teacher.device)
     if state.is_main_process: open_run(config, folder, resume)
     state.wait_for_everyone()
     if (folder/"student").exists(): return load_student(folder/"student", teacher.model)
