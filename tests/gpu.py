@@ -490,7 +490,7 @@ def random_corpus(config: Config, vocabulary_size: int, steps: int) -> Corpus:
     size, count = config.data.block_size, steps * config.train.batch_size * config.train.gradient_accumulation
     ids = torch.randint(vocabulary_size, (count + 2, size), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": row, "labels": row, "origin": "random", "language": "random"} for row in ids]
-    return Corpus(Dataset.from_list(rows[:-2]), Dataset.from_list(rows[-2:]), {})
+    return Corpus(Dataset.from_list(rows[:-2]), Dataset.from_list(rows[-2:]), {"train": {"sha256": "random ids"}})
 
 
 def training_steps(config: Config, teacher: Teacher, steps: int) -> list[float]:
