@@ -46,9 +46,9 @@ from kdcode.config import (
 from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
     check_search, check_stack_token, check_teacher_name, check_trainers, check_weights, check_writable, did_you_mean,
-    draft_config, draft_folder, is_draft_head, is_hub_id, LEGACY_HEAD, model_source, read_prompts, remote_folder,
-    report_files, result_folder, shipped_draft, shipped_drafts, source_folder, student_architecture,
-    teacher_fingerprint, teacher_vocabulary)
+    draft_config, draft_folder, generated_text_file, is_draft_head, is_hub_id, LEGACY_HEAD, model_source,
+    read_prompts, remote_folder, report_files, result_folder, shipped_draft, shipped_drafts, source_folder,
+    student_architecture, teacher_fingerprint, teacher_vocabulary)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -1105,6 +1105,7 @@ def check_corpus(config: Config) -> None:
                           f"{', '.join(config.data.sources)}; remove data.path, or set data.source to folder")
     if not (run_path(config)/"corpus"/"corpus.json").exists():
         for path in paths: source_folder(path)
+        if config.data.generated_text: generated_text_file(config.data.generated_text)
         if "the-stack" in config.data.sources: check_stack_token()
 
 def check_infilling(config: Config) -> None:

@@ -203,6 +203,8 @@ class SourceAndPromptSettings(_MixableSource):
     """fraction of teacher-generated texts decoded greedily, whatever the temperature"""
     generation_batch_size: int = bounded(default=64, ge=1)
     """sequences that the teacher generates in one batch; on a GPU, use several hundred"""
+    generated_text: str | None = None
+    """file with text that the teacher generated before, such as texts/smollm2.jsonl.gz; it generates what is missing"""
 
 # %% ../nbs/00a_config.ipynb #217a567d
 @dataclass(repr=False)
@@ -260,7 +262,7 @@ class DataSettings(BlockSettings):
     max_characters: int = bounded(default=100_000, ge=1)
     """maximum document length in characters; longer documents are left out"""
 
-    added_later = ("block_sizes", "block_shares", "fim_share")
+    added_later = ("block_sizes", "block_shares", "fim_share", "generated_text")
 
 # %% ../nbs/00a_config.ipynb #1ad3518a
 def settings_by_source(

@@ -10,8 +10,9 @@ __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD'
            'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'draft_config',
            'student_architecture', 'is_draft_head', 'read_tokens', 'check_lookup_files', 'check_weights',
            'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run', 'check_run', 'check_search',
-           'check_writable', 'source_folder', 'check_stack_token', 'remote_folder', 'report_files', 'result_folder',
-           'find_program', 'check_engine', 'trl_python', 'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
+           'check_writable', 'source_folder', 'generated_text_file', 'check_stack_token', 'remote_folder',
+           'report_files', 'result_folder', 'find_program', 'check_engine', 'trl_python', 'check_trainers',
+           'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -358,6 +359,13 @@ def source_folder(path: str | None) -> Path:
         raise ConfigError("data.path is None; source folder needs the folder to read, for example --data.path my/code")
     if not Path(path).expanduser().is_dir():
         raise ConfigError(f"data.path is {path!r}, which is not a folder; give a folder with files to read")
+    return Path(path).expanduser()
+
+def generated_text_file(path: str) -> Path:
+    """Return the file `data.generated_text`. Raise `ConfigError` if it is not a file."""
+    if not Path(path).expanduser().is_file():
+        raise ConfigError(f"data.generated_text is {path!r}, which is not a file; give one that kdcode distill wrote "
+                          "into runs/generated-text, or remove the setting")
     return Path(path).expanduser()
 
 STACK_TERMS = ("accept the terms at https://huggingface.co/datasets/bigcode/the-stack "

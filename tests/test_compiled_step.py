@@ -14,7 +14,9 @@ from scipy.stats import chisquare
 from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+    Qwen2Config, Qwen2ForCausalLM)
 
 from kdcode import decode, drafters
 from kdcode.batching import Batch
@@ -390,6 +392,30 @@ def test_capacity_is_too_small(kind):
             ours, theirs = small.forward([ids], [3])[0][0], large.forward([ids], [3])[0][0]
             assert (ours - theirs).abs().max() < 1e-4
     assert small.lengths[0] >= 18
+
+
+FAMILIES = {
+    "biases": lambda: tiny(5, Qwen2ForCausalLM, Qwen2Config),
+    "sliding window": lambda: tiny(5, MistralForCausalLM, MistralConfig, sliding_window=8),
+    "learned positions": lambda: tiny(5, GPT2LMHeadModel, GPT2Config)}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_models(name):
+    """Three rows of different lengths, longer than the window, with every rollback of eight tokens."""
+    model = FAMILIES[name]()
+    assert compile_steps(model, [StepKind(True, 2)])
+    states = CompiledModel(model, 64, 3), CachedModel(model, 64, 3)
+    generator = torch.Generator().manual_seed(0)
+    with mock.patch.object(CompiledModel, "stance", "fail_on_recompile"):
+        for dropped in (0, *range(9)):
+            counts = [8, 9, 10]
+            tokens = [torch.randint(64, (count,), generator=generator).tolist() for count in counts]
+            ours, theirs = (state.forward(tokens, counts)[0] for state in states)
+            assert max((a - b).abs().max() for a, b in zip(ours, theirs)) < 1e-4
+            for state in states: state.crop([length - max(dropped, 4) for length in state.lengths])
 
 
 TARGETS = {
