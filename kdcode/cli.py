@@ -45,10 +45,10 @@ from kdcode.config import (
     SHORT_PROMPT)
 from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
-    check_search, check_stack_token, check_teacher_name, check_trainers, check_weights, check_writable, did_you_mean,
-    draft_config, draft_folder, generated_text_file, is_draft_head, is_hub_id, LEGACY_HEAD, model_source,
-    read_prompts, remote_folder, report_files, result_folder, shipped_draft, shipped_drafts, source_folder,
-    student_architecture, teacher_fingerprint, teacher_vocabulary)
+    check_search, check_stack_token, check_teacher_name, check_trainers, check_training_device, check_weights,
+    check_writable, did_you_mean, draft_config, draft_folder, generated_text_file, is_draft_head, is_hub_id,
+    LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files, result_folder, shipped_draft, shipped_drafts,
+    source_folder, student_architecture, teacher_fingerprint, teacher_vocabulary)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -1144,6 +1144,8 @@ def check_training(config: Config, options) -> None:
         check_targets(config)
     if options.get("benchmark") == "targets":
         config.data.check_one_length()
+    if "targets" not in (options.command, options.get("benchmark")):
+        check_training_device(config.teacher.device)
     if options.command == "tune":
         check_search(config, run_path(config))
         if options.space:

@@ -6,13 +6,13 @@
 __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD', 'TOKENS_SUFFIX', 'WEIGHTS', 'RESULT_NEUTRAL',
            'STACK_TERMS', 'ENDPOINT_VARIABLES', 'S3_COMPATIBILITY', 'PROGRAMS', 'embedded_teacher', 'did_you_mean',
            'is_hub_id', 'hub_problem', 'check_teacher_name', 'model_source', 'teacher_layers', 'check_layers',
-           'check_device', 'shipped_drafts', 'shipped_draft', 'draft_folder', 'vocabulary_fingerprint',
-           'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'check_draft', 'draft_config',
-           'student_architecture', 'is_draft_head', 'read_tokens', 'check_lookup_files', 'check_weights',
-           'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run', 'check_run', 'check_search',
-           'check_writable', 'source_folder', 'generated_text_file', 'check_stack_token', 'remote_folder',
-           'report_files', 'result_folder', 'find_program', 'check_engine', 'trl_python', 'check_trainers',
-           'is_loopback', 'api_key', 'bind_socket']
+           'check_device', 'check_training_device', 'shipped_drafts', 'shipped_draft', 'draft_folder',
+           'vocabulary_fingerprint', 'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'check_draft',
+           'draft_config', 'student_architecture', 'is_draft_head', 'read_tokens', 'check_lookup_files',
+           'check_weights', 'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run', 'check_run',
+           'check_search', 'check_writable', 'source_folder', 'generated_text_file', 'check_stack_token',
+           'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine', 'trl_python',
+           'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -121,6 +121,13 @@ def check_device(device: str) -> None:
         raise ConfigError(f"teacher.device is {device!r}; give auto, cpu, cuda, or cuda:1 for the second GPU")
     if device.startswith("cuda") and version.endswith("+cpu"):
         raise ConfigError(f"teacher.device is {device!r}, but PyTorch {version} is a build for CPUs; use auto or cpu")
+
+def check_training_device(device: str) -> None:
+    """Raise `ConfigError` for a GPU other than the first one, which the trainer of `transformers` uses."""
+    kind, _, number = device.partition(":")
+    if number not in ("", "0"):
+        raise ConfigError(f"teacher.device is {device!r}, but training uses the first GPU that it sees; set "
+                          f"teacher.device to {kind}, and the environment variable CUDA_VISIBLE_DEVICES to {number}")
 
 # %% ../nbs/00c_files.ipynb #b80fd253
 def shipped_drafts() -> dict[str, Path]:
