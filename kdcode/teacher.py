@@ -656,7 +656,8 @@ def teacher_documents(
     folder.mkdir(parents=True, exist_ok=True)
     _report_old_file(folder, header)
     with FileLock(folder/f".{file.name}.lock"):
-        finished, seen = earlier_batches(settings, header) | finished_batches(file, header), Counter()
+        earlier = earlier_batches(settings, header)
+        finished, seen = earlier | finished_batches(file, header), Counter()
         pairs = teacher_prompts(settings, teacher.tokenizer, seed)
         for number, batch in enumerate(length_sorted_batches(pairs, settings.generation_batch_size)):
             prompts = [prompt for prompt, _ in batch]
@@ -664,6 +665,10 @@ def teacher_documents(
             key = _batch_key(prompts, temperature, seen)
             texts = finished.get(key)
             if texts is None:
+                if earlier:
+                    print(f"{settings.generated_text} has no text for the prompts of batch {number + 1}; the teacher "
+                          "generates what is missing", file=sys.stderr)
+                    earlier = {}
                 texts = teacher.continuations(prompts, settings.max_new_tokens, temperature,
                                               seed=seed + SEED_STEP * number, batch_size=len(prompts))
                 with file.open("a") as out: out.write(json.dumps([key, texts]) + "\n")
