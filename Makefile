@@ -11,7 +11,7 @@
 # make trainers: TRL in an environment of its own, for kdcode bench trainers
 # make test-trainers: the same training in TRL and in kdcode
 # make test-shipped: kdcode doctor with the shipped drafts, after texts of up to 4,096 tokens, for many minutes
-# make test-long: the tests that take long (compilers, the server under load, killed searches), for many minutes
+# make test-long: tests and cells that take long (compilers, the server under load, killed searches), for many minutes
 # make test-gpu: speed and memory on a GPU, with random models, in 8 minutes; the report is runs/gpu
 PYTHON ?= python3
 BIN := .venv/bin
@@ -70,6 +70,7 @@ test-shipped: setup
 
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
+	grep --files-with-matches '"#| long' nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -I {} $(BIN)/nbdev_test --n_workers 0 --flags long --path {}
 
 test-gpu: setup
 	$(BIN)/python tests/gpu.py --out runs/gpu
