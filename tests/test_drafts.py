@@ -1,10 +1,12 @@
 """The shipped students: complete, small, fit for their teacher only, and trained without evaluation text."""
 
 import functools
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from kdcode.decode import complete
 from kdcode.eagle import EagleStudent
 from kdcode.files import shipped_drafts
 from kdcode.result import Statistics
-from kdcode.teacher import load_teacher
+from kdcode.teacher import load_teacher, Teacher, teacher_documents
 
 ROOT = Path(__file__).parent.parent
 # Folder: largest size in bytes, and the configuration that trains it.
@@ -121,3 +123,15 @@ def test_training_text_contains_no_evaluation_text(prompt_source):
         lines = {line.strip() for line in document.text.splitlines()}
         assert evaluation_lines().isdisjoint(lines), document.origin
     assert documents > 5000 and rejected["evaluation"] >= 155, rejected
+
+
+def test_shipped_text_is_what_its_configuration_asks_for(teacher, tmp_path):
+    """The first batches come from the file, none from the teacher. Control: prompts of another length are an error."""
+    config = load_config(ROOT/"configs"/"smollm2-eagle3.yaml")
+    data = replace(config.data, generated_text=str(ROOT/config.data.generated_text))
+    with mock.patch.object(Teacher, "continuations", side_effect=AssertionError("the teacher generates")):
+        documents = list(itertools.islice(teacher_documents(teacher, data, config.seed, tmp_path), 1000))
+    assert len({document.text for document in documents}) > 900
+    assert {document.finished for document in documents} == {True, False}
+    with pytest.raises(ConfigError, match="has prompt_tokens 160, and this run has 100"):
+        next(teacher_documents(teacher, replace(data, prompt_tokens=100), config.seed, tmp_path))
