@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'PLAN_OPTIONS',
            'DECODING_OPTIONS', 'EXPORT_OPTIONS', 'OPTIONS', 'CORPUS_SETTINGS', 'DECODING_SETTINGS', 'COMMON_SETTINGS',
-           'SECTIONS', 'EXAMPLES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps', 'ProgressBar', 'display_path',
-           'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers', 'print_next',
-           'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress', 'run_tune',
-           'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream', 'run_generate',
-           'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode',
-           'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile',
-           'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command', 'run_bench', 'run_eval',
-           'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student', 'push_student', 'run_export',
-           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
-           'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
-           'parse', 'read_prompt', 'choose_draft', 'check_plain_decoding', 'check_text_length', 'card_limits',
-           'check_plan', 'check_export', 'check_evaluation', 'check_corpus', 'check_infilling', 'check_student',
-           'check_targets', 'check_training', 'check_doctor', 'check_models', 'check_lookup', 'check_files',
-           'silence_libraries', 'print_error', 'announce', 'run_command', 'main']
+           'SECTIONS', 'EXAMPLES', 'ALIASES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps', 'ProgressBar',
+           'display_path', 'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers',
+           'print_next', 'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress',
+           'run_tune', 'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream',
+           'run_generate', 'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan',
+           'bench_decode', 'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server',
+           'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command',
+           'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student',
+           'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help',
+           'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option', 'explain_error',
+           'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt', 'choose_draft',
+           'check_plain_decoding', 'check_text_length', 'card_limits', 'check_plan', 'other_export', 'check_export',
+           'check_evaluation', 'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training',
+           'check_doctor', 'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error',
+           'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -173,6 +174,8 @@ def run_distill(config: Config, options) -> None:
     from accelerate import PartialState
     from kdcode.report import report_training
     folder = run_folder(config)
+    if options.resume and not any((folder/name).exists() for name in ("checkpoints", "student")):
+        print(f"{display_path(folder)} has no training to resume; a new one starts", file=sys.stderr)
     train_student(config, folder, Steps(3), options.resume)
     if PartialState().is_main_process:
         report = report_training(config, folder, options.command_line)
@@ -909,11 +912,19 @@ def option_names(command: str) -> list[str]:
     settings = [f"--{section}.{f.name}" for section in used for f in fields(sections[section])]
     return [*own, "--config", "--help", "--help-all", *top, *settings]
 
+ALIASES = {"lr": "learning_rate", "bs": "batch_size", "steps": "epochs", "max_tokens": "max_new_tokens"}
+
 def suggest_option(name: str, command: str) -> str:
     """Return a hint for an unknown option, with or without its dashes."""
     given, known = name.lstrip("-"), [option.removeprefix("--") for option in option_names(command)]
     by_field = {option.rpartition(".")[2]: option for option in reversed(known)}  # the first section has the field
     names = by_field | {option: option for option in known}
+    section, _, field = given.rpartition(".")
+    given = given.removesuffix(field) + ALIASES.get(field, field)
+    if any(option.startswith(f"{section}.") for option in known):  # of a section that exists
+        names = {name: option for name, option in names.items() if option.startswith(f"{section}.")} | {
+            option.rpartition(".")[2]: option for option in known if option.startswith(f"{section}.")}
+        given = ALIASES.get(field, field)  # the section is right
     similar = [names[near] for near in difflib.get_close_matches(given, names, n=1)]
     similar = similar or [option for option in known if given and option.startswith(given)]
     return f"did you mean --{similar[0]}?" if similar else f"kdcode {command} --help-all lists all options"
@@ -965,6 +976,7 @@ def check_command(arguments: list[str]) -> None:
     if arguments[0] not in COMMANDS:
         hint = did_you_mean(arguments[0], COMMANDS) or f"choose one of {', '.join(COMMANDS)}"
         first = " (options follow the command)" if arguments[0].startswith("-") else ""
+        if arguments[0].startswith("--v"): hint = "did you mean --version?"
         raise ConfigError(f"there is no command {arguments[0]!r}{first}; {hint}")
 
 def read_config_file(name: str) -> Any:
@@ -1015,6 +1027,9 @@ def choose_draft(config: Config, options) -> None:
     if options.draft is None:
         found = default_draft(config, options.get("engine") or "kdcode")
         options.draft = str(found or run_path(config)/"student")
+        if not found and not Path(options.draft, "config.json").exists():
+            raise ConfigError(f"no draft is shipped for teacher {config.teacher.name}, and there is no student in "
+                              f"{display_path(options.draft)}; give one with --draft, or make one with kdcode distill")
         options.draft_note = "" if found is None or found.parent == run_path(config) else (
             f" (shipped for {config.teacher.name}; choose another with --draft)")
     if options.command == "doctor":  # it examines drafts that do not fit
@@ -1066,6 +1081,12 @@ def check_plan(config: Config, options) -> None:
     check_plain_decoding(config, "kdcode plan predicts")
 
 # %% ../nbs/12_cli.ipynb #1acac444
+def other_export(draft: str) -> str:
+    """Return the advice to export the independent student beside a draft head; empty if there is none."""
+    folder = draft_folder(draft)
+    independent = folder.with_name(f"{folder.name}-independent") if folder else None
+    return f"export {display_path(independent)}, or " if independent and independent.exists() else ""
+
 def check_export(options) -> None:
     """Raise `ConfigError` for options of `kdcode export` that do not go together."""
     if options.to != "hub" and (options.repo or options.dry_run):
@@ -1075,11 +1096,11 @@ def check_export(options) -> None:
     if options.to == "hub" and not options.repo:
         raise ConfigError("--to hub needs the name of the repository; give --repo USER/NAME")
     if (options.to == "llama" or options.grow_vocabulary) and is_draft_head(options.model):
-        folder = draft_folder(options.model)
-        independent = folder.with_name(f"{folder.name}-independent")
-        other = f"export {display_path(independent)}, or " if independent.exists() else ""
         raise ConfigError(f"student {options.model} needs the hidden states of its teacher and cannot become a Llama; "
-                          f"{other}train one with student.feature_layers []")
+                          f"{other_export(options.model)}train one with student.feature_layers []")
+    if options.to in ("eagle3", "speculators", "gguf") and student_architecture(options.model) == LEGACY_HEAD:
+        raise ConfigError(f"student {options.model} is a head of an earlier version, which drafts in kdcode only; "
+                          f"{other_export(options.model)}train an EAGLE-3 head as configs/smollm2-eagle3.yaml does")
 
 def check_evaluation(config: Config, options) -> None:
     """Raise `ConfigError` if the problems, or the models to compare, are files that do not exist."""

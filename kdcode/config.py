@@ -728,14 +728,15 @@ class UniqueKeyLoader(yaml.SafeLoader):
 def _yaml_problem(error: Any) -> str:
     """Return where and how a file is not valid YAML, on one line."""
     mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else one_line_error(error)
+    if not mark: return one_line_error(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}; look at this line and its indentation"
 
 def read_yaml(path: str | Path) -> Any:
     """Return the content of a YAML file; an empty file is an empty mapping. Raise `ConfigError` if it is not valid."""
     try:
         return yaml.load(Path(path).read_text(), UniqueKeyLoader) or {}
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give a YAML file with settings") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
 
@@ -756,6 +757,16 @@ def resolve(
     built = built[command] if command else built
     return Config(**{f.name: built[f.name] for f in dataclasses.fields(Config)})
 
+def _unknown_option(message: str) -> str:
+    """Return a message of the parser, with a hint if it is about an option that does not exist."""
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
+    if not unknown: return message
+    known = [f"{name}.{f.name}" for name, part in vars(Config()).items() if isinstance(part, Settings)
+             for f in dataclasses.fields(part)]
+    similar = difflib.get_close_matches(unknown[1], known, n=1)
+    hint = f"did you mean --{similar[0]}?" if similar else "kdcode distill --help-all lists all options"
+    return f"there is no option --{unknown[1]}; {hint}"
+
 def make_config(
     data: dict[str, Any] | None = None,  # nested values, as in a YAML file
     arguments: list[str] = (),           # command-line options; they take precedence, e.g. `["--loss.alpha", "0.3"]`
@@ -767,7 +778,7 @@ def make_config(
         namespace = parser.parse_object(copy.deepcopy(data or {}))
         return resolve(parser, parser.parse_args(list(arguments), namespace=namespace))
     except ArgumentError as error:
-        raise ConfigError(one_line_error(error)) from None
+        raise ConfigError(_unknown_option(one_line_error(error))) from None
 
 # %% ../nbs/00a_config.ipynb #4b84b88f
 def load_config(

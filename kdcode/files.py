@@ -201,7 +201,7 @@ def other_tokenizer(
 ) -> ConfigError:
     """Return the error that a student was made for a teacher with another tokenizer."""
     return ConfigError(f"the student was made for teacher {made_for}, whose tokenizer differs from that of {teacher}; "
-                       f"distil one for {teacher}")
+                       f"choose its own teacher with teacher.name, or distil one for {teacher}")
 
 def check_draft(
     draft: str,    # as in `draft_folder`
@@ -495,5 +495,6 @@ def bind_socket(settings: ServeSettings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); "
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error  # negative: an unknown host
+        raise ConfigError(f"cannot listen on {settings.host}:{settings.port} ({reason}); "
                           "choose another --serve.port or --serve.host") from None

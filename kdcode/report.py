@@ -51,7 +51,8 @@ def formatted_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 def machine_line(about: dict[str, Any]) -> str:
     """Return the dict of `provenance.machine` as one line."""
     gpu = about["gpu"] or "none"
-    return f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, GPU: {gpu}"
+    threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
+    return f"{about['processor']}, {about['cores']} cores, {threads}, GPU: {gpu}"
 
 def _json_row(row: dict[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinity, which JSON does not have, by None."""

@@ -479,8 +479,8 @@ def max_sequence_length(
     requested = request.max_tokens or 1
     available = context_size - prompt_tokens
     if prompt_tokens > limits.max_prompt_tokens:
-        raise APIError(400, f"the prompt has {prompt_tokens} tokens; the limit is {limits.max_prompt_tokens}",
-                       "prompt", "context_length_exceeded")
+        raise APIError(400, f"the prompt has {prompt_tokens} tokens; the limit is {limits.max_prompt_tokens}; "
+                       "shorten it", "prompt", "context_length_exceeded")
     if requested > limits.max_new_tokens:
         raise APIError(400, f"max_tokens is {requested}; the limit is {limits.max_new_tokens}", "max_tokens")
     if requested > available:

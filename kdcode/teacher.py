@@ -626,15 +626,17 @@ def earlier_batches(
     path = generated_text_file(settings.generated_text)
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        found, *batches = [json.loads(line) for line in content.splitlines()]
+        if not content: raise ValueError("it is empty")
+        found, *lines = [json.loads(line) for line in content.splitlines()]
         other = [name for name in header if name not in ("dtype", "weights") and found.get(name) != header[name]]
-    except (OSError, EOFError, ValueError, AttributeError, zlib.error) as error:
+        batches = {str(key): [(str(text), bool(ended)) for text, ended in texts] for key, texts in lines}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zlib.error) as error:
         raise ConfigError(f"{path} can't be read as generated text ({error}); restore it, or remove "
                           "data.generated_text") from None
     if other:
         raise ConfigError(f"{path} has {other[0]} {found.get(other[0])!r}, and this run has {header[other[0]]!r}; set "
                           "the same value, or remove data.generated_text")
-    return dict(batches)
+    return batches
 
 # %% ../nbs/04_teacher.ipynb #78879006
 def _report_old_file(folder: Path, header: dict) -> None:

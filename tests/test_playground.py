@@ -431,6 +431,9 @@ def test_a_prompt_without_text_is_refused(visit, stub):
     prompt.fill("  \n\t ")
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_role("alert")).to_have_text("The prompt has no text; write the beginning of a program.")
+    page.get_by_label("Prompt").fill("x = 1")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    assert page.get_by_label("Example").evaluate("list => list.selectedIndex") == -1
     assert stub.requests == []
     prompt.fill("def f(x):")
     run(page)
