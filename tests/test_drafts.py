@@ -78,6 +78,7 @@ def assert_useful_draft(teacher, student, settings, *references):
     assert statistics.acceptance_rate > .5 and statistics.tokens_per_call > 1.8, statistics
 
 
+@pytest.mark.slow
 def test_the_smollm2_draft_has_a_useful_acceptance_rate(teacher, baseline):
     student = load_draft("smollm2", teacher)
     assert_useful_draft(teacher, student, replace(SETTINGS, student_weights="int8"), baseline)

@@ -202,6 +202,7 @@ def test_checkpoints_are_uploaded_to_s3(kdcode, tiny_teacher, tmp_path, s3):
         assert (bucket/"run"/name).read_bytes() == (local/name).read_bytes()
 
 
+@pytest.mark.slow
 def test_wrong_key_or_dead_server_does_not_end_a_training(kdcode, start, tiny_teacher, tmp_path, s3):
     bucket, keys, up, down = s3
     words = ["distill", "--teacher.name", tiny_teacher, *SETTINGS, "--train.upload"]
