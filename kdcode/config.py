@@ -204,7 +204,7 @@ class SourceAndPromptSettings(_MixableSource):
     generation_batch_size: int = bounded(default=64, ge=1)
     """sequences that the teacher generates in one batch; on a GPU, use several hundred"""
     generated_text: str | None = None
-    """file with text that the teacher generated before, such as texts/smollm2.jsonl.gz; it generates what is missing"""
+    """file with text that the teacher generated before; it generates only what is missing (texts/README.md)"""
 
 # %% ../nbs/00a_config.ipynb #217a567d
 @dataclass(repr=False)

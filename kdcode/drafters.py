@@ -500,7 +500,8 @@ class LatencyModel:
     """Estimates the time of a call from the number of tokens in it, by interpolating medians of recent measurements.
 
     A call takes at most as long as one over more tokens. A number of tokens that did not occur for long is forgotten,
-    but not the smallest one.
+    but not the smallest one. The first call over a number of tokens is slower than later ones (it allocates memory), so
+    a single measurement counts only where nothing better is known.
     """
 
     def __init__(
@@ -518,7 +519,8 @@ class LatencyModel:
         """Add the measured time of a call over `count` tokens."""
         recent = self.recent.setdefault(count, deque(maxlen=self.memory))
         recent.append(seconds)
-        self.medians[count], self.last[count], self.calls = statistics.median(recent), self.calls, self.calls + 1
+        typical = statistics.median(recent) if len(recent) > 2 else min(recent)
+        self.medians[count], self.last[count], self.calls = typical, self.calls, self.calls + 1
         for old in [n for n, call in self.last.items() if self.calls - call > self.horizon and n > min(self.last)]:
             for known in (self.recent, self.last, self.medians): del known[old]
 
@@ -526,7 +528,8 @@ class LatencyModel:
         """Return the estimated seconds of a call over `count` tokens; nan without measurements."""
         if not self.medians:
             return float("nan")
-        counts = sorted(self.medians)
+        repeated = [n for n, recent in self.recent.items() if len(recent) > 1]
+        counts = sorted(repeated if len(repeated) > 1 else self.medians)
         times = np.minimum.accumulate([self.medians[n] for n in reversed(counts)])[::-1]
         return float(np.interp(count, counts, times))
 
@@ -607,10 +610,10 @@ class AcceptanceEstimate:
     """seconds per draft token, by the number of sequences in the batch"""
     probes: ProbeSchedule = field(default_factory=ProbeSchedule)
     """when to draft although it does not pay; kept from one sequence to the next, as each one would need a prefill"""
-    sum: float = 1.
+    sum: float = 4.
     """S, the weighted sum of Σ min(p, q) over verified positions"""
-    weight: float = 2.
-    """W, the weighted number of verified positions; the defaults are a prior of α = 1/2"""
+    weight: float = 8.
+    """W, the weighted number of verified positions; the defaults are a prior of α = 1/2, worth several rounds"""
     confidence: ConfidenceEstimate = field(default_factory=ConfidenceEstimate)
     """acceptance by the drafter's own confidence"""
 
