@@ -920,11 +920,10 @@ def suggest_option(name: str, command: str) -> str:
     by_field = {option.rpartition(".")[2]: option for option in reversed(known)}  # the first section has the field
     names = by_field | {option: option for option in known}
     section, _, field = given.rpartition(".")
-    given = given.removesuffix(field) + ALIASES.get(field, field)
-    if any(option.startswith(f"{section}.") for option in known):  # of a section that exists
-        names = {name: option for name, option in names.items() if option.startswith(f"{section}.")} | {
-            option.rpartition(".")[2]: option for option in known if option.startswith(f"{section}.")}
-        given = ALIASES.get(field, field)  # the section is right
+    field = ALIASES.get(field, field)
+    given = f"{section}.{field}" if section else field
+    if own := [option for option in known if section and option.startswith(f"{section}.")]:  # the section is right
+        given, names = field, {option.rpartition(".")[2]: option for option in own}
     similar = [names[near] for near in difflib.get_close_matches(given, names, n=1)]
     similar = similar or [option for option in known if given and option.startswith(given)]
     return f"did you mean --{similar[0]}?" if similar else f"kdcode {command} --help-all lists all options"
@@ -974,9 +973,8 @@ def check_command(arguments: list[str]) -> None:
     if not arguments:
         raise ConfigError(f"no command given; choose one of {', '.join(COMMANDS)}, or run kdcode --help")
     if arguments[0] not in COMMANDS:
-        hint = did_you_mean(arguments[0], COMMANDS) or f"choose one of {', '.join(COMMANDS)}"
+        hint = did_you_mean(arguments[0], [*COMMANDS, "--version", "--help"]) or f"choose one of {', '.join(COMMANDS)}"
         first = " (options follow the command)" if arguments[0].startswith("-") else ""
-        if arguments[0].startswith("--v"): hint = "did you mean --version?"
         raise ConfigError(f"there is no command {arguments[0]!r}{first}; {hint}")
 
 def read_config_file(name: str) -> Any:

@@ -757,16 +757,6 @@ def resolve(
     built = built[command] if command else built
     return Config(**{f.name: built[f.name] for f in dataclasses.fields(Config)})
 
-def _unknown_option(message: str) -> str:
-    """Return a message of the parser, with a hint if it is about an option that does not exist."""
-    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
-    if not unknown: return message
-    known = [f"{name}.{f.name}" for name, part in vars(Config()).items() if isinstance(part, Settings)
-             for f in dataclasses.fields(part)]
-    similar = difflib.get_close_matches(unknown[1], known, n=1)
-    hint = f"did you mean --{similar[0]}?" if similar else "kdcode distill --help-all lists all options"
-    return f"there is no option --{unknown[1]}; {hint}"
-
 def make_config(
     data: dict[str, Any] | None = None,  # nested values, as in a YAML file
     arguments: list[str] = (),           # command-line options; they take precedence, e.g. `["--loss.alpha", "0.3"]`
@@ -778,7 +768,10 @@ def make_config(
         namespace = parser.parse_object(copy.deepcopy(data or {}))
         return resolve(parser, parser.parse_args(list(arguments), namespace=namespace))
     except ArgumentError as error:
-        raise ConfigError(_unknown_option(one_line_error(error))) from None
+        message = one_line_error(error)
+        if unknown := re.search(r"[Uu]nrecognized arguments: --(\w+)\.(\w+)[= ](\S*)", message):
+            check_keys({unknown[1]: {unknown[2]: unknown[3]}})  # raises, with a hint
+        raise ConfigError(message) from None
 
 # %% ../nbs/00a_config.ipynb #4b84b88f
 def load_config(

@@ -500,8 +500,8 @@ class LatencyModel:
     """Estimates the time of a call from the number of tokens in it, by interpolating medians of recent measurements.
 
     A call takes at most as long as one over more tokens. A number of tokens that did not occur for long is forgotten,
-    but not the smallest one. The first call over a number of tokens is slower than later ones (it allocates memory), so
-    a single measurement counts only where nothing better is known.
+    but not the smallest one. A first call can be slower than later ones, so a single measurement counts only where
+    nothing better is known.
     """
 
     def __init__(
@@ -610,9 +610,9 @@ class AcceptanceEstimate:
     """seconds per draft token, by the number of sequences in the batch"""
     probes: ProbeSchedule = field(default_factory=ProbeSchedule)
     """when to draft although it does not pay; kept from one sequence to the next, as each one would need a prefill"""
-    sum: float = 4.
+    sum: float = 3.
     """S, the weighted sum of Σ min(p, q) over verified positions"""
-    weight: float = 8.
+    weight: float = 6.
     """W, the weighted number of verified positions; the defaults are a prior of α = 1/2, worth several rounds"""
     confidence: ConfidenceEstimate = field(default_factory=ConfidenceEstimate)
     """acceptance by the drafter's own confidence"""

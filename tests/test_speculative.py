@@ -224,5 +224,5 @@ def test_adaptive_gamma_gives_up_a_useless_student():
     target_calls = FixedLatency({n: 1 + .05 * n for n in range(1, 10)})
     adaptive = AdaptiveDrafter(counting, teacher.device, target_calls, AcceptanceEstimate(FixedLatency({1: .2})))
     result = speculative_generate(teacher, adaptive, [1, 2, 3], max_new_tokens=80, gamma=8)
-    assert counting.drafted < 20  # until the prior, which weighs eight positions, is outvoted
+    assert counting.drafted < 16
     assert result.tokens == speculative_generate(teacher, draft, [1, 2, 3], max_new_tokens=80, gamma=0).tokens
