@@ -8,13 +8,13 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'SECTIONS', 'EXAMPLES', 'ALIASES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps', 'ProgressBar',
            'display_path', 'garbage_collection_paused', 'load_teachers', 'load_corpus', 'load_corpus_and_teachers',
            'print_next', 'with_teacher', 'print_report', 'train_student', 'run_distill', 'run_targets', 'TrialProgress',
-           'run_tune', 'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'print_stream',
-           'run_generate', 'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan',
-           'bench_decode', 'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server',
-           'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers', 'record_command',
-           'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record', 'write_student', 'grow_student',
-           'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help',
-           'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option', 'explain_error',
+           'run_tune', 'default_draft', 'load_pair', 'load_compiled_pair', 'decoding_summary', 'context_note',
+           'print_stream', 'run_generate', 'shipped_student', 'load_graphs', 'run_demo', 'plan_on_card',
+           'plan_on_machine', 'run_plan', 'bench_decode', 'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy',
+           'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers',
+           'record_command', 'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record', 'write_student',
+           'grow_student', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser',
+           'main_help', 'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option', 'explain_error',
            'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt', 'choose_draft',
            'check_plain_decoding', 'check_text_length', 'card_limits', 'check_plan', 'other_export', 'check_export',
            'check_evaluation', 'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training',
@@ -281,6 +281,11 @@ def decoding_summary(streamed) -> str:
                      "one token)")
     return ", ".join(parts)
 
+def context_note(streamed) -> list[str]:
+    """Return a clause that says so if a finished stream fills the target's context."""
+    size = streamed.decoder.context_size
+    return [f"the target's context of {size:,} tokens is full"] if len(streamed.sequence.tokens) == size else []
+
 def print_stream(streamed, prompt: str, coloured: bool) -> None:
     """Print a prompt and its completion while it is decoded, on a terminal in the colours of a result."""
     from kdcode.result import piece_ansi, prompt_ansi
@@ -299,7 +304,7 @@ def run_generate(config: Config, options) -> None:
     print_stream(streamed, options.prompt, coloured)
     if not options.plain:
         legend = [f"{piece_ansi('drafted', True)}, {piece_ansi('written by the teacher', False)}"] if coloured else []
-        print("\n" + "; ".join([*legend, decoding_summary(streamed)]), file=sys.stderr)
+        print("\n" + "; ".join([*legend, decoding_summary(streamed), *context_note(streamed)]), file=sys.stderr)
 
 # %% ../nbs/12_cli.ipynb #886be595
 def shipped_student(teacher, config: Config) -> dict:
@@ -1248,6 +1253,7 @@ def silence_libraries() -> None:
     import transformers
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # the last failure of several tries is our message
     transformers.utils.logging.disable_progress_bar()
     if sys.stderr.isatty():
         huggingface_hub.utils.enable_progress_bars()

@@ -218,7 +218,7 @@ def result_html(result: SpeculativeResult) -> str:
     """
     prompt = html.escape(result.tokenizer.decode(result.prompt))
     text = "".join(piece_html(piece, drafted) for piece, drafted in result.pieces())
-    legend = (f"{piece_html('accepted', True)} draft tokens · {piece_html('written', False)} by the target model · "
+    legend = (f"{piece_html('accepted', True)} draft tokens · {piece_html('written', False)} by the teacher · "
               f"{result.statistics.summary()}")
     return ('<pre style="white-space:pre-wrap;line-height:1.5;font-family:monospace">'
             f'<span style="opacity:.7">{prompt}</span>{text}</pre><small>{legend}</small>')

@@ -330,6 +330,16 @@ def test_the_summary_has_no_impossible_speedup(monkeypatch, estimate, verified, 
     assert "10.0 tokens/s" in summary and ("speedup" in summary) is shown, summary
 
 
+@pytest.mark.parametrize("new_tokens, full", [(64, True), (2, False)])
+def test_a_full_context_is_told(capsys, monkeypatch, pair, new_tokens, full):
+    monkeypatch.setattr(cli, "load_pair", lambda *arguments: pair)
+    monkeypatch.setattr(pair[0].model.config, "max_position_embeddings", 20)
+    _, config, parsed = cli.parse(["generate", "def f(x):", "--decode.max_new_tokens", str(new_tokens),
+                                   "--decode.adaptive", "false", "--decode.compile", "off"])
+    cli.run_generate(config, parsed)
+    assert capsys.readouterr().err.endswith("; the target's context of 20 tokens is full\n") is full
+
+
 class Terminal(io.StringIO):
     def isatty(self): return True
 

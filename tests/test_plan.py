@@ -173,7 +173,7 @@ def test_a_teacher_that_is_too_large(capsys, tmp_path):
     (("--bandwidth", -1, "--flops", 990), "--bandwidth is -1; give a number above 0"),
     (("--bandwidth", 4800, "--flops", 0), "--flops is 0; give a number above 0"),
     (("--bandwidth", "fast", "--flops", 1), "fast"),
-    (("--bandwidth", "nan", "--flops", 1), "bandwidth is nan; expected float"),
+    (("--bandwidth", "nan", "--flops", 1), "bandwidth is nan; expected a number"),
     (("--teacher.name", "somebody/unknown"), "neither a folder nor available from the model hub"),
     (("--draft", "no-such-draft"), "there is no student in no-such-draft"),
     (("--draft", "qwen2.5-coder-1.5b"), "whose tokenizer differs from that of smollm2"),
