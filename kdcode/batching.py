@@ -315,7 +315,7 @@ class BatchRunner(PrefillRunner):
             self.batch.drop(cancelled)
             pairs = self.batch.step()
         except Exception as error:
-            failed, self.batch.sequences = self.batch.sequences, []
+            failed, self.batch.sequences, self.batch.decoder = self.batch.sequences, [], None  # frees the KV caches
             for sequence in failed:
                 self.notify(sequence, error)
         else:

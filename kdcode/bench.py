@@ -13,10 +13,11 @@ __all__ = ['ASSISTANT_OPTIONS', 'Method', 'GENERATE', 'STUDENT_DRAFT', 'NO_DRAFT
            'predicted_run_speedup', 'speedup_interval', 'speedup_figures', 'latency_figures', 'decode_figures',
            'decode_rows', 'explain_speed', 'interval_note', 'plot_acceptance', 'plot_speedup', 'first_difference',
            'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode', 'length_prompts',
-           'bench_lengths', 'prompt_speedups', 'task_row', 'plot_tasks', 'bench_tasks', 'busy_processes', 'busy_row',
-           'bench_busy', 'loss_tensors', 'plain_distillation_loss', 'loss_step', 'peak_memory', 'largest_batches',
-           'bench_loss', 'train_step', 'step_seconds', 'bench_targets', 'teacher_variants', 'llama_cpp_times',
-           'plot_steps', 'time_graphs', 'graph_seconds', 'compile_figures', 'bench_steps', 'bench_profile']
+           'bench_lengths', 'prompt_speedups', 'speedup_range', 'task_row', 'plot_tasks', 'bench_tasks',
+           'busy_processes', 'busy_row', 'bench_busy', 'loss_tensors', 'plain_distillation_loss', 'loss_step',
+           'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
+           'teacher_variants', 'llama_cpp_times', 'plot_steps', 'time_graphs', 'graph_seconds', 'compile_figures',
+           'bench_steps', 'bench_profile']
 
 # %% ../nbs/09a_bench.ipynb #65218b79
 import copy
@@ -816,6 +817,10 @@ def prompt_speedups(
     pairs = zip(_seconds_per_token(decoded["generate"]), _seconds_per_token(decoded[method]))
     return [baseline / own for baseline, own in pairs]
 
+def speedup_range(speedups: list[float]) -> str | None:
+    """Return the 95% bootstrap interval of a mean as text; None for a single prompt."""
+    return "{:.2f} to {:.2f}".format(*bootstrap_interval(speedups)) if len(speedups) > 1 else None
+
 def task_row(task: str, decoded: dict[str, Decoded], greedy: bool) -> dict[str, Any]:
     """Return the row of a task: mean speedups, acceptance rates and the share of identical outputs."""
     methods = [name for name in decoded if name != "generate"]
@@ -823,7 +828,10 @@ def task_row(task: str, decoded: dict[str, Decoded], greedy: bool) -> dict[str, 
     speedups = {name: statistics.mean(prompt_speedups(decoded, name)) for name in methods}
     rates = {f"α, {name}": decoded[name].statistics.acceptance_rate for name in drafters}
     least = min(one.identical(decoded["generate"]) for one in decoded.values())
-    row = {"task": task, "prompts": len(decoded["generate"].texts)} | speedups | rates
+    row = {"task": task, "prompts": len(decoded["generate"].texts)} | speedups
+    if "hybrid" in methods:
+        row["hybrid, 95% interval"] = speedup_range(prompt_speedups(decoded, "hybrid"))
+    row |= rates
     return row | {"identical outputs": f"{least:.0%}" if greedy else None}
 
 # %% ../nbs/09a_bench.ipynb #bfb67e43
@@ -847,8 +855,7 @@ def _tasks_notes(config: Config, everything: dict[str, Decoded]) -> list[str]:
     times = [f"{name} {_p50_ms(one.ttft):.0f} and {_p50_ms(one.tpot):.1f}" for name, one in everything.items()]
     for name in list(BY_TASK.values())[1:]:
         speedups = prompt_speedups(everything, name)
-        low, high = bootstrap_interval(speedups)
-        intervals.append(f"{name} {statistics.mean(speedups):.2f} ({low:.2f} to {high:.2f})")
+        intervals.append(f"{name} {statistics.mean(speedups):.2f} ({speedup_range(speedups)})")
     limit = f"At most {config.decode.max_new_tokens} new tokens, {sampling_name(config.decode)}."
     return [f"{limit} A speedup is the mean over prompts of (seconds per token of `generate`) / (seconds per token of "
             "the method).",

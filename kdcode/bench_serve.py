@@ -380,8 +380,8 @@ def bench_serve(
     settings = config.serve
     notes = [f"{load.repeats} requests of each kind and client, {load.new_tokens} new tokens, greedy; {settings.slots} "
              f"slots, chunks of {settings.prefill_chunk} tokens, a prefix cache of {settings.cache_gb:g} GB.",
-             "TTFT: time to the first token, median. ITL: time between tokens. The figures are those of the longest "
-             "prompt."]
+             "TTFT: time to the first token, median. ITL: time between tokens. In the figures both are those of the "
+             "longest prompts; tokens per second and JSON are measured with the shortest."]
     images = save_plots(folder, {"serve.png": plot_serve(measured.figures)})
     report = Report(command, config, measured.figures, measured.rows, notes, images)
     report.save(folder)

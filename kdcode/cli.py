@@ -135,11 +135,13 @@ def load_corpus(config: Config, folder: Path, steps: Steps, labelling_teacher=No
 
 def load_corpus_and_teachers(config: Config, folder: Path, steps: Steps, loaded: dict | None = None) -> tuple:
     """Return the corpus, the teacher in its decoding dtype and the teacher in its labelling dtype (two steps)."""
+    from kdcode.targets import check_blocks
     loaded = {} if loaded is None else loaded
     if "teacher" not in config.data.sources:
         corpus = load_corpus(config, folder, steps)
         return corpus, *load_teachers(config, steps, loaded)
     teacher, labelling_teacher = load_teachers(config, steps, loaded)
+    check_blocks(config, max(config.data.token_shares), teacher)  # before it generates text for hours
     return load_corpus(config, folder, steps, labelling_teacher), teacher, labelling_teacher
 
 # %% ../nbs/12_cli.ipynb #aa5424fc
@@ -257,12 +259,16 @@ def load_pair(
     check_student(teacher, student)
     return teacher, student.to(teacher.device)
 
-def load_compiled_pair(config: Config, draft: str | None) -> tuple[Any, Any]:
+def load_compiled_pair(
+    config: Config,
+    draft: str | None,  # as in `load_pair`
+    batches: bool = False,  # whether several sequences are decoded at once
+) -> tuple[Any, Any]:
     """Return teacher and student as `load_pair`, with compiled steps unless `decode.compile` is off."""
     from kdcode.compiled_step import compile_steps, print_progress
     from kdcode.decode import decoder_graphs
     teacher, student = load_pair(config, draft)
-    for model, kinds in decoder_graphs(teacher.model, student, config.decode).items():
+    for model, kinds in decoder_graphs(teacher.model, student, config.decode, batches).items():
         compile_steps(model, kinds, print_progress)
     return teacher, student
 
@@ -422,7 +428,7 @@ def bench_busy(config: Config, folder: Path, options):
 def bench_server(config: Config, folder: Path, options):
     """Measure the server with several clients."""
     from kdcode.bench_serve import bench_serve, Load
-    pair = load_compiled_pair(config, options.draft)
+    pair = load_compiled_pair(config, options.draft, batches=True)
     load = Load(new_tokens=config.decode.max_new_tokens, repeats=config.decode.problems)
     return bench_serve(*pair, config, folder, options.command_line, ProgressBar("part"), load)
 
@@ -488,6 +494,8 @@ def run_bench(config: Config, options) -> None:
     folder.mkdir(exist_ok=True)
     report = BENCHMARKS[options.benchmark][0](config, folder, options)
     print_report(report, f"report: {display_path(folder/'report.md')}")
+    if options.benchmark == "decode" and report.figures["speedup"] < 1:
+        return print_next(with_teacher(config, "doctor", "--draft", display_path(options.draft)))
     print_next(record_command(folder))
 
 # %% ../nbs/12_cli.ipynb #9164bee1

@@ -29,8 +29,8 @@ from .compiled_step import CompiledModel, StepKind, usual_kinds
 from .config import ConfigError, DecodeSettings
 from .data import text_ids, tokenizer_fingerprint
 from .drafters import (
-    check_vocabularies, Draft, Drafter, drafts_in_int8, estimates_for, is_adaptive, LatencyModel, make_drafter,
-    model_tokenizer, Sequence, StopCriteria, Timestamp)
+    check_vocabularies, Draft, Drafter, drafts_in_int8, is_adaptive, LatencyModel, make_drafter,
+    model_tokenizer, Sequence, StopCriteria, target_latency, Timestamp)
 from .eagle import EagleStudent, open_student
 from .files import draft_folder, other_tokenizer
 from .ngrams import lookup_files, LookupText
@@ -402,7 +402,7 @@ def make_decoder(
 ) -> SpeculativeDecoder:
     """Return a decoder for these sequences. Raises `ValueError` for invalid prompts or models that do not fit."""
     check_prompts(sequences, *_limits(teacher))
-    latency = estimates_for(teacher).latency[settings.compile] if is_adaptive(settings) else LatencyModel()
+    latency = target_latency(teacher, settings) if is_adaptive(settings) else LatencyModel()
     drafter = make_drafter(teacher, student, settings, others)
     return SpeculativeDecoder(teacher, drafter, settings.gamma, latency, settings.compile)
 

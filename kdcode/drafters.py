@@ -10,8 +10,8 @@ __all__ = ['PROBE_SHARE', 'PROBE_ROUNDS', 'CONFIDENCE_CLASSES', 'CONFIDENCE_PRIO
            'CompositeDrafter', 'LatencyModel', 'Timestamp', 'ProbeSchedule', 'ConfidenceEstimate', 'AcceptanceEstimate',
            'expected_speeds', 'best_gamma', 'charge_probe', 'GammaController', 'best_speed', 'reads_are_free',
            'UnsureStop', 'AdaptivePrompts', 'AdaptiveDrafter', 'LookupTexts', 'NGramDrafter', 'HybridDrafter',
-           'ModelEstimates', 'estimates_for', 'model_tokenizer', 'check_vocabularies', 'check_pair', 'is_adaptive',
-           'drafts_in_int8', 'drafting_model', 'make_drafter']
+           'ModelEstimates', 'estimates_for', 'runs_compiled', 'target_latency', 'model_tokenizer',
+           'check_vocabularies', 'check_pair', 'is_adaptive', 'drafts_in_int8', 'drafting_model', 'make_drafter']
 
 # %% ../nbs/07b_drafters.ipynb #08145117
 import math
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .cached_model import int8
-from .compiled_step import CompiledModel
+from .compiled_step import CompiledModel, READY
 from .config import ConfigError, DecodeSettings
 from .data import describe_tokens, different_tokens
 from .eagle import EagleStudent
@@ -814,6 +814,8 @@ class AdaptiveDrafter(AdaptivePrompts):
         if self.drafts:
             steps = self.stop.record(self.drafts[0]) if self.stop else 0
             self.controller.record(self.drafts, self.ended.since(self.began), steps)
+        else:  # n-grams were drafted, and the next call also processes their tokens
+            self.controller.caught_up = False
         self.drafts = []
         super().update(lengths, features)
 
@@ -930,7 +932,7 @@ class HybridDrafter(CompositeDrafter):
 class ModelEstimates:
     """Estimates of one model, as a target and as a drafter."""
     latency: defaultdict[bool, LatencyModel] = field(default_factory=lambda: defaultdict(LatencyModel))
-    """times of its calls as a target, by whether its layers are compiled"""
+    """times of its calls as a target, by whether they run as compiled graphs"""
     acceptance: defaultdict[tuple, AcceptanceEstimate] = field(default_factory=lambda: defaultdict(AcceptanceEstimate))
     """estimates of the drafters that use it, by kind of drafter and its settings"""
     discounts: Discounts = field(default_factory=Discounts)
@@ -941,6 +943,14 @@ ESTIMATES: weakref.WeakKeyDictionary[PreTrainedModel, ModelEstimates] = weakref.
 def estimates_for(model: PreTrainedModel) -> ModelEstimates:
     """Return the estimates of a model, which are kept as long as the model exists."""
     return ESTIMATES.setdefault(model, ModelEstimates())
+
+def runs_compiled(model: PreTrainedModel, settings: DecodeSettings) -> bool:
+    """Return whether the calls of a model run as compiled graphs now. In a server they do so after some minutes."""
+    return settings.compile is True or settings.compile == "auto" and model in READY
+
+def target_latency(teacher: PreTrainedModel, settings: DecodeSettings) -> LatencyModel:
+    """Return the times of a target's calls, which compiled and other calls do not share."""
+    return estimates_for(teacher).latency[runs_compiled(teacher, settings)]
 
 # %% ../nbs/07b_drafters.ipynb #e4877e93
 TOKENIZERS: weakref.WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase | None] = weakref.WeakKeyDictionary()
@@ -1027,9 +1037,8 @@ def _ngram_drafter(teacher: PreTrainedModel, settings: DecodeSettings, others: I
     """Return an n-gram drafter, which uses measurements if γ adapts."""
     if not is_adaptive(settings):
         return NGramDrafter(others=others)
-    estimates = estimates_for(teacher)
-    latency = estimates.latency[settings.compile]
-    return NGramDrafter(latency, estimates.discounts, others, sampled=bool(settings.adaptive))
+    latency, discounts = target_latency(teacher, settings), estimates_for(teacher).discounts
+    return NGramDrafter(latency, discounts, others, sampled=bool(settings.adaptive))
 
 # %% ../nbs/07b_drafters.ipynb #a023d207
 def _model_drafter(teacher: PreTrainedModel, student: PreTrainedModel, settings: DecodeSettings) -> Drafter:
@@ -1040,12 +1049,13 @@ def _model_drafter(teacher: PreTrainedModel, student: PreTrainedModel, settings:
     make = EagleDrafter if isinstance(student, EagleStudent) else ModelDrafter
     drafter = make(model, settings.draft_sampling == "greedy", settings.compile,
                    teacher.config.get_text_config().vocab_size)
-    return _adaptive(drafter, teacher, estimates_for(model).acceptance[settings.drafter, settings.compile], settings)
+    estimate = estimates_for(model).acceptance[settings.drafter, runs_compiled(model, settings)]
+    return _adaptive(drafter, teacher, estimate, settings)
 
 def _adaptive(drafter: Drafter, teacher: PreTrainedModel, estimate: AcceptanceEstimate,
               settings: DecodeSettings) -> Drafter:
     """Return the drafter itself, or with adaptive γ."""
     if not is_adaptive(settings):
         return drafter
-    latency = estimates_for(teacher).latency[settings.compile]
+    latency = target_latency(teacher, settings)
     return AdaptiveDrafter(drafter, teacher.device, latency, estimate, sampled=bool(settings.adaptive))

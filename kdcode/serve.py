@@ -57,7 +57,7 @@ from .api import (
     CompletionResponse, ConstrainedRequest, error_response, ErrorResponse, InfillRequest, InfillResponse,
     NamedToolChoice, SamplingRequest, StreamOptions, TextDelta, to_api_error)
 from .batching import Batch, QueueFull, Scheduler, SchedulerClosed
-from .compiled_step import compile_in_background
+from .compiled_step import compile_in_background, print_progress
 from .config import Config, ConfigError, DecodeSettings, ServeSettings
 from .data import text_after, text_ids
 from .decode import (
@@ -1076,7 +1076,7 @@ def serve(
     """Serve until SIGINT or SIGTERM."""
     service = Service(teacher, student, config)
     service.warm_up()
-    compile_in_background(decoder_graphs(teacher.model, student, config.decode, batches=True), logger.info)
+    compile_in_background(decoder_graphs(teacher.model, student, config.decode, batches=True), print_progress)
     server = make_server(create_app(service, key))
     # uvicorn raises the signal again after a graceful shutdown: without a handler, the process would end with an error.
     for signal_number in (signal.SIGINT, signal.SIGTERM):

@@ -73,12 +73,21 @@ class Server:
                               "command again")
 
     def call(self, path: str, body: dict | None = None) -> dict[str, Any]:
-        """Return the JSON of a response. Raises `ConfigError` if the server refuses the request."""
+        """Return the JSON of a response. Raises `ConfigError` if the server refuses the request, or has no results."""
         response = self.request(f"{self.url}{path}", body)
         if response.is_success:
-            return response.json()
+            return self._results(response, path)
         hint = "; set KDCODE_TEACHER_API_KEY to a key of the server" if response.status_code in (401, 403) else ""
         raise ConfigError(f"teacher {self.url} refuses {path} ({response.status_code}): {_error_text(response)}{hint}")
+
+    def _results(self, response: httpx.Response, path: str) -> dict[str, Any]:
+        """Return the JSON of a successful response. Raises `ConfigError` if it has no results."""
+        try: found = response.json()
+        except ValueError: found = None
+        if isinstance(found, dict) and (found.get("choices") or found.get("data")):
+            return found
+        raise ConfigError(f"teacher {self.url} answers {path} without results ({_error_text(response)[:100]}); give "
+                          "the address of an OpenAI-compatible server, with /v1")
 
 # %% ../nbs/04a_served.ipynb #cbfcb906
 def _by_id(position: dict[str, Any]) -> dict[int, float]:
@@ -249,7 +258,8 @@ def _server_ids(server: Server, model: str) -> list[int] | None:
     """Return the server's token ids of `SAMPLE`; None if it has no `/tokenize`."""
     body = {"model": model, "prompt": SAMPLE, "content": SAMPLE, "add_special_tokens": False}  # vLLM's and llama.cpp's
     response = server.request(f"{server.url.removesuffix('/v1')}/tokenize", body)
-    return response.json().get("tokens") if response.is_success else None
+    try: return response.json().get("tokens") if response.is_success else None
+    except (ValueError, AttributeError): return None
 
 def _shown_tokens(teacher: ServedTeacher, ids: list[int]) -> dict[int, str]:
     """Return the texts of the server's tokens by id, as far as it shows them beside log-probabilities."""

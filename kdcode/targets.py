@@ -7,7 +7,7 @@ __all__ = ['LABEL_TOLERANCE', 'FLOAT16_MAX', 'TARGETS_FORMAT', 'TeacherLabels', 
            'sampled_targets', 'shard_schema', 'targets_to_row', 'row_time', 'row_to_targets', 'row_to_features',
            'shard_path', 'file_hash', 'write_shard', 'check_shard', 'targets_fingerprint', 'check_fingerprint',
            'shard_generator', 'block_targets', 'write_targets', 'TargetCache', 'with_shared_targets',
-           'load_start_student', 'draft_vocabulary', 'check_block_size', 'check_corpus', 'make_targets']
+           'load_start_student', 'draft_vocabulary', 'check_blocks', 'make_targets']
 
 # %% ../nbs/05_targets.ipynb #a1c0c4f5
 import hashlib
@@ -444,16 +444,16 @@ def draft_vocabulary(
         raise ConfigError(f"student.draft_vocabulary: {error}") from None
 
 # %% ../nbs/05_targets.ipynb #3594899a
-def check_block_size(corpus: Corpus, teacher: Teacher) -> None:
-    """Raise `ConfigError` if the blocks of a corpus are longer than the teacher's context."""
-    size, limit = longest_block(corpus), teacher.context_size
-    if size > limit:
-        raise ConfigError(f"data has blocks of {size} tokens (data.block_size, data.block_sizes), but the context of "
-                          f"teacher {teacher.name} has {limit} positions; give at most {limit}")
-
-def check_corpus(config: Config, corpus: Corpus, teacher: Teacher) -> None:
-    """Raise `ConfigError` if the teacher can't process a corpus: blocks are too long, or have unknown FIM tokens."""
-    check_block_size(corpus, teacher)
+def check_blocks(
+    config: Config,
+    longest: int,  # tokens of the longest block
+    teacher: Teacher,
+) -> None:
+    """Raise `ConfigError` if the teacher can't process a corpus: blocks too long, or unknown FIM tokens."""
+    limit = teacher.context_size
+    if longest > limit:
+        raise ConfigError(f"data has blocks of {longest} tokens (data.block_size, data.block_sizes), but the context "
+                          f"of teacher {teacher.name} has {limit} positions; give at most {limit}")
     if config.data.fim_share:
         check_fim(teacher.tokenizer, teacher.name, teacher.vocabulary_size)
 
@@ -466,9 +466,9 @@ def make_targets(
 ) -> TargetCache:
     """Return the targets of a configuration, after writing the missing ones.
 
-    Raises `ConfigError` if the folder holds other targets, and what `check_corpus` and `check_labels` raise.
+    Raises `ConfigError` if the folder holds other targets, and what `check_blocks` and `check_labels` raise.
     """
-    check_corpus(config, corpus, teacher)
+    check_blocks(config, longest_block(corpus), teacher)
     draft_ids = draft_vocabulary(config, teacher, corpus)
     labels = TeacherLabels(teacher, draft_ids, config.student.feature_layers)
     check_labels(labels)

@@ -42,14 +42,14 @@ from .callbacks import (
     warn_damaged, warn_once)
 from .config import Config, ConfigError, LossSettings, run_path, save_config, TrainSettings
 from .files import check_run, check_same_run, remote_folder
-from .data import block_lengths, collate, Corpus, length_batches, tokenizer_fingerprint
+from .data import block_lengths, collate, Corpus, length_batches, longest_block, tokenizer_fingerprint
 from .eagle import EagleStudent, load_student
 from .loss import Chunk, chunked_distillation_loss, LossSums
 from .provenance import provenance, write_atomic
 from .served import ServedTeacher
 from .student import pack_weights, Student
 from .targets import (
-    check_corpus, check_labels, draft_vocabulary, load_start_student, make_targets, TargetCache, TeacherLabels)
+    check_blocks, check_labels, draft_vocabulary, load_start_student, make_targets, TargetCache, TeacherLabels)
 from .teacher import checkpoint_fingerprint, fastest_dtype, process_state, Teacher
 from .threads import THREADS
 from .validate import apply_head, validate, ValidationSet
@@ -546,7 +546,7 @@ def distill(
     state.wait_for_everyone()
     if (folder/"student").exists(): return load_student(folder/"student", teacher.model)
     with forgotten_if_unstarted(folder):
-        check_corpus(config, corpus, teacher)
+        check_blocks(config, longest_block(corpus), teacher)
         check_same_corpus(find_checkpoint(folder/"checkpoints"), corpus)
         with state.main_process_first():
             trainer = make_trainer(config, teacher, corpus, folder, progress and state.is_main_process, callbacks)

@@ -340,6 +340,22 @@ def test_a_full_context_is_told(capsys, monkeypatch, pair, new_tokens, full):
     assert capsys.readouterr().err.endswith("; the target's context of 20 tokens is full\n") is full
 
 
+def test_blocks_beyond_the_context_are_refused_before_text_is_generated(kdcode, tiny_teacher, tmp_path):
+    done = kdcode("distill", "--teacher.name", tiny_teacher, "--data.source", "teacher", "--data.prompt_source",
+                  "stdlib", "--data.tokens", 100_000, "--data.validation_tokens", 100_000, "--data.block_size", 50_000)
+    assert done.returncode == 2 and "data has blocks of 50000 tokens" in done.stderr.splitlines()[-1]
+    assert not [*tmp_path.rglob("*.jsonl")]
+
+
+@pytest.mark.parametrize("speedup, following", [(.8, "kdcode doctor --draft mine"), (1.2, "kdcode record")])
+def test_a_draft_that_does_not_pay_goes_to_the_doctor(capsys, monkeypatch, tmp_path, speedup, following):
+    report = SimpleNamespace(figures={"speedup": speedup}, rows=[{"method": "generate"}], notes=[])
+    monkeypatch.setitem(cli.BENCHMARKS, "decode", (lambda *arguments: report, ""))
+    _, config, options = cli.parse(["bench", "decode", "--draft", "mine", "--out", str(tmp_path)])
+    cli.run_bench(config, options)
+    assert capsys.readouterr().err.startswith(f"next: {following}")
+
+
 class Terminal(io.StringIO):
     def isatty(self): return True
 

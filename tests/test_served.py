@@ -223,6 +223,16 @@ def test_refusals(fake, folder):
     with pytest.raises(ConfigError, match="/no/such/folder"): opened(config)
 
 
+@pytest.mark.parametrize("content", ["<p>Sign in</p>", '{"error": {"message": "no model"}}', '{"data": []}', "[]"])
+def test_an_answer_without_results(content):
+    import httpx
+    from kdcode.config import ConfigError
+    from kdcode.served import Server
+    server = Server("http://teacher/v1", httpx.MockTransport(lambda request: httpx.Response(200, text=content)))
+    with pytest.raises(ConfigError, match="answers /models without results .* OpenAI-compatible server"):
+        server.call("/models")
+
+
 def test_distillation_on_the_command_line(fake, local, folder, kdcode, tmp_path):
     from kdcode.data import tokenizer_fingerprint
     from kdcode.student import Student
