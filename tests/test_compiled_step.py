@@ -26,6 +26,7 @@ from kdcode.compiled_step import (
     StaticModel, StepKind, use_compiler_cache, user_code_folder)
 from kdcode.config import DecodeSettings
 from kdcode.decode import make_sequences, speculative_generate
+from kdcode.drafters import AcceptanceEstimate, AdaptiveDrafter, LatencyModel, ModelDrafter
 from kdcode.eagle import EagleStudent, LegacyEagleConfig, LegacyEagleStudent
 from kdcode.provenance import processor_hash
 from kdcode.sampling import SamplingParams
@@ -395,19 +396,19 @@ def test_capacity_is_too_small(kind):
 
 
 FAMILIES = {
-    "biases": lambda: tiny(5, Qwen2ForCausalLM, Qwen2Config),
-    "sliding window": lambda: tiny(5, MistralForCausalLM, MistralConfig, sliding_window=8),
-    "learned positions": lambda: tiny(5, GPT2LMHeadModel, GPT2Config)}
+    "biases": lambda: tiny(5, Qwen2ForCausalLM, Qwen2Config, max_position_embeddings=128),
+    "sliding window": lambda: tiny(5, MistralForCausalLM, MistralConfig, max_position_embeddings=128, sliding_window=8),
+    "learned positions": lambda: tiny(5, GPT2LMHeadModel, GPT2Config, max_position_embeddings=128)}
 
 
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_of_models(name):
-    """Three rows of different lengths, longer than the window, with every rollback of eight tokens."""
+    """Three rows of different lengths, longer than the window, with every rollback of up to eight tokens."""
     model = FAMILIES[name]()
     assert compile_steps(model, [StepKind(True, 2)])
-    states = CompiledModel(model, 64, 3), CachedModel(model, 64, 3)
+    states = CompiledModel(model, 128, 3), CachedModel(model, 128, 3)
     generator = torch.Generator().manual_seed(0)
     with mock.patch.object(CompiledModel, "stance", "fail_on_recompile"):
         for dropped in (0, *range(9)):
@@ -415,7 +416,7 @@ def test_families_of_models(name):
             tokens = [torch.randint(64, (count,), generator=generator).tolist() for count in counts]
             ours, theirs = (state.forward(tokens, counts)[0] for state in states)
             assert max((a - b).abs().max() for a, b in zip(ours, theirs)) < 1e-4
-            for state in states: state.crop([length - max(dropped, 4) for length in state.lengths])
+            for state in states: state.crop([length - dropped for length in state.lengths])
 
 
 TARGETS = {
@@ -486,6 +487,15 @@ def third_token_probs(model, prompt, params):
     return torch.einsum("a,ab,abc->c", first, second, third).double()
 
 
+def check_third_token(target, counts):
+    """Check that the third tokens of 1,000 texts pass a χ² test, and fail it under another temperature."""
+    def p_value(temperature):
+        expected = third_token_probs(target, [1, 2], SamplingParams(temperature, top_p=.95))
+        assert not counts[expected == 0].any()
+        return chisquare(counts[expected > 0].double(), (expected / expected.sum() * 1000)[expected > 0]).pvalue
+    assert p_value(1.3) > .01 and p_value(.9) < 1e-6
+
+
 @step_forms("static", COMPILED)
 @pytest.mark.parametrize("draft_sampling", ["sampled", "greedy"])
 def test_sampled_text_has_the_distribution_of_the_target(step, draft_sampling):
@@ -496,8 +506,30 @@ def test_sampled_text_has_the_distribution_of_the_target(step, draft_sampling):
         results = speculative_generate(target, draft, [[1, 2]] * 100, seed=seed, max_new_tokens=3, gamma=2, **options,
                                        adaptive=False, student_weights="plain", draft_sampling=draft_sampling)
         counts += torch.bincount(torch.tensor([found.tokens[2] for found in results]), minlength=8)
-    def p_value(temperature):
-        expected = third_token_probs(target, [1, 2], SamplingParams(temperature, top_p=.95))
-        assert not counts[expected == 0].any()
-        return chisquare(counts[expected > 0].double(), (expected / expected.sum() * 1000)[expected > 0]).pvalue
-    assert p_value(1.3) > .01 and p_value(.9) < 1e-6
+    check_third_token(target, counts)
+
+
+class FixedTimes(LatencyModel):
+    """Times that do not depend on the clock."""
+
+    def __init__(self, first, growth):
+        super().__init__()
+        self.first, self.growth, self.medians = first, growth, {1: first}
+
+    def add(self, count, seconds): pass
+    def seconds(self, count): return self.first + self.growth * (count - 1)
+
+
+@pytest.mark.slow
+def test_sampled_text_with_drafts_that_stop_when_unsure():
+    """The same for the adaptive γ, which ends a draft by the confidence and what was accepted before."""
+    target, draft = (tiny(seed, vocab_size=8, num_hidden_layers=1) for seed in (5, 7))
+    estimate, counts, drafted = AcceptanceEstimate(steps=FixedTimes(.005, 0.)), torch.zeros(8), torch.zeros(2)
+    drafter = AdaptiveDrafter(ModelDrafter(draft), target.device, FixedTimes(1., .2), estimate)
+    for seed in range(1000):
+        found = speculative_generate(target, drafter, [1, 2], seed=seed, max_new_tokens=3, gamma=2, temperature=1.3,
+                                     top_p=.95)
+        counts[found.tokens[2]] += 1
+        drafted += torch.tensor([*found.statistics.drafted, 0, 0][:2])
+    check_third_token(target, counts)
+    assert 100 < drafted[1] < 950  # of 1,000 drafts that may have two tokens, some stop before the second
