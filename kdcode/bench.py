@@ -35,7 +35,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -96,8 +96,9 @@ def generate_baseline(
     """Return the new tokens of `generate` of `transformers` after a prompt."""
     ids = torch.tensor([prompt_ids(teacher, prompt)], device=teacher.device)
     torch.manual_seed(seed)
-    criteria = StoppingCriteriaList([TimedSteps(teacher.device)])
-    with without_cudnn_attention(teacher.device):
+    drafts = not options.keys().isdisjoint(("assistant_model", "prompt_lookup_num_tokens"))  # steps of unlike lengths
+    criteria = StoppingCriteriaList([] if drafts else [TimedSteps(teacher.device)])
+    with without_cudnn_attention(teacher.device), THREADS.all_in_use() if drafts else nullcontext():
         output = teacher.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
             pad_token_id=teacher.tokenizer.eos_token_id, stopping_criteria=criteria,
@@ -916,7 +917,6 @@ def busy_row(
     threads: Literal["auto"] | int,
 ) -> dict[str, Any]:
     """Return the tokens per second of each method beside busy processes."""
-    THREADS.use(available_cpus())  # from where auto starts
     THREADS.use(threads)
     decode_interleaved(methods, problems[:1], device)  # the number of threads settles
     decoded = decode_interleaved(methods, problems, device)
@@ -1281,7 +1281,7 @@ def _warm_up_seconds(model: CachedModel) -> float:
 def _gguf_times(name: str) -> dict[str, dict[int, float]]:
     """Return llama.cpp's times by label if the teacher is a GGUF file and llama.cpp is installed."""
     folder, files = model_source(name)
-    times = llama_cpp_times(str(Path(folder)/files["gguf_file"]), torch.get_num_threads()) if files else None
+    times = llama_cpp_times(str(Path(folder)/files["gguf_file"]), THREADS.largest()) if files else None
     return {LLAMA_CPP: times} if times else {}
 
 def _step_figures(times: dict[str, dict[int, float]], dtype: str, roofline: float) -> dict[str, float]:

@@ -48,8 +48,8 @@ from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
     check_search, check_stack_token, check_teacher_name, check_trainers, check_training_device, check_weights,
     check_writable, did_you_mean, draft_config, draft_folder, generated_text_file, is_draft_head, is_hub_id,
-    LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files, result_folder, shipped_draft, shipped_drafts,
-    source_folder, student_architecture, teacher_fingerprint, teacher_vocabulary)
+    is_made_for, LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files, result_folder, shipped_draft,
+    shipped_drafts, source_folder, student_architecture, teacher_fingerprint, teacher_vocabulary)
 from .notebook import time_to_go
 from .provenance import short_hash
 from .threads import THREADS
@@ -237,9 +237,9 @@ def default_draft(
     config: Config,
     engine: str = "kdcode",  # vLLM cannot run heads of an earlier form
 ) -> Path | None:
-    """Return the run's student if there is one, else the student shipped for the teacher and engine, else None."""
+    """Return the run's student if it is the teacher's, else the one shipped for teacher and engine, else None."""
     student, path = run_path(config)/"student", shipped_draft(config.teacher.name)
-    if (student/"config.json").exists() or path is None:
+    if path is None or is_made_for(student, config.teacher.name):
         return student if student.exists() else None
     independent = path.with_name(f"{path.name}-independent")
     legacy = engine == "vllm" and student_architecture(str(path)) == LEGACY_HEAD

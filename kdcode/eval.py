@@ -509,8 +509,9 @@ def _stored_speeds(
     """Return the speeds of all candidates, stored in `folder`."""
     opened = {one.name: one.draft or one.model.model for one in candidates}
     models = {name: [weights_fingerprint(model), str(model.dtype)] for name, model in opened.items()}
+    here = machine() | {"threads": None}  # their number follows the load
     inputs = {"decode": asdict(config.decode), "models": models, "device": str(teacher.device),
-              "teacher": teacher_identity(teacher), "seed": config.seed, "machine": machine()}
+              "teacher": teacher_identity(teacher), "seed": config.seed, "machine": here}
     measure = functools.partial(speed_rows, teacher, candidates, config, progress)
     return cached_figures(folder/"speed.json", inputs, measure)
 

@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD'
            'is_hub_id', 'hub_problem', 'check_teacher_name', 'model_source', 'teacher_layers', 'check_layers',
            'check_device', 'check_training_device', 'shipped_drafts', 'shipped_draft', 'draft_folder',
            'vocabulary_fingerprint', 'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'check_draft',
-           'draft_config', 'student_architecture', 'is_draft_head', 'read_tokens', 'check_lookup_files',
+           'draft_config', 'student_architecture', 'is_made_for', 'is_draft_head', 'read_tokens', 'check_lookup_files',
            'check_weights', 'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run', 'check_run',
            'check_search', 'check_writable', 'source_folder', 'generated_text_file', 'check_stack_token',
            'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine', 'trl_python',
@@ -229,6 +229,14 @@ def draft_config(name: str) -> dict[str, Any]:
 def student_architecture(name: str) -> str:
     """Return the architecture in the configuration of a student, as in `draft_folder`; empty if it is unknown."""
     return (draft_config(name).get("architectures") or [""])[0]
+
+def is_made_for(student: Path, teacher: str) -> bool:
+    """Return whether a folder has a student that is not known to have another tokenizer than a teacher."""
+    if not (student/"config.json").exists(): return False
+    try: made_for = draft_config(str(student)).get("tokenizer_fingerprint")
+    except ValueError: return True  # loading it tells what is damaged
+    wanted = teacher_fingerprint(teacher)
+    return not made_for or not wanted or made_for == wanted
 
 def is_draft_head(name: str) -> bool:
     """Return whether the configuration of a student, as in `draft_folder`, says that it uses hidden states."""

@@ -10,10 +10,13 @@ __all__ = ['FIM_FORMATS', 'CONTROL_TOKENS', 'FimFormat', 'token_id', 'find_fim_f
 # %% ../nbs/00e_infill.ipynb #24459ad5
 import re
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from .config import ConfigError
+
+# %% ../nbs/00e_infill.ipynb #24459ad6
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/00e_infill.ipynb #653c43d3
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ FIM_FORMATS = (
 
 # %% ../nbs/00e_infill.ipynb #f0785d6e
 def token_id(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     token: str,
     vocabulary_size: int | None = None,  # of the model; None: that of the tokenizer
 ) -> int | None:
@@ -69,7 +72,7 @@ def token_id(
     return index if known else None
 
 def find_fim_format(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     vocabulary_size: int | None = None,  # of the model; None: that of the tokenizer
 ) -> FimFormat | None:
     """Return the format whose tokens the tokenizer and the model have; None if there is none."""
@@ -85,7 +88,7 @@ def no_fim_tokens(name: str) -> ConfigError:
                        "CodeLlama")
 
 def check_fim(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     name: str = "",                      # of the model, for the error message
     vocabulary_size: int | None = None,  # as for `find_fim_format`
 ) -> FimFormat:
@@ -96,18 +99,18 @@ def check_fim(
     return fim
 
 # %% ../nbs/00e_infill.ipynb #f5ca8ab8
-def middle_end_id(fim: FimFormat, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def middle_end_id(fim: FimFormat, tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Return the id that ends the middle in training; None if there is neither a token for it nor an end of text."""
     ids = [token_id(tokenizer, token) for token in fim.end]
     return next((index for index in ids if index is not None), tokenizer.eos_token_id)
 
-def fim_end_ids(fim: FimFormat, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> set[int]:
+def fim_end_ids(fim: FimFormat, tokenizer: "PreTrainedTokenizerBase", vocabulary_size: int) -> set[int]:
     """Return the ids that end a completion of the middle, besides the end-of-text ids of the model."""
     tokens = (*fim.end, *fim.stops, fim.prefix, fim.suffix, fim.middle)
     return {token_id(tokenizer, token, vocabulary_size) for token in tokens} - {None}
 
 # %% ../nbs/00e_infill.ipynb #8768c2ba
-def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def beginning_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the ids that the tokenizer puts before a text."""
     ids = tokenizer([""], verbose=False)["input_ids"][0]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
@@ -115,7 +118,7 @@ def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 CONTROL_TOKENS = {token for fim in FIM_FORMATS
                   for token in (*fim.tokens, fim.repository, fim.file, *fim.end, *fim.stops) if token}
 
-def split_controls(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+def split_controls(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[str]:
     """Cut a text within each control token that is added but not special: those the tokenizer always recognises."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values()
              if token.content in CONTROL_TOKENS and not token.special]
@@ -123,7 +126,9 @@ def split_controls(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     cuts = [match.start() + 1 for match in found]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
 
-def _encode_piece(tokenizer: PreTrainedTokenizerBase, text: str, starts_document: bool) -> tuple[list[int], list[int]]:
+def _encode_piece(
+    tokenizer: "PreTrainedTokenizerBase", text: str, starts_document: bool
+) -> tuple[list[int], list[int]]:
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # a batch of one each:
     feed = tokenizer(["\n"], **options)["input_ids"][0]  # a single text with <FILL_ME> is an infilling request
     before = "\n" if len(feed) > 1 and not starts_document else ""  # more than one token: a space was added
@@ -133,7 +138,7 @@ def _encode_piece(tokenizer: PreTrainedTokenizerBase, text: str, starts_document
     return encoded["input_ids"][0][skipped:], starts[skipped:]
 
 def part_encoding(
-    tokenizer: PreTrainedTokenizerBase,  # a fast one
+    tokenizer: "PreTrainedTokenizerBase",  # a fast one
     text: str,
     starts_document: bool,
 ) -> tuple[list[int], list[int]]:  # ids, and the first character of each token in `text`
@@ -147,7 +152,7 @@ def part_encoding(
     return ids, starts
 
 # %% ../nbs/00e_infill.ipynb #152fba7e
-def fim_marks(fim: FimFormat, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def fim_marks(fim: FimFormat, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return the ids of the tokens of prefix, suffix and middle, each as a list, which is empty without a token."""
     ids = [token_id(tokenizer, token) for token in (fim.prefix, fim.suffix, fim.middle)]
     return [[] if index is None else [index] for index in ids]
@@ -170,7 +175,7 @@ def order_parts(
 # %% ../nbs/00e_infill.ipynb #30a3ea3e
 def extra_ids(
     fim: FimFormat,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     vocabulary_size: int,           # of the model
     files: list[tuple[str, str]],   # name and text of parts of other files
     max_tokens: int | None = None,  # None: unlimited
@@ -193,7 +198,7 @@ def extra_ids(
 # %% ../nbs/00e_infill.ipynb #27caf433
 def infill_prompt(
     fim: FimFormat,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     vocabulary_size: int,           # of the model
     prefix: str | list[int],        # text or ids before the gap
     suffix: str,                    # text behind it
@@ -208,7 +213,7 @@ def infill_prompt(
     limit = max_tokens and min(max_tokens // 2, max(0, max_tokens - len(beginning) - len(ids)))
     return beginning + extra_ids(fim, tokenizer, vocabulary_size, files, limit) + ids
 
-def fim_text(tokenizer: PreTrainedTokenizerBase, prefix: str, suffix: str) -> str:
+def fim_text(tokenizer: "PreTrainedTokenizerBase", prefix: str, suffix: str) -> str:
     """Return the text whose token ids are those of `infill_prompt`, if the parts spell no special tokens.
 
     Raises `ConfigError` if the tokenizer has no FIM tokens.

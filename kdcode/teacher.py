@@ -92,8 +92,9 @@ def plain_copy(
             if not is_complete(folder):
                 write_plain_copy(file, folder)
         return folder
-    except OSError as error:
-        warnings.warn(f"no plain copy of {file.name} in {cache_folder()} ({error.strerror}), so loading it takes "
+    except (OSError, SafetensorError) as error:  # the latter for a disk that is full
+        reason = getattr(error, "strerror", None) or error
+        warnings.warn(f"no plain copy of {file.name} in {cache_folder()} ({reason}), so loading it takes "
                       "longer each time; set XDG_CACHE_HOME to a folder with 600 MB of free space", stacklevel=2)
         return None
 

@@ -111,6 +111,7 @@ class ThreadSetting:
         self.tuner: ThreadTuner | None = None
         self.adapts = True  # whether the number follows the load
         self.applied: tuple[int, int] | None = None  # thread of Python, and the number that was set there
+        self.given = 0  # PyTorch's number of threads before it was set here
         self.used: set[int] = set()
 
     def set(self, threads: int) -> None:
@@ -124,9 +125,11 @@ class ThreadSetting:
     def use(self, threads: Literal["auto"] | int) -> None:
         """Use a fixed number of threads, or adapt it to the load."""
         import torch
-        self.adapts = threads == "auto"
+        current, self.adapts = torch.get_num_threads(), threads == "auto"
+        if self.applied != (threading.get_ident(), current):  # another one has set it
+            self.given = current
         if threads == "auto":
-            self.tuner = ThreadTuner(min(torch.get_num_threads(), available_cpus()), self.set)
+            self.tuner = ThreadTuner(min(self.given, available_cpus()), self.set)
         else:
             self.set(threads)
             self.tuner = ThreadTuner(1, lambda _: None)

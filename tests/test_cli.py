@@ -296,7 +296,8 @@ def test_help_and_mistakes_load_no_large_library(tmp_path):
              ["distill", "--teacher.name", "/nowhere"], ["distill", "--out", "/dev/null/run"], ["record", "x", "y"],
              ["record", ".", "../y"], ["serve", "--engine", "vllm"], ["distill", "--student.layers", "[99]"],
              ["distill", "--data.source", "the-stack"], ["export", "smollm2"], ["distill", "--data.path", "src"],
-             ["distill", "--data.validation_tokens", "1"], ["distill", "--train.upload", "nosuch://bucket"]]
+             ["distill", "--data.validation_tokens", "1"], ["distill", "--train.upload", "nosuch://bucket"],
+             ["distill", "--data.fim_share", ".5"]]
     program = (f"import sys\nfrom kdcode.cli import main\nfor words in {lines}:\n    main(words)\n"
                f"    print([name for name in {LATE} if name in sys.modules], file=sys.stderr)")
     environment = os.environ | {"KDCODE_HOME": str(tmp_path), "PATH": "", "HF_TOKEN_PATH": os.devnull}
