@@ -689,8 +689,9 @@ def one_line_error(error: Exception) -> str:
     key = ".".join(part for part in (match.groupdict().get("list"), match["key"]) if part)
     expected = re.sub(r"Literal\[(.+?)\]", r"\1", match["expected"])
     expected = re.sub(r"[\w.]+\.(\w+Settings)", r"\1", expected)
-    expected = ", ".join(TYPE_WORDS.get(part, part) for part in expected.split(", "))
-    return f"{key} is {match['value']}; expected {'one of ' if ', ' in expected else ''}{expected}"
+    parts = [TYPE_WORDS.get(part, part) for part in expected.split(", ")]
+    named = "'" in parts[0] and len(parts) > 1
+    return f"{key} is {match['value']}; expected {'one of ' + ', '.join(parts) if named else ' or '.join(parts)}"
 
 # %% ../nbs/00a_config.ipynb #0cddb55f
 def _suggestion(key: Any, known: Iterable[str], prefix: str) -> str:
