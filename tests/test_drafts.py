@@ -24,7 +24,7 @@ from kdcode.teacher import load_teacher, Teacher, teacher_documents
 ROOT = Path(__file__).parent.parent
 # Folder: largest size in bytes, and the configuration that trains it.
 DRAFTS = {
-    "smollm2-135m-draft": (16e6, "smollm2-draft.yaml"),
+    "smollm2-135m-draft": (25e6, "smollm2-draft.yaml"),
     "qwen2.5-coder-1.5b-draft": (40e6, "qwen-draft.yaml"),
 }
 INDEPENDENT = {"smollm2-135m-draft-independent": (25e6, "smollm2-independent.yaml")}  # needs no hidden states
@@ -128,7 +128,7 @@ def test_training_text_contains_no_evaluation_text(prompt_source):
 
 def test_shipped_text_is_what_its_configuration_asks_for(teacher, tmp_path):
     """The first batches come from the file, none from the teacher. Control: prompts of another length are an error."""
-    config = load_config(ROOT/"configs"/"smollm2-draft.yaml")
+    config = load_config(ROOT/"configs"/"smollm2-eagle3.yaml")
     data = replace(config.data, generated_text=str(ROOT/config.data.generated_text))
     with mock.patch.object(Teacher, "continuations", side_effect=AssertionError("the teacher generates")):
         documents = list(itertools.islice(teacher_documents(teacher, data, config.seed, tmp_path), 1000))
