@@ -1111,7 +1111,7 @@ def check_export(options) -> None:
                           f"{other_export(options.model)}train one with student.feature_layers []")
     if options.to in ("eagle3", "speculators", "gguf") and student_architecture(options.model) == LEGACY_HEAD:
         raise ConfigError(f"student {options.model} is a head of an earlier version, which drafts in kdcode only; "
-                          f"{other_export(options.model)}train an EAGLE-3 head as configs/smollm2-draft.yaml does")
+                          f"{other_export(options.model)}train an EAGLE-3 head as configs/smollm2-eagle3.yaml does")
 
 def check_evaluation(config: Config, options) -> None:
     """Raise `ConfigError` if the problems, or the models to compare, are files that do not exist."""

@@ -224,7 +224,7 @@ class Recipe:
     passes: float
     """mean steps of the training-time test"""
 
-RECIPES = {HEAD: Recipe(1_800_000, 4, 1.6), INDEPENDENT: Recipe(6_000_000, 3, 1.)}
+RECIPES = {HEAD: Recipe(2_400_000, 4, 1.6), INDEPENDENT: Recipe(6_000_000, 3, 1.)}
 GENERATED_SHARE, GENERATION_COST = .31, 4.  # models/smollm2-135m-draft/README.md: 750,000 tokens in half an hour
 UTILISATION = {"cpu": .8, "cuda": .17}  # of the limit: results/training-smollm2-draft, results/training-qwen-draft
 FASTEST_TRAINING = 70_000  # tokens per second of a small student on a GPU: results/training-smollm2-independent

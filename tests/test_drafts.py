@@ -24,7 +24,7 @@ from kdcode.teacher import load_teacher, Teacher, teacher_documents
 ROOT = Path(__file__).parent.parent
 # Folder: largest size in bytes, and the configuration that trains it.
 DRAFTS = {
-    "smollm2-135m-draft": (25e6, "smollm2-draft.yaml"),
+    "smollm2-135m-draft": (16e6, "smollm2-draft.yaml"),
     "qwen2.5-coder-1.5b-draft": (40e6, "qwen-draft.yaml"),
 }
 INDEPENDENT = {"smollm2-135m-draft-independent": (25e6, "smollm2-independent.yaml")}  # needs no hidden states
