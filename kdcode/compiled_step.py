@@ -285,7 +285,7 @@ def graph_marker(model: PreTrainedModel, kind: StepKind) -> Path:
     transposed = sorted(map(str, transposed_dtypes(tuned_kernels(model)[1])))
     kind_of_device = model.device.type
     name = torch.cuda.get_device_name(model.device) if kind_of_device == "cuda" else processor_hash()
-    parts = (static_step, StaticCache.update, transposed_rows_linear, grouped_sdpa, additive_mask, compiler_settings)
+    parts = (static_step, StaticCache.update, transposed_rows_linear, grouped_sdpa, additive_mask)
     source = [inspect.getsource(part) for part in parts]
     known = [type(model).__qualname__, json.dumps(fields, sort_keys=True, default=str), shapes, transposed, str(kind),
              kind.hidden_layers, kind_of_device, name, torch.__version__, transformers.__version__, source]
