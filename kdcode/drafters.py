@@ -810,10 +810,14 @@ class AdaptiveDrafter(AdaptivePrompts):
         self.ended = Timestamp(self.device)
         return self.drafts
 
+    def draft_seconds(self) -> float:
+        """Return how long the last drafts took."""
+        return self.ended.since(self.began)
+
     def update(self, lengths: list[int], features: list[Tensor] | None) -> None:
         if self.drafts:
             steps = self.stop.record(self.drafts[0]) if self.stop else 0
-            self.controller.record(self.drafts, self.ended.since(self.began), steps)
+            self.controller.record(self.drafts, self.draft_seconds(), steps)
         else:  # n-grams were drafted, and the next call also processes their tokens
             self.controller.caught_up = False
         self.drafts = []

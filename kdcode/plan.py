@@ -581,10 +581,9 @@ class SimulatedAdaptiveDrafter(AdaptiveDrafter):
         super().__init__(drafter, torch.device("cpu"), latency, estimate)
         self.seconds = seconds  # of a draft token
 
-    def update(self, lengths: list[int], features: list[Tensor] | None) -> None:
-        if self.drafts: self.controller.record(self.drafts, self.seconds * len(self.drafts[0].tokens))
-        self.drafts = []
-        super().update(lengths, features)
+    def draft_seconds(self) -> float:
+        """Return the time of as many draft tokens."""
+        return self.seconds * len(self.drafts[0].tokens)
 
 class Simulation:
     """Replays the settings of a decoder on texts, with measured costs."""
