@@ -110,10 +110,9 @@ def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tup
         from kdcode.teacher import fastest_dtype, pick_device, process_state
     if int(os.environ.get("WORLD_SIZE", "1")) > 1: process_state(pick_device(config.teacher.device))
     steps(f"teacher: {config.teacher.name}")
-    key = repr([config.teacher, config.targets.k if config.teacher.is_served else None])
+    name, key = config.teacher.label_dtype, repr([config.teacher, config.teacher.is_served and config.targets.k])
     if key not in loaded:
         teacher = open_teacher(config.teacher, config.targets.k)
-        name = config.teacher.label_dtype
         label_dtype = fastest_dtype(teacher.device) if name == "auto" else getattr(torch, name)
         loaded[key] = teacher, teacher.to_dtype(label_dtype)
     return loaded[key]
@@ -138,8 +137,7 @@ def load_corpus_and_teachers(config: Config, folder: Path, steps: Steps, loaded:
     from kdcode.targets import check_blocks
     loaded = {} if loaded is None else loaded
     if "teacher" not in config.data.sources:
-        corpus = load_corpus(config, folder, steps)
-        return corpus, *load_teachers(config, steps, loaded)
+        return load_corpus(config, folder, steps), *load_teachers(config, steps, loaded)
     teacher, labelling_teacher = load_teachers(config, steps, loaded)
     check_blocks(config, max(config.data.token_shares), teacher)  # before it generates text for hours
     return load_corpus(config, folder, steps, labelling_teacher), teacher, labelling_teacher

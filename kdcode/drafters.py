@@ -756,6 +756,12 @@ class AdaptivePrompts(CompositeDrafter):
     device: torch.device
     sampled: bool
     stop: UnsureStop | None = None  # of the next draft
+    began: Timestamp
+    ended: Timestamp
+
+    def draft_seconds(self) -> float:
+        """Return how long the last drafts took."""
+        return self.ended.since(self.began)
 
     def set_stop(self, sequences: list[Sequence], adapts: list[bool], budgets: list[int]) -> bool:
         """Let a model end the draft of a single sequence where it is unsure, if drafting pays. Return whether so."""
@@ -810,16 +816,11 @@ class AdaptiveDrafter(AdaptivePrompts):
         self.ended = Timestamp(self.device)
         return self.drafts
 
-    def draft_seconds(self) -> float:
-        """Return how long the last drafts took."""
-        return self.ended.since(self.began)
-
     def update(self, lengths: list[int], features: list[Tensor] | None) -> None:
         if self.drafts:
             steps = self.stop.record(self.drafts[0]) if self.stop else 0
             self.controller.record(self.drafts, self.draft_seconds(), steps)
-        else:  # n-grams were drafted, and the next call also processes their tokens
-            self.controller.caught_up = False
+        else: self.controller.caught_up = False  # the next call also processes the tokens that n-grams drafted
         self.drafts = []
         super().update(lengths, features)
 

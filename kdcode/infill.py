@@ -126,9 +126,7 @@ def split_controls(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[str]
     cuts = [match.start() + 1 for match in found]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
 
-def _encode_piece(
-    tokenizer: "PreTrainedTokenizerBase", text: str, starts_document: bool
-) -> tuple[list[int], list[int]]:
+def _encode_piece(tokenizer: "PreTrainedTokenizerBase", text: str, starts_document: bool) -> tuple[list[int], ...]:
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # a batch of one each:
     feed = tokenizer(["\n"], **options)["input_ids"][0]  # a single text with <FILL_ME> is an infilling request
     before = "\n" if len(feed) > 1 and not starts_document else ""  # more than one token: a space was added

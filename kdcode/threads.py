@@ -142,18 +142,15 @@ class ThreadSetting:
             self.use("auto")
         return self.tuner
 
-    def largest(self) -> int:
-        """Return the number of threads on an idle machine: the fixed one, or the largest of `auto`."""
-        import torch
-        return max(self.check().largest, torch.get_num_threads())
-
 # %% ../nbs/00b_threads.ipynb #df6ce214
 class TorchThreads(ThreadSetting):
     """The same, for work in `with` blocks."""
 
-    def __init__(self):
-        super().__init__()
-        self.timing = False
+    timing = False  # whether a block is being timed
+    def largest(self) -> int:
+        """Return the number of threads on an idle machine: the fixed one, or the largest of `auto`."""
+        import torch
+        return max(self.check().largest, torch.get_num_threads())
 
     @contextmanager
     def timed(

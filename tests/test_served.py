@@ -229,7 +229,7 @@ def test_an_answer_without_results(content):
     from kdcode.config import ConfigError
     from kdcode.served import Server
     server = Server("http://teacher/v1", httpx.MockTransport(lambda request: httpx.Response(200, text=content)))
-    with pytest.raises(ConfigError, match="answers /models without results .* OpenAI-compatible server"):
+    with pytest.raises(ConfigError, match="/v1/models answers without results .* OpenAI-compatible server"):
         server.call("/models")
 
 
