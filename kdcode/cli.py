@@ -492,7 +492,7 @@ def run_bench(config: Config, options) -> None:
     folder.mkdir(exist_ok=True)
     report = BENCHMARKS[options.benchmark][0](config, folder, options)
     print_report(report, f"report: {display_path(folder/'report.md')}")
-    if options.benchmark == "decode" and report.figures["speedup"] < 1:
+    if options.benchmark == "decode" and config.decode.drafter != "ngram" and report.figures["speedup"] < 1:
         return print_next(with_teacher(config, "doctor", "--draft", display_path(options.draft)))
     print_next(record_command(folder))
 

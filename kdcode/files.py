@@ -7,10 +7,10 @@ __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD'
            'STACK_TERMS', 'ENDPOINT_VARIABLES', 'S3_COMPATIBILITY', 'PROGRAMS', 'embedded_teacher', 'did_you_mean',
            'is_hub_id', 'hub_problem', 'check_teacher_name', 'model_source', 'teacher_layers', 'check_layers',
            'check_device', 'check_training_device', 'shipped_drafts', 'shipped_draft', 'draft_folder',
-           'vocabulary_fingerprint', 'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'check_draft',
-           'draft_config', 'student_architecture', 'is_made_for', 'is_draft_head', 'read_tokens', 'check_lookup_files',
-           'check_weights', 'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run', 'check_run',
-           'check_search', 'check_writable', 'source_folder', 'generated_text_file', 'check_stack_token',
+           'vocabulary_fingerprint', 'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'may_draft',
+           'check_draft', 'draft_config', 'student_architecture', 'is_made_for', 'is_draft_head', 'read_tokens',
+           'check_lookup_files', 'check_weights', 'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run',
+           'check_run', 'check_search', 'check_writable', 'source_folder', 'generated_text_file', 'check_stack_token',
            'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine', 'trl_python',
            'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
 
@@ -203,6 +203,11 @@ def other_tokenizer(
     return ConfigError(f"the student was made for teacher {made_for}, whose tokenizer differs from that of {teacher}; "
                        f"choose its own teacher with teacher.name, or distil one for {teacher}")
 
+def may_draft(config: dict[str, Any], teacher: str) -> bool:
+    """Return whether the config.json of a student may be for a teacher's tokenizer; what is unknown may be."""
+    made, known = config.get("tokenizer_fingerprint"), teacher_fingerprint(teacher)
+    return not made or not known or made == known
+
 def check_draft(
     draft: str,    # as in `draft_folder`
     teacher: str,  # as in `model_source`
@@ -214,8 +219,7 @@ def check_draft(
     except ValueError: raise ConfigError(f"{folder/'config.json'} is damaged; give another student") from None
     if "model_type" not in config:
         raise ConfigError(f"{folder/'config.json'} is not that of a model (it has no model_type); give another student")
-    made, known = config.get("tokenizer_fingerprint"), teacher_fingerprint(teacher)
-    if made and known and made != known:
+    if not may_draft(config, teacher):
         raise other_tokenizer(config.get("teacher"), teacher)
 
 # %% ../nbs/00c_files.ipynb #ef3fde83
@@ -233,10 +237,8 @@ def student_architecture(name: str) -> str:
 def is_made_for(student: Path, teacher: str) -> bool:
     """Return whether a folder has a student that is not known to have another tokenizer than a teacher."""
     if not (student/"config.json").exists(): return False
-    try: made_for = draft_config(str(student)).get("tokenizer_fingerprint")
+    try: return may_draft(draft_config(str(student)), teacher)
     except ValueError: return True  # loading it tells what is damaged
-    wanted = teacher_fingerprint(teacher)
-    return not made_for or not wanted or made_for == wanted
 
 def is_draft_head(name: str) -> bool:
     """Return whether the configuration of a student, as in `draft_folder`, says that it uses hidden states."""
