@@ -374,6 +374,8 @@ class OptimizerSettings(Settings):
     """blocks per forward pass"""
     gradient_accumulation: int = bounded(default=1, ge=1)
     """forward passes per optimizer step"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices of the layers and adamw for the rest (fewer tokens; best in large batches)"""
     learning_rate: float = bounded(default=1e-3, gt=0)
     """peak learning rate"""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
@@ -381,7 +383,7 @@ class OptimizerSettings(Settings):
     warmup: float = bounded(default=0.1, ge=0, lt=1)
     """fraction of the steps used for warm-up"""
     weight_decay: float = bounded(default=0.01, ge=0)
-    """weight decay of AdamW"""
+    """weight decay"""
     max_grad_norm: float = bounded(default=1.0, gt=0)
     """maximum gradient norm for clipping"""
     epochs: float = bounded(default=1.0, gt=0)

@@ -283,15 +283,16 @@ class ChunkedHead(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         totals = hidden.new_zeros(len(LossSums._fields), dtype=torch.float32)
+        head = weight.detach().to(F.linear(hidden[:0], weight).dtype)  # under autocast, converted once for all chunks
         for start in range(0, len(hidden), chunk_size):
             end = min(start + chunk_size, len(hidden))
             with torch.set_grad_enabled(needs_grad):
-                logits = F.linear(hidden[start:end].detach(), weight.detach()).requires_grad_(needs_grad)
+                logits = F.linear(hidden[start:end].detach(), head).requires_grad_(needs_grad)
                 sums = token_loss(logits, start, end)
             totals += torch.stack(sums).detach()
             if needs_grad:
                 grad_logits, = torch.autograd.grad(sums.loss, logits)
-                grad_hidden[start:end] = grad_logits @ weight
+                grad_hidden[start:end] = grad_logits @ head
                 grad_weight += grad_logits.T @ hidden[start:end]
         ctx.gradients = (grad_hidden, grad_weight)
         return totals
