@@ -6,13 +6,13 @@
 __all__ = ['ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS', 'READY', 'REFUSED', 'COMPILERS', 'KEPT_STORAGES', 'FREE',
            'FREE_LOCK', 'CUDA_GRAPHS', 'COMPILING', 'HOOKS', 'StaticCache', 'transposed_rows_linear',
            'transposed_dtypes', 'TransposedKernels', 'grouped_sdpa', 'grouped_attention', 'static_step', 'round_up',
-           'uses_cuda_graphs', 'padded_count', 'span_size', 'storage_capacity', 'StepKind', 'step_kind', 'ready_kind',
-           'user_code_folder', 'code_folder', 'use_compiler_cache', 'discard_code', 'lasting_guards', 'compiler',
-           'graph_marker', 'is_on_disk', 'mark_on_disk', 'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind',
-           'take_storage', 'free_storage', 'ReusedCache', 'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs',
-           'StaticModel', 'hook_ids', 'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings',
-           'perturbed_embedding', 'plain_logits', 'compile_step', 'first_line', 'check_graph', 'add_graph',
-           'compile_steps', 'usual_kinds', 'load_steps', 'compile_in_background']
+           'uses_cuda_graphs', 'padded_count', 'span_size', 'head_positions', 'storage_capacity', 'StepKind',
+           'step_kind', 'ready_kind', 'user_code_folder', 'code_folder', 'use_compiler_cache', 'discard_code',
+           'lasting_guards', 'compiler', 'graph_marker', 'is_on_disk', 'mark_on_disk', 'uncached_graphs', 'all_tensors',
+           'Storage', 'storage_kind', 'take_storage', 'free_storage', 'ReusedCache', 'share_cuda_graphs', 'run_step',
+           'StaticState', 'step_inputs', 'StaticModel', 'hook_ids', 'print_progress', 'CompiledModel', 'mark_sizes',
+           'compiler_settings', 'perturbed_embedding', 'plain_logits', 'compile_step', 'first_line', 'check_graph',
+           'add_graph', 'compile_steps', 'usual_kinds', 'load_steps', 'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
 import inspect
@@ -43,7 +43,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cached_model import (
     additive_mask, CachedModel, deviation, feature_inputs, is_int8, Kernels, least_tolerance, NOISE_FACTOR, pad_tokens,
-    tuned_kernels, without_cudnn_attention)
+    split_logits, tuned_kernels, wanted_positions, without_cudnn_attention)
 from .config import cache_folder
 from .provenance import processor_hash, short_hash, write_atomic
 from .student import KVCache, Student, to_device
@@ -154,7 +154,8 @@ def static_step(
     transposed: frozenset[torch.dtype],  # of `transposed_dtypes`
     limits: tuple[int, tuple[tuple[str, int | None], ...]],  # context size; window by kind of attention
     features: dict[str, Tensor],       # of `feature_inputs`
-) -> tuple[Tensor, Tensor | None]:     # logits (batch, new, vocab), hidden states (batch, new, layers × hidden)
+    wanted: Tensor | int,              # (wanted,), positions of the call whose logits are returned; 0: all
+) -> tuple[Tensor, Tensor | None]:     # logits (batch, wanted, vocab), hidden states (batch, new, layers × hidden)
     """Process the next tokens of each row."""
     positions = lengths[:, None] + torch.arange(input_ids.shape[1], device=lengths.device)
     masks = {kind: additive_mask(positions, span.shape[0], model.dtype, window) for kind, window in limits[1]}
@@ -162,7 +163,8 @@ def static_step(
     with TransposedKernels(transposed):
         out = model(input_ids=input_ids, position_ids=positions.clamp(max=limits[0] - 1),
                     attention_mask=masks if len(masks) > 1 else masks[limits[1][0][0]],
-                    cache=cache, use_cache=True, output_hidden_states=bool(hidden_layers) or None, **features)
+                    cache=cache, use_cache=True, logits_to_keep=wanted,
+                    output_hidden_states=bool(hidden_layers) or None, **features)
     hidden = torch.cat([out.hidden_states[layer] for layer in hidden_layers], -1) if hidden_layers else None
     return out.logits, hidden
 
@@ -186,6 +188,13 @@ def padded_count(n: int, device: torch.device) -> int:
 def span_size(n: int, device: torch.device) -> int:
     """Return the number of positions that attention reads if the longest row has n."""
     return max(STEP_SPAN, 1 << (n - 1).bit_length()) if uses_cuda_graphs(device) else round_up(n, STEP_SPAN)
+
+def head_positions(tokens: list[list[int]], keep: list[int], device: torch.device) -> list[int]:
+    """Return the positions of a call whose logits are computed: those that are read, and at least two of several."""
+    positions = range(padded_count(max(map(len, tokens)), device))
+    wanted = list(positions) if uses_cuda_graphs(device) else wanted_positions(tokens, keep)
+    others = [position for position in positions if position not in wanted]
+    return sorted(wanted + others[:max(0, 2 - len(wanted))])
 
 def storage_capacity(n: int, device: torch.device) -> int:
     """Return the positions of storage for rows of up to n tokens: more than the span of any call."""
@@ -453,9 +462,9 @@ class StaticState(CachedModel):
         return hidden_layers
 
 # %% ../nbs/02c_compiled_step.ipynb #1dc7357c
-def step_inputs(state: StaticState, tokens: list[list[int]], hidden_layers: tuple[int, ...],
+def step_inputs(state: StaticState, tokens: list[list[int]], wanted: list[int], hidden_layers: tuple[int, ...],
                 features: list[Tensor] | None) -> tuple:
-    """Return the arguments of `static_step` for the next tokens of each row."""
+    """Return the arguments of `static_step` for the next tokens of each row; `wanted` are those of `head_positions`."""
     device, count = state.model.device, padded_count(max(map(len, tokens)), state.model.device)
     if isinstance(state.cache, ReusedCache):
         state.cache.settle()
@@ -463,7 +472,8 @@ def step_inputs(state: StaticState, tokens: list[list[int]], hidden_layers: tupl
     input_ids = F.pad(input_ids, (0, count - input_ids.shape[1]))
     extra = {name: F.pad(x, (0, 0, 0, count - x.shape[1])) for name, x in extra.items()}
     return (state.model, state.cache.layers, input_ids, to_device(state.lengths, device),
-            torch.arange(state.span(tokens), device=device), hidden_layers, state.transposed, state.limits, extra)
+            torch.arange(state.span(tokens), device=device), hidden_layers, state.transposed, state.limits, extra,
+            0 if uses_cuda_graphs(device) else to_device(wanted, device))
 
 class StaticModel(StaticState):
     """A `CachedModel` whose calls over up to 16 tokens run `static_step`, here without a graph."""
@@ -482,13 +492,14 @@ class StaticModel(StaticState):
     def run(self, tokens: list[list[int]], keep: list[int], hidden_layers: tuple[int, ...] = (),
             features: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
         """Run `static_step` over the next tokens of each row."""
-        inputs = step_inputs(self, tokens, self.graph_layers(tokens, hidden_layers), features)
+        wanted = head_positions(tokens, keep, self.model.device)
+        inputs = step_inputs(self, tokens, wanted, self.graph_layers(tokens, hidden_layers), features)
         with THREADS.timed(self.model.device, (id(self.model), self.stance), inputs[2].shape):
             logits, hidden = run_step(inputs, self.stance)
         ends = [len(row) for row in tokens]
         self.cache.lengths = [length + end for length, end in zip(self.lengths, ends)]
         rows = [row[:end] for row, end in zip(hidden, ends)] if hidden_layers else None
-        return [row[end - n:end] for row, end, n in zip(logits, ends, keep)], rows
+        return split_logits(logits, wanted, tokens, keep), rows
 
 # %% ../nbs/02c_compiled_step.ipynb #cce9f605
 def hook_ids(model: nn.Module) -> list[tuple[int, ...]]:
@@ -539,12 +550,13 @@ class CompiledModel(StaticModel):
 
 # %% ../nbs/02c_compiled_step.ipynb #349cd694
 def mark_sizes(inputs: tuple) -> None:
-    """Mark the sizes that one graph serves: span, capacity, rows from two on, and on the CPU tokens from two on."""
-    _, layers, input_ids, lengths, span, _, _, _, features = inputs
+    """Mark the sizes that one graph serves: span, capacity, rows from two on; on the CPU also tokens and `wanted`."""
+    _, layers, input_ids, lengths, span, _, _, _, features, wanted = inputs
     storage = [x for layer in layers for x in layer]
     for x, dim in [(span, 0), *((x, 2) for x in storage)]:
         torch._dynamo.mark_dynamic(x, dim)
     tokens = 1 if uses_cuda_graphs(input_ids.device) else input_ids.shape[1]  # padded to a few numbers
+    if tokens > 1: torch._dynamo.mark_dynamic(wanted, 0)
     for size, dim, tensors in ((tokens, 1, [input_ids, *features.values()]),
                                (len(input_ids), 0, [input_ids, lengths, *features.values(), *storage])):
         if size > 1:
@@ -593,7 +605,7 @@ def compile_step(model: PreTrainedModel, kind: StepKind) -> tuple[float, float]:
     state.crop([0] * rows)
     # asked for hidden states, `transformers` adds hooks to a model, and graphs from before would not fit any more
     CachedModel.forward(state, [row[:8] for row in ids], [1] * rows, kind.hidden_layers or (-1,))
-    inputs = step_inputs(state, [row[8:] for row in ids], kind.hidden_layers, None)
+    inputs = step_inputs(state, [row[8:] for row in ids], list(range(count)), kind.hidden_layers, None)
     mark_sizes(inputs)
     HOOKS.setdefault(model, {})[kind] = hook_ids(model)
     with COMPILING, compiler_settings():

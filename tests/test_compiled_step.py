@@ -395,6 +395,22 @@ def test_capacity_is_too_small(kind):
     assert small.lengths[0] >= 18
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("counts, keep, computed", [
+    ([1], [1], 1), ([5], [1], 2), ([5], [5], 5), ([16], [2], 2), ([3, 7], [1, 2], 3), ([2, 0], [1, 0], 2)])
+def test_output_head_computes_the_positions_that_are_read(counts, keep, computed):
+    """At least two of several, because a graph for one is another one; and never those that only pad a shorter row."""
+    model, seen = tiny(), []
+    states = StaticModel(model, 64, len(counts)), CachedModel(model, 64, len(counts))
+    for state in states: state.forward([[1, 2, 3]] * len(counts), [1] * len(counts))
+    hook = model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:2]))
+    tokens = [list(range(9, 9 + count)) for count in counts]
+    ours, theirs = (state.forward(tokens, keep)[0] for state in states)
+    hook.remove()
+    assert seen[0] == (len(counts), computed)
+    for a, b in zip(ours, theirs): assert len(a) == len(b) and (not len(a) or (a - b).abs().max() < 1e-4)
+
+
 FAMILIES = {
     "biases": lambda: tiny(5, Qwen2ForCausalLM, Qwen2Config, max_position_embeddings=128),
     "sliding window": lambda: tiny(5, MistralForCausalLM, MistralConfig, max_position_embeddings=128, sliding_window=8),

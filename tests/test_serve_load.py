@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
-from conftest import wait_until
+from conftest import step_forms, wait_until
 from test_serve import PATH, request_body, solo_text, streamed_text
 
 from kdcode.eagle import EagleStudent
@@ -51,9 +51,10 @@ def solo(request, pair, eagle_pair):
     return models, requests, [solo_text(models, request) for request in requests]
 
 
+@step_forms("ordinary", "replayed")
 @pytest.mark.parametrize("limits", [{}, {"cache_gb": 0.}, {"cache_gb": 2e-4}, {"prefill_chunk": 7}], ids=str)
-def test_reused_prefixes_do_not_change_an_answer(solo, served, limits):
-    """With every size of the pool, and a chunk smaller than the prompts."""
+def test_reused_prefixes_do_not_change_an_answer(step, solo, served, limits):
+    """With every size of the pool, and a chunk smaller than the prompts. The solo runs take ordinary steps."""
     models, requests, expected = solo
     with served(models=models, slots=3, **limits) as (client, service), ThreadPoolExecutor(3) as clients:
         for turn in range(2):
@@ -71,7 +72,8 @@ def test_reused_prefixes_do_not_change_an_answer(solo, served, limits):
         assert cached == [length - 2 for length in lengths]  # the whole prompt was sent before
 
 
-def test_a_wrong_prefix_changes_answers(pair, served, monkeypatch):
+@step_forms("ordinary", "replayed")
+def test_a_wrong_prefix_changes_answers(step, pair, served, monkeypatch):
     """The control of the test above: a pool that returns the state of another prefix."""
     requests = [request_body(prompt=f"x{i} = {i}\n" * 9, max_tokens=12) for i in range(4)]
 
@@ -120,7 +122,8 @@ def test_running_streams_go_on_while_a_long_prompt_is_read(pair, served):
     assert len(lengths) >= 400//16 and all(b > a for a, b in zip(lengths[:20], lengths[1:21])), lengths
 
 
-def test_200_concurrent_requests_equal_their_solo_runs(pair, served):
+@step_forms("ordinary", "static")
+def test_200_concurrent_requests_equal_their_solo_runs(step, pair, served):
     different = [request_body(prompt=prompt, max_tokens=4 + i % 9, temperature=i // 2 % 2, seed=i)
                  for i, prompt in enumerate(growing_prompts())]
     requests = [different[i % 16] for i in range(200)]
@@ -161,8 +164,9 @@ async def cancel_at_random(url, count, clients, seed):
         return sum(await asyncio.gather(*(send(client, i) for i in range(count))))
 
 
+@step_forms("ordinary", "static", "replayed")
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_cancelled_requests_leave_nothing(pair, served, count):
+def test_cancelled_requests_leave_nothing(step, pair, served, count):
     """No slot, no task, no cache beyond the pool's limit; and the server still answers."""
     with served(slots=4, queue_size=64, cache_gb=1e-3, prefill_chunk=8) as (client, service):
         complete = asyncio.run(cancel_at_random(str(client.base_url), count, clients=16, seed=0))
@@ -200,8 +204,9 @@ PENALTIES = [{"logit_bias": {"500": 8, "20": -100}}, {"frequency_penalty": 1.5},
              {"frequency_penalty": .7, "presence_penalty": .4, "logit_bias": {"42": 3.5}}]
 
 
+@step_forms("ordinary", "static")
 @pytest.mark.parametrize("fields", PENALTIES, ids=str)
-def test_penalties_are_exact_under_drafting(pair, served, fields):
+def test_penalties_are_exact_under_drafting(step, pair, served, fields):
     """Greedy text with drafts equals a loop without drafts that adds the penalties to the logits itself."""
     teacher, tokens = pair[0], pair[0].tokenizer(FILE).input_ids
     prompt_length, bias = len(tokens), fields.get("logit_bias", {})

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai.types.chat as chat_types
 import pytest
-from conftest import wait_until
+from conftest import step_forms, wait_until
 from jsonschema import validate
 from test_serve import PATH, request_body, streamed_text
 from test_serve_load import eagle_pair, growing_prompts, idle  # noqa: F401
@@ -68,8 +68,9 @@ def solo_answer(models, request):
     return complete(teacher, student, request["prompt"], settings, request.get("seed", 0), grammar).text
 
 
+@step_forms("ordinary", "static")
 @pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
-def test_every_answer_follows_its_schema(pair, served, count):
+def test_every_answer_follows_its_schema(step, pair, served, count):
     """A random model, which without the grammar writes no JSON; eight clients, greedy and sampled, with streams."""
     requests = [structured(SCHEMAS[i % len(SCHEMAS)], prompt=growing_prompts()[i % 16], seed=i, stream=i % 3 == 0,
                            temperature=i % 5 / 4) for i in range(count)]
@@ -89,8 +90,9 @@ def test_every_answer_follows_its_schema(pair, served, count):
     assert len(set(texts)) > count / 4
 
 
+@step_forms("ordinary", "static", "replayed")
 @pytest.mark.parametrize("kind", ["student", "eagle"])
-def test_a_constrained_answer_equals_its_solo_run(pair, eagle_pair, served, kind):  # noqa: F811
+def test_a_constrained_answer_equals_its_solo_run(step, pair, eagle_pair, served, kind):  # noqa: F811
     """Together with others, in chunks, and from the caches of earlier requests."""
     models = pair if kind == "student" else eagle_pair
     requests = [structured(SCHEMAS[i], prompt=growing_prompts()[i], max_tokens=30, temperature=i % 2, seed=i)
@@ -187,7 +189,8 @@ def test_compiling_does_not_stop_the_server(pair, served, monkeypatch):
         wait_until(lambda: idle(service))
 
 
-def test_cancelled_requests_with_a_grammar_leave_nothing(pair, served):
+@step_forms("ordinary", "replayed")
+def test_cancelled_requests_with_a_grammar_leave_nothing(step, pair, served):
     async def send_all(url):
         async with httpx.AsyncClient(base_url=url, timeout=300) as client:
             async def send(i):
