@@ -11,11 +11,11 @@ __all__ = ['ASSISTANT_OPTIONS', 'Method', 'GENERATE', 'STUDENT_DRAFT', 'NO_DRAFT
            'generate_method', 'assisted_method', 'transformers_methods', 'random_copy', 'decode_methods', 'Decoded',
            'decode_interleaved', 'part_counter', 'StepCosts', 'step_costs', 'speedup_objective',
            'predicted_run_speedup', 'speedup_interval', 'speedup_figures', 'latency_figures', 'decode_figures',
-           'decode_rows', 'explain_speed', 'interval_note', 'plot_acceptance', 'plot_speedup', 'first_difference',
-           'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode', 'length_prompts',
-           'bench_lengths', 'prompt_speedups', 'speedup_range', 'task_row', 'plot_tasks', 'bench_tasks',
-           'busy_processes', 'busy_row', 'bench_busy', 'loss_tensors', 'plain_distillation_loss', 'loss_step',
-           'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
+           'timing_columns', 'decode_rows', 'explain_speed', 'interval_note', 'plot_acceptance', 'plot_speedup',
+           'first_difference', 'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode',
+           'length_prompts', 'bench_lengths', 'prompt_speedups', 'speedup_range', 'task_row', 'plot_tasks',
+           'bench_tasks', 'busy_processes', 'busy_row', 'bench_busy', 'loss_tensors', 'plain_distillation_loss',
+           'loss_step', 'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
            'teacher_variants', 'llama_cpp_times', 'plot_steps', 'time_graphs', 'graph_seconds', 'compile_figures',
            'bench_steps', 'bench_profile']
 
@@ -477,16 +477,19 @@ def decode_figures(
     return figures | _baseline_figures(decoded, s, costs) | _transformers_figures(decoded, figures["speedup"])
 
 # %% ../nbs/09a_bench.ipynb #b5643a87
+def timing_columns(one: Decoded, target: Decoded) -> dict[str, float | str | None]:
+    """Return the cells for the interval of the speedup over `target`, and for the medians of TTFT and TPOT."""
+    interval = None if one is target else speedup_interval(one, target)
+    return {"95% interval": interval and f"{interval[0]:.2f} to {interval[1]:.2f}",
+            "TTFT p50, ms": _p50_ms(one.ttft), "TPOT p50, ms": _p50_ms(one.tpot)}
+
 def _method_row(name: str, one: Decoded, target: Decoded, greedy: bool) -> dict[str, Any]:
     """Return the row of one method."""
     s, is_target = one.statistics, one is target
     per_call = 1.0 if is_target else s and s.tokens_per_call
     identical = None if is_target or not greedy else f"{one.identical(target):.0%}"
-    interval = None if is_target else speedup_interval(one, target)
     return {"method": name, "tokens/s": one.speed, "speedup": one.speed / target.speed,
-            "95% interval": interval and f"{interval[0]:.2f} to {interval[1]:.2f}",
-            "TTFT p50, ms": _p50_ms(one.ttft), "TPOT p50, ms": _p50_ms(one.tpot),
-            "acceptance rate α": s and s.acceptance_rate, "tokens per target call": per_call,
+            **timing_columns(one, target), "acceptance rate α": s and s.acceptance_rate, "tokens per target call": per_call,
             "identical outputs": identical}
 
 def decode_rows(decoded: dict[str, Decoded], greedy: bool = True) -> list[dict[str, Any]]:
