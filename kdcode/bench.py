@@ -442,19 +442,20 @@ def _baseline_figures(decoded: dict[str, Decoded], s: Statistics, costs: StepCos
     if NO_DRAFT not in decoded:
         return {"without_draft_speedup": math.nan, "predicted_speedup": math.nan}
     baseline = decoded[NO_DRAFT]
-    speedup = baseline.speed / decoded[GENERATE].speed
-    figures = {"without_draft_speedup": speedup}
+    figures = speedup_figures(baseline, decoded[GENERATE], "without_draft_")
     if RANDOM_DRAFT in decoded:
         figures["random_draft_time"] = baseline.speed / decoded[RANDOM_DRAFT].speed
-    return figures | {"predicted_speedup": predicted_run_speedup(s, costs, baseline) * speedup}
+    predicted = predicted_run_speedup(s, costs, baseline) * figures["without_draft_speedup"]
+    return figures | {"predicted_speedup": predicted}
 
 def _transformers_figures(decoded: dict[str, Decoded], speedup: float) -> dict[str, float]:
-    """Return the best speedup of assisted generation and of prompt lookup, if they were measured."""
+    """Return the best speedup of assisted generation and of prompt lookup with its interval, if they were measured."""
     figures = {}
     for kind, label in TRANSFORMERS_METHODS.items():
-        speeds = [one.speed for name, one in decoded.items() if name.startswith(label)]
-        if speeds:
-            figures[f"{kind}_speedup"] = max(speeds) / decoded[GENERATE].speed
+        found = [one for name, one in decoded.items() if name.startswith(label)]
+        if found:
+            best = max(found, key=operator.attrgetter("speed"))
+            figures |= speedup_figures(best, decoded[GENERATE], f"{kind}_")
     if "assisted_speedup" in figures:
         figures["ratio_to_assisted"] = speedup / figures["assisted_speedup"]
     return figures
