@@ -1220,8 +1220,9 @@ def plot_steps(
 ) -> Figure:
     """Plot t(n) of each variant, and the roofline."""
     figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    for name, calls in times.items():
-        ax.plot(list(calls), list(calls.values()), "o-", ms=3, lw=1, label=name)
+    for i, (name, calls) in enumerate(times.items()):
+        style = "o-" if i < 10 else "s:"  # there are ten colours
+        ax.plot(list(calls), list(calls.values()), style, ms=3, lw=1, label=name)
     ax.plot(list(least), list(least.values()), color="black", lw=1.5, ls="--", label=f"roofline, {dtype}")
     ax.set(xlabel="tokens per call $n$", ylabel="$t(n)$ in ms", ylim=(0, None), title="Time of a target call")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -1269,9 +1270,9 @@ def _step_models(config: Config, teacher: Teacher, folder: Path) -> dict[str, Ca
     capacity = CONTEXT + TOKEN_COUNTS[-1]
     variants = teacher_variants(teacher, config.teacher, folder)
     models = {name: CachedModel(model, capacity, fast=False) for name, model in variants.items()}
-    models[f"{config.teacher.dtype}, tuned kernels (kdcode)"] = CachedModel(teacher.model, capacity)
-    models[f"{config.teacher.dtype}, static step"] = StaticModel(teacher.model, capacity)
     for dtype, model in {config.teacher.dtype: teacher.model, "bfloat16": variants["bfloat16"]}.items():
+        models[f"{dtype}, tuned kernels (kdcode)"] = CachedModel(model, capacity)
+        models[f"{dtype}, static step"] = StaticModel(model, capacity)
         if config.decode.compile and compile_steps(model, usual_kinds(teacher.device), print_progress):
             models[f"{dtype}, compiled step"] = CompiledModel(model, capacity)
     return models
