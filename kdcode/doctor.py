@@ -11,8 +11,8 @@ __all__ = ['BLOCK', 'MARGIN', 'TRAINED', 'CONTEXT', 'SAMPLING', 'MISSED', 'COPY_
            'cropped_acceptance', 'check_context', 'generation_params', 'pair_params', 'describe_params',
            'sampled_acceptance', 'check_sampling', 'noisy_share', 'check_numerics', 'other_checkpoint',
            'check_checkpoint', 'check_text', 'tokens_like', 'rate_after', 'check_training', 'diagnose',
-           'training_record', 'continuations_of', 'texts_to_examine', 'open_pair', 'plot_pair', 'doctor_note',
-           'report_doctor']
+           'training_record', 'continuations_of', 'texts_to_examine', 'pair_texts', 'open_pair', 'plot_pair',
+           'doctor_note', 'report_doctor']
 
 # %% ../nbs/09g_doctor.ipynb #0f0c503f
 import copy
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,20 +37,20 @@ from transformers import (
 
 from .config import Config, ConfigError, DecodeSettings
 from .data import different_tokens, humaneval_problems, text_ids, tokenizer_fingerprint
-from .decode import load_draft, prompt_ids
+from .decode import load_draft
 from .draft_eval import draft_logits, matching_drafts, PromptTexts, replay, top1_agreement
 from .drafters import model_tokenizer
 from .eagle import EagleStudent, resolve_feature_layers, teacher_depth
-from .eval import context_texts, CONTEXTS
+from .eval import context_texts, CONTEXTS, CONTINUATION
 from .files import draft_folder
 from .notebook import plot_style
-from .plan import linear_weights, machine_bytes, shape_of
+from .plan import calls_shown, greedy_texts, linear_weights, machine_bytes, most_calls, shape_of
 from .provenance import short_hash
 from .report import Report
 from .result import Statistics
 from .sampling import predicted_speedup, SamplingParams
 from .student import Student
-from .teacher import checkpoint_fingerprint, generate_ids, Teacher
+from .teacher import checkpoint_fingerprint, Teacher
 
 # %% ../nbs/09g_doctor.ipynb #8752f360
 class RecordedTeacher(Teacher):
@@ -581,9 +582,7 @@ def training_record(draft: str) -> TrainingRecord:
 # %% ../nbs/09g_doctor.ipynb #d0ee8fc7
 def continuations_of(teacher: Teacher, prompts: list[str], settings: DecodeSettings) -> PromptTexts:
     """Return the token ids of the first `settings.problems` prompts and of the teacher's greedy continuations."""
-    prompts = prompts[:settings.problems]
-    ids = [prompt_ids(teacher, prompt) for prompt in prompts]
-    return list(zip(ids, generate_ids(teacher, prompts, settings.max_new_tokens)))
+    return greedy_texts(teacher, prompts[:settings.problems], settings.max_new_tokens)
 
 def texts_to_examine(draft: PreTrainedModel, texts: PromptTexts) -> PromptTexts:
     """Return the texts that fit into the draft's context. Raises `ConfigError` if none does."""
@@ -592,26 +591,39 @@ def texts_to_examine(draft: PreTrainedModel, texts: PromptTexts) -> PromptTexts:
     raise ConfigError(f"no text fits into the draft's context of {draft_context(draft)} tokens; the shortest prompt "
                       f"and continuation have {shortest}. Give shorter prompts, or a smaller decode.max_new_tokens")
 
+def pair_texts(
+    teacher: Teacher,
+    draft: PreTrainedModel,
+    config: Config,
+    prompts: list[str] | None,  # those of users; None: only HumanEval's
+    progress: Callable[[int, int], None] | None = None,  # called with the teacher's calls and their largest number
+) -> dict[str, Any]:
+    """Generate the fields `texts`, `reference` and `contexts` of a `Pair`. Raises `ConfigError` if no text fits."""
+    groups = [[problem["prompt"] for problem in humaneval_problems(config.decode.problems)]]
+    groups += [] if prompts is None else [prompts[:config.decode.problems]]
+    lengths = [length for length in DOCTOR_CONTEXTS if 2 * length <= teacher.context_size]
+    most = sum(most_calls(len(group), config.decode.max_new_tokens) for group in groups)
+    with calls_shown(teacher.model, most + len(lengths) * LONG_PROMPTS * CONTINUATION, progress):
+        texts = [texts_to_examine(draft, continuations_of(teacher, group, config.decode)) for group in groups]
+        few = replace(config, eval=replace(config.eval, documents=LONG_PROMPTS))
+        contexts = context_texts(teacher, few, lengths) if lengths else {}
+    return {"texts": texts[-1], "reference": None if prompts is None else texts[0],
+            "contexts": {length: found for length, found in contexts.items() if found}}
+
 def open_pair(
     teacher: Teacher,
     name: str,                   # of the draft: a folder, a hub id, or a teacher with a shipped draft
     config: Config,
     prompts: list[str] | None,   # those of users; None: only HumanEval's
+    progress: Callable[[int, int], None] | None = None,  # of `pair_texts`
 ) -> Pair:
     """Load a draft and generate the texts for its checks. Raises `ConfigError` if it cannot draft for the teacher."""
     draft = load_draft(name).to(teacher.device)
     if isinstance(draft, EagleStudent):
         try: draft.attach(teacher.model)
         except ValueError as error: raise ConfigError(f"the draft does not fit {teacher.name}: {error}") from None
-    problems = [problem["prompt"] for problem in humaneval_problems(config.decode.problems)]
-    reference = texts_to_examine(draft, continuations_of(teacher, problems, config.decode))
-    texts = reference if prompts is None else texts_to_examine(
-        draft, continuations_of(teacher, prompts, config.decode))
-    lengths = [length for length in DOCTOR_CONTEXTS if 2 * length <= teacher.context_size]
-    few = replace(config, eval=replace(config.eval, documents=LONG_PROMPTS))
-    contexts = context_texts(teacher, few, lengths) if lengths else {}
-    return Pair(RecordedTeacher(teacher), draft, texts, config.decode, None if prompts is None else reference,
-                {length: found for length, found in contexts.items() if found}, training_record(name))
+    texts = pair_texts(teacher, draft, config, prompts, progress)
+    return Pair(RecordedTeacher(teacher), draft, settings=config.decode, training=training_record(name), **texts)
 
 # %% ../nbs/09g_doctor.ipynb #5448a4d3
 @plot_style

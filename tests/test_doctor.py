@@ -328,6 +328,7 @@ def test_command(kdcode, tiny_teacher, student, tmp_path):
     assert "after 256 tokens" in rows["context length"]["measured"] and "text" in rows
     assert "Repair first" in done.stdout and (folder/"doctor.png").stat().st_size > 0
     assert "next: kdcode bench decode" in done.stderr
+    assert "call/s" in done.stderr  # the unit of the progress bar of the texts
 
 
 def test_command_examines_a_draft_that_others_refuse(kdcode, tiny_teacher, student, tmp_path):
