@@ -449,7 +449,7 @@ def _baseline_figures(decoded: dict[str, Decoded], s: Statistics, costs: StepCos
     return figures | {"predicted_speedup": predicted}
 
 def _transformers_figures(decoded: dict[str, Decoded], speedup: float) -> dict[str, float]:
-    """Return the best speedup of assisted generation and of prompt lookup with its interval, if they were measured."""
+    """Return the best speedup of assisted generation and of prompt lookup, with intervals, if they were measured."""
     figures = {}
     for kind, label in TRANSFORMERS_METHODS.items():
         found = [one for name, one in decoded.items() if name.startswith(label)]
