@@ -13,13 +13,13 @@ __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_L
            'decoding_bytes', 'verdict', 'DraftOption', 'option_row', 'ngram_option', 'trained_options', 'best_by_form',
            'plot_options', 'plain_settings', 'distill_settings', 'write_distill_file', 'verdict_note', 'limits_note',
            'memory_note', 'training_note', 'plan_figures', 'write_plan', 'teacher_config', 'both_forms', 'forms_note',
-           'plan_for_card', 'published_acceptance', 'check_shape', 'card_draft', 'draft_matches', 'ReplayedDrafter',
-           'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text', 'most_calls', 'calls_shown',
-           'greedy_texts', 'teacher_texts', 'seconds_per_token', 'predicted_seconds', 'replayed_methods',
-           'replay_methods', 'prediction_row', 'assumptions_note', 'draft_note', 'ngram_from', 'prediction_figures',
-           'plan_draft', 'compare_with_benchmark', 'untrained_draft', 'times_of_form', 'costs_of_layers',
-           'machine_bytes', 'check_memory', 'steps_note', 'measured_limits', 'ngrams_on_texts', 'plan_for_machine',
-           'plan_card_draft']
+           'plan_for_card', 'published_acceptance', 'check_shape', 'card_draft', 'draft_matches', 'draft_confidences',
+           'logits_with', 'ReplayedDrafter', 'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text',
+           'most_calls', 'calls_shown', 'greedy_texts', 'teacher_texts', 'seconds_per_token', 'predicted_seconds',
+           'replayed_methods', 'replay_methods', 'prediction_row', 'assumptions_note', 'draft_note', 'ngram_from',
+           'prediction_figures', 'plan_draft', 'compare_with_benchmark', 'untrained_draft', 'times_of_form',
+           'costs_of_layers', 'machine_bytes', 'check_memory', 'steps_note', 'measured_limits', 'ngrams_on_texts',
+           'plan_for_machine', 'plan_card_draft']
 
 # %% ../nbs/09f_plan.ipynb #052c3c1b
 import itertools
@@ -50,10 +50,10 @@ from .compiled_step import compile_steps, CompiledModel, print_progress
 from .config import Config, ConfigError, DecodeSettings, make_config, StudentSettings, TeacherSettings
 from .data import humaneval_problems
 from .decode import decoder_graphs, prompt_ids
-from .draft_eval import matching_drafts, PromptTexts
+from .draft_eval import draft_logits, matching_drafts, PromptTexts
 from .drafters import (
-    AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, drafting_model, HybridDrafter, is_adaptive, LatencyModel,
-    MAX_PADDING_ROWS, NGramDrafter, Sequence)
+    AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, drafting_model, DraftStop, HybridDrafter, is_adaptive,
+    LatencyModel, MAX_PADDING_ROWS, NGramDrafter, reads_are_free, Sequence, UnsureStop)
 from .eagle import EagleStudent, head_config, head_shape, resolve_feature_layers
 from .files import draft_folder, model_source
 from .loss import drop_padding_rows
@@ -555,38 +555,76 @@ def draft_matches(
     windows = nn.functional.pad(same, (0, gamma)).unfold(0, gamma, 1)  # (time, γ)
     return windows.cumprod(1).sum(1).tolist()
 
+@torch.no_grad()
+def draft_confidences(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    ids: Tensor,          # (time,), a text
+    gamma: int,           # draft tokens per round
+) -> list[list[float]]:   # by position, then by draft token; 0 beyond the end of the text
+    """Return the student's largest probability for each draft token, if those before it match the text."""
+    steps = draft_logits(teacher, student, ids[None], gamma)
+    tops = [(logits[0].amax(-1) - logits[0].logsumexp(-1)).exp() for logits in steps]
+    return torch.stack([nn.functional.pad(top[i:], (0, i)) for i, top in enumerate(tops)], 1).tolist()
+
+# %% ../nbs/09f_plan.ipynb #5c8a7e07
+def logits_with(confidence: float) -> Tensor:
+    """Return logits (1, 10) with this largest probability, at least 0.1, for rules that see no other one."""
+    return torch.tensor([[confidence] + [(1 - confidence) / 9] * 9]).log()
+
 class ReplayedDrafter(Drafter):
     """Proposes for one text what a student drafted after it; −1 stands for a token that did not match."""
+    stop: DraftStop | None = None  # ends drafts before their budget
 
     def __init__(
         self,
         text: list[int],     # prompt and generated tokens
         matches: list[int],  # of `draft_matches`
         first: int = 0,      # number of tokens that it needs; an EAGLE head has no features in the first round
+        confidences: list[list[float]] | None = None,  # of `draft_confidences`; None: drafts do not stop early
     ):
-        self.text, self.matches, self.first = text, matches, first
-        self.drafted = 0  # draft tokens so far
+        self.text, self.matches, self.first, self.confidences = text, matches, first, confidences
+        self.steps = 0  # draft steps so far
+
+    def length(self, position: int, budget: int) -> int:
+        """Make the steps of a draft after a position, and return the number of its tokens."""
+        if self.stop is None:
+            self.steps += budget
+            return budget
+        for count in range(budget):
+            if not self.stop.wants_step(): return count
+            self.steps += 1
+            if not self.stop.keeps(logits_with(self.confidences[position][count])): return count
+        return budget
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Return the draft of the only sequence."""
-        length = len(sequences[0].tokens)
-        if length < self.first:
+        done = len(sequences[0].tokens)
+        if done < self.first:
             return [Draft([])]
-        matched = min(self.matches[length - 1], budgets[0])
-        self.drafted += budgets[0]
-        return [Draft(self.text[length:length + matched] + [-1] * (budgets[0] - matched))]
+        length = self.length(done - 1, budgets[0])
+        matched = min(self.matches[done - 1], length)
+        return [Draft(self.text[done:done + matched] + [-1] * (length - matched))]
 
 # %% ../nbs/09f_plan.ipynb #1d52f7a6
 class SimulatedAdaptiveDrafter(AdaptiveDrafter):
     """An `AdaptiveDrafter` whose drafts take a given time."""
 
-    def __init__(self, drafter: Drafter, seconds: float, latency: LatencyModel, estimate: AcceptanceEstimate):
+    def __init__(self, drafter: ReplayedDrafter, seconds: float, latency: LatencyModel, estimate: AcceptanceEstimate):
         super().__init__(drafter, torch.device("cpu"), latency, estimate)
-        self.seconds = seconds  # of a draft token
+        self.seconds = seconds  # of a draft step
+
+    def set_stop(self, sequences: list[Sequence], adapts: list[bool], budgets: list[int]) -> bool:
+        """Let a draft end where the student was unsure, if drafting pays and its confidence is known."""
+        replayed, self.stop = self.drafters[0], None
+        if self.controller.pays and replayed.confidences:
+            self.stop = UnsureStop(self.controller, budgets[0])
+        replayed.stop = self.stop
+        return self.stop is not None
 
     def draft_seconds(self) -> float:
-        """Return the time of as many draft tokens."""
-        return self.seconds * len(self.drafts[0].tokens)
+        """Return the time of the last draft."""
+        return self.seconds * (len(self.stop.confidences) if self.stop else len(self.drafts[0].tokens))
 
 class Simulation:
     """Replays the settings of a decoder on texts, with measured costs."""
@@ -627,7 +665,7 @@ def replay_text(simulation: Simulation, replayed: ReplayedDrafter, prompt: list[
         sequence.tokens += text[done:done + tokens]
         done += tokens
         drafter.update([len(sequence.tokens) - 1], None)
-    statistics.teacher_seconds, statistics.student_seconds = milliseconds / 1e3, replayed.drafted * costs.draft / 1e3
+    statistics.teacher_seconds, statistics.student_seconds = milliseconds / 1e3, replayed.steps * costs.draft / 1e3
     statistics.seconds = statistics.teacher_seconds + statistics.student_seconds
     return statistics
 
@@ -710,9 +748,11 @@ def replay_methods(
     for prompt, text in texts:
         ids = torch.tensor(prompt + text, device=teacher.device)
         matches = draft_matches(teacher, student, ids, largest)
+        confidences = draft_confidences(teacher, student, ids, largest) if reads_are_free(teacher.device) else None
         first = len(prompt) + 1 if isinstance(student, EagleStudent) and len(prompt) > 1 - student.skipped_tokens else 0
         for label, simulation in simulations.items():
-            total[label] += replay_text(simulation, ReplayedDrafter(prompt + text, matches, first), prompt, text)
+            replayed = ReplayedDrafter(prompt + text, matches, first, confidences)
+            total[label] += replay_text(simulation, replayed, prompt, text)
     return total
 
 # %% ../nbs/09f_plan.ipynb #4d2b618c
