@@ -449,7 +449,7 @@ def _baseline_figures(decoded: dict[str, Decoded], s: Statistics, costs: StepCos
     return figures | {"predicted_speedup": predicted}
 
 def _transformers_figures(decoded: dict[str, Decoded], speedup: float) -> dict[str, float]:
-    """Return the best speedup of assisted generation and of prompt lookup, with intervals, if they were measured."""
+    """Return the best speedups of assisted generation and prompt lookup, with intervals, if they were measured."""
     figures = {}
     for kind, label in TRANSFORMERS_METHODS.items():
         found = [one for name, one in decoded.items() if name.startswith(label)]
@@ -490,8 +490,8 @@ def _method_row(name: str, one: Decoded, target: Decoded, greedy: bool) -> dict[
     per_call = 1.0 if is_target else s and s.tokens_per_call
     identical = None if is_target or not greedy else f"{one.identical(target):.0%}"
     return {"method": name, "tokens/s": one.speed, "speedup": one.speed / target.speed,
-            **timing_columns(one, target), "acceptance rate α": s and s.acceptance_rate, "tokens per target call": per_call,
-            "identical outputs": identical}
+            **timing_columns(one, target), "acceptance rate α": s and s.acceptance_rate,
+            "tokens per target call": per_call, "identical outputs": identical}
 
 def decode_rows(decoded: dict[str, Decoded], greedy: bool = True) -> list[dict[str, Any]]:
     """Return the table of a decoding benchmark, one row per method."""
