@@ -11,11 +11,11 @@ __all__ = ['ASSISTANT_OPTIONS', 'Method', 'GENERATE', 'STUDENT_DRAFT', 'NO_DRAFT
            'generate_method', 'assisted_method', 'transformers_methods', 'random_copy', 'decode_methods', 'Decoded',
            'decode_interleaved', 'part_counter', 'StepCosts', 'step_costs', 'speedup_objective',
            'predicted_run_speedup', 'speedup_interval', 'speedup_figures', 'latency_figures', 'decode_figures',
-           'decode_rows', 'explain_speed', 'interval_note', 'plot_acceptance', 'plot_speedup', 'first_difference',
-           'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode', 'length_prompts',
-           'bench_lengths', 'prompt_speedups', 'speedup_range', 'task_row', 'plot_tasks', 'bench_tasks',
-           'busy_processes', 'busy_row', 'bench_busy', 'loss_tensors', 'plain_distillation_loss', 'loss_step',
-           'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
+           'timing_columns', 'decode_rows', 'explain_speed', 'interval_note', 'plot_acceptance', 'plot_speedup',
+           'first_difference', 'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode',
+           'length_prompts', 'bench_lengths', 'prompt_speedups', 'speedup_range', 'task_row', 'plot_tasks',
+           'bench_tasks', 'busy_processes', 'busy_row', 'bench_busy', 'loss_tensors', 'plain_distillation_loss',
+           'loss_step', 'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
            'teacher_variants', 'llama_cpp_times', 'plot_steps', 'time_graphs', 'graph_seconds', 'compile_figures',
            'bench_steps', 'bench_profile']
 
@@ -442,19 +442,20 @@ def _baseline_figures(decoded: dict[str, Decoded], s: Statistics, costs: StepCos
     if NO_DRAFT not in decoded:
         return {"without_draft_speedup": math.nan, "predicted_speedup": math.nan}
     baseline = decoded[NO_DRAFT]
-    speedup = baseline.speed / decoded[GENERATE].speed
-    figures = {"without_draft_speedup": speedup}
+    figures = speedup_figures(baseline, decoded[GENERATE], "without_draft_")
     if RANDOM_DRAFT in decoded:
         figures["random_draft_time"] = baseline.speed / decoded[RANDOM_DRAFT].speed
-    return figures | {"predicted_speedup": predicted_run_speedup(s, costs, baseline) * speedup}
+    predicted = predicted_run_speedup(s, costs, baseline) * figures["without_draft_speedup"]
+    return figures | {"predicted_speedup": predicted}
 
 def _transformers_figures(decoded: dict[str, Decoded], speedup: float) -> dict[str, float]:
-    """Return the best speedup of assisted generation and of prompt lookup, if they were measured."""
+    """Return the best speedups of assisted generation and prompt lookup, with intervals, if they were measured."""
     figures = {}
     for kind, label in TRANSFORMERS_METHODS.items():
-        speeds = [one.speed for name, one in decoded.items() if name.startswith(label)]
-        if speeds:
-            figures[f"{kind}_speedup"] = max(speeds) / decoded[GENERATE].speed
+        found = [one for name, one in decoded.items() if name.startswith(label)]
+        if found:
+            best = max(found, key=operator.attrgetter("speed"))
+            figures |= speedup_figures(best, decoded[GENERATE], f"{kind}_")
     if "assisted_speedup" in figures:
         figures["ratio_to_assisted"] = speedup / figures["assisted_speedup"]
     return figures
@@ -477,17 +478,20 @@ def decode_figures(
     return figures | _baseline_figures(decoded, s, costs) | _transformers_figures(decoded, figures["speedup"])
 
 # %% ../nbs/09a_bench.ipynb #b5643a87
+def timing_columns(one: Decoded, target: Decoded) -> dict[str, float | str | None]:
+    """Return the cells for the interval of the speedup over `target`, and for the medians of TTFT and TPOT."""
+    interval = None if one is target else speedup_interval(one, target)
+    return {"95% interval": interval and f"{interval[0]:.2f} to {interval[1]:.2f}",
+            "TTFT p50, ms": _p50_ms(one.ttft), "TPOT p50, ms": _p50_ms(one.tpot)}
+
 def _method_row(name: str, one: Decoded, target: Decoded, greedy: bool) -> dict[str, Any]:
     """Return the row of one method."""
     s, is_target = one.statistics, one is target
     per_call = 1.0 if is_target else s and s.tokens_per_call
     identical = None if is_target or not greedy else f"{one.identical(target):.0%}"
-    interval = None if is_target else speedup_interval(one, target)
     return {"method": name, "tokens/s": one.speed, "speedup": one.speed / target.speed,
-            "95% interval": interval and f"{interval[0]:.2f} to {interval[1]:.2f}",
-            "TTFT p50, ms": _p50_ms(one.ttft), "TPOT p50, ms": _p50_ms(one.tpot),
-            "acceptance rate α": s and s.acceptance_rate, "tokens per target call": per_call,
-            "identical outputs": identical}
+            **timing_columns(one, target), "acceptance rate α": s and s.acceptance_rate,
+            "tokens per target call": per_call, "identical outputs": identical}
 
 def decode_rows(decoded: dict[str, Decoded], greedy: bool = True) -> list[dict[str, Any]]:
     """Return the table of a decoding benchmark, one row per method."""
@@ -1216,8 +1220,9 @@ def plot_steps(
 ) -> Figure:
     """Plot t(n) of each variant, and the roofline."""
     figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    for name, calls in times.items():
-        ax.plot(list(calls), list(calls.values()), "o-", ms=3, lw=1, label=name)
+    for i, (name, calls) in enumerate(times.items()):
+        style = "o-" if i < 10 else "s:"  # there are ten colours
+        ax.plot(list(calls), list(calls.values()), style, ms=3, lw=1, label=name)
     ax.plot(list(least), list(least.values()), color="black", lw=1.5, ls="--", label=f"roofline, {dtype}")
     ax.set(xlabel="tokens per call $n$", ylabel="$t(n)$ in ms", ylim=(0, None), title="Time of a target call")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -1265,9 +1270,9 @@ def _step_models(config: Config, teacher: Teacher, folder: Path) -> dict[str, Ca
     capacity = CONTEXT + TOKEN_COUNTS[-1]
     variants = teacher_variants(teacher, config.teacher, folder)
     models = {name: CachedModel(model, capacity, fast=False) for name, model in variants.items()}
-    models[f"{config.teacher.dtype}, tuned kernels (kdcode)"] = CachedModel(teacher.model, capacity)
-    models[f"{config.teacher.dtype}, static step"] = StaticModel(teacher.model, capacity)
     for dtype, model in {config.teacher.dtype: teacher.model, "bfloat16": variants["bfloat16"]}.items():
+        models[f"{dtype}, tuned kernels (kdcode)"] = CachedModel(model, capacity)
+        models[f"{dtype}, static step"] = StaticModel(model, capacity)
         if config.decode.compile and compile_steps(model, usual_kinds(teacher.device), print_progress):
             models[f"{dtype}, compiled step"] = CompiledModel(model, capacity)
     return models

@@ -365,12 +365,12 @@ def plan_on_machine(config: Config, folder: Path, options):
     steps(f"teacher: {config.teacher.name}" + (f" and draft {display_path(options.draft)}" if options.draft else ""))
     if options.draft:
         teacher, student = load_compiled_pair(config, options.draft)
-        steps(f"measuring the steps, and the teacher's text after {config.decode.problems} prompts (minutes)")
+        steps(f"the teacher's text after {config.decode.problems} prompts, then measuring the steps (minutes)")
         name = Path(options.draft).name
-        return plan.plan_draft(config, teacher, student, name, folder, options.command_line)
+        return plan.plan_draft(config, teacher, student, name, folder, options.command_line, ProgressBar("call"))
     teacher = load_teacher(config.teacher)
-    steps(f"measuring untrained drafts, and the teacher's text after {config.decode.problems} prompts (minutes)")
-    return plan.plan_for_machine(config, teacher, folder, options.command_line)
+    steps(f"the teacher's text after {config.decode.problems} prompts, then measuring untrained drafts (minutes)")
+    return plan.plan_for_machine(config, teacher, folder, options.command_line, ProgressBar("call"))
 
 # %% ../nbs/12_cli.ipynb #f2a8c6d1
 def run_plan(config: Config, options) -> None:
@@ -526,7 +526,8 @@ def run_doctor(config: Config, options) -> None:
     teacher = load_teacher(config.teacher)
     steps(f"texts: up to {config.decode.problems} prompts with {config.decode.max_new_tokens} new tokens, "
           "and long contexts")
-    pair = open_pair(teacher, options.draft, config, options.prompts and read_prompts(options.prompts))
+    prompts = options.prompts and read_prompts(options.prompts)
+    pair = open_pair(teacher, options.draft, config, prompts, ProgressBar("call"))
     steps("checks: each undoes one possible fault, and measures the acceptance rate again")
     report = report_doctor(pair, diagnose(pair, ProgressBar("check")), config, folder, options.command_line)
     print_report(report, f"report: {display_path(folder/'report.md')}",

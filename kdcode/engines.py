@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VLLM_ENVIRONMENT', 'METHODS', 'WARM_UP_TOKENS', 'FIGURE_PREFIXES', 'run_server', 'own_waiting', 'stop_process',
-           'call', 'wait_until_ready', 'DraftCounts', 'Engine', 'drop_end_token', 'VLLM', 'metric', 'LlamaCpp',
-           'EngineFiles', 'vllm_command', 'llama_command', 'engine_files', 'check_draft', 'engine_obstacle',
+           'call', 'stream', 'wait_until_ready', 'DraftCounts', 'Engine', 'drop_end_token', 'VLLM', 'metric',
+           'LlamaCpp', 'EngineFiles', 'vllm_command', 'llama_command', 'engine_files', 'check_draft', 'engine_obstacle',
            'method_name', 'start_engines', 'kdcode_methods', 'engine_method', 'count_calls', 'all_methods',
            'target_calls', 'own_counts', 'comparison_rows', 'bench_engines', 'engine_figures', 'benchmark_notes']
 
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedModel
 
 from .bench import (
-    DRAFTER_LABELS, decode_interleaved, Decoded, fixed_gamma_name, GENERATE, generate_method, kdcode_method, Method,
-    MethodOutput, NO_DRAFT, STUDENT_DRAFT, transformers_methods)
+    DRAFTER_LABELS, decode_interleaved, Decoded, fixed_gamma_name, GENERATE, generate_method, interval_note,
+    kdcode_method, LATENCY_NOTE, Method, MethodOutput, NO_DRAFT, STUDENT_DRAFT, timing_columns, transformers_methods)
 from .config import Config, ConfigError, DecodeSettings
 from .data import humaneval_problems
 from .decode import prompt_ids
@@ -86,14 +87,25 @@ def stop_process(process: subprocess.Popen, seconds: float = 20) -> None:
 # %% ../nbs/09b_engines.ipynb #10d543dd
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy
 
-def call(url: str, path: str, body: dict | None = None) -> dict | str:
-    """Return a server's response, decoded if it is JSON, as text otherwise. Raises `OSError` if there is none."""
+def _open(url: str, path: str, body: dict | None) -> HTTPResponse:
+    """Send a request, and return the response to read from. Raises `OSError` if there is none."""
     data = body and json.dumps(body).encode()
     request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json"})
-    with _DIRECT.open(request, timeout=600) as response:
+    return _DIRECT.open(request, timeout=600)
+
+def call(url: str, path: str, body: dict | None = None) -> dict | str:
+    """Return a server's response, decoded if it is JSON, as text otherwise. Raises `OSError` if there is none."""
+    with _open(url, path, body) as response:
         text = response.read().decode()
     try: return json.loads(text)
     except ValueError: return text
+
+def stream(url: str, path: str, body: dict) -> Iterator[dict]:
+    """Yield the events of a streamed response as they arrive. Raises `OSError` if there is no response."""
+    with _open(url, path, body | {"stream": True}) as response:
+        for line in response:
+            data = line.decode().removeprefix("data:").strip()
+            if data and data != "[DONE]": yield json.loads(data)
 
 def wait_until_ready(url: str, process: subprocess.Popen, log: Path, seconds: float) -> None:
     """Wait until a server answers. Raises `ConfigError` if it exits first or takes more than `seconds`."""
@@ -133,8 +145,8 @@ class Engine:
     url: str
     teacher: Teacher
 
-    def complete(self, prompt: str, settings: DecodeSettings) -> list[int]:
-        """Return the new tokens, without the end-of-text token."""
+    def complete(self, prompt: str, settings: DecodeSettings) -> MethodOutput:
+        """Return the new tokens, without the end-of-text token, and the time to the first of them."""
         raise NotImplementedError
 
     def draft_counts(self) -> DraftCounts:
@@ -149,11 +161,15 @@ def drop_end_token(tokens: list[int], teacher: Teacher) -> list[int]:
 class VLLM(Engine):
     """A client of vLLM's OpenAI-compatible server."""
 
-    def complete(self, prompt: str, settings: DecodeSettings) -> list[int]:
-        """Return the new tokens, without the end-of-text token."""
+    def complete(self, prompt: str, settings: DecodeSettings) -> MethodOutput:
+        """Return the new tokens, without the end-of-text token, and the time to the first event of the stream."""
+        start, first, tokens = time.perf_counter(), None, []
         body = {"model": "teacher", "prompt": prompt_ids(self.teacher, prompt), "max_tokens": settings.max_new_tokens,
                 "temperature": 0, "return_token_ids": True}
-        return call(self.url, "/v1/completions", body)["choices"][0]["token_ids"]
+        for event in stream(self.url, "/v1/completions", body):
+            first = first or time.perf_counter()
+            tokens += event["choices"][0]["token_ids"]
+        return MethodOutput(tokens, ttft=(first or time.perf_counter()) - start)  # a text can end with its first token
 
     def draft_counts(self) -> DraftCounts:
         """Return the counters of the server's metrics."""
@@ -179,14 +195,14 @@ class LlamaCpp(Engine):
     counts: DraftCounts = DraftCounts(0, 0)
     """sum over all responses"""
 
-    def complete(self, prompt: str, settings: DecodeSettings) -> list[int]:
-        """Return the new tokens, without the end-of-text token."""
+    def complete(self, prompt: str, settings: DecodeSettings) -> MethodOutput:
+        """Return the new tokens, without the end-of-text token, and the server's time to the first of them."""
         body = {"prompt": prompt_ids(self.teacher, prompt), "n_predict": settings.max_new_tokens, "temperature": 0,
                 "return_tokens": True, "cache_prompt": False}
         response = call(self.url, "/completion", body)
         drafted, accepted = (response["timings"].get(name, 0) for name in ("draft_n", "draft_n_accepted"))
         self.counts = DraftCounts(self.counts.drafted + drafted, self.counts.accepted + accepted)
-        return response["tokens"]
+        return MethodOutput(response["tokens"], ttft=response["timings"]["prompt_ms"] / 1e3)
 
     def draft_counts(self) -> DraftCounts:
         """Return the sum over all responses."""
@@ -280,7 +296,8 @@ def _engine_command(engine: str, teacher: Teacher, files: EngineFiles, gamma: in
     """Return the command that starts an engine's server."""
     program = find_program(engine)
     if engine == "vLLM":
-        return vllm_command(program, files, gamma, str(teacher.model.dtype).removeprefix("torch."))
+        command = vllm_command(program, files, gamma, str(teacher.model.dtype).removeprefix("torch."))
+        return [*command, "--no-enable-prefix-caching"]  # the first prompt has warmed up, and would need no prefill
     return llama_command(program, files, gamma, THREADS.largest())
 
 @contextmanager
@@ -319,7 +336,7 @@ def kdcode_methods(
 
 def engine_method(engine: Engine, settings: DecodeSettings) -> Method:
     """Return a method that calls an engine."""
-    return lambda prompt: MethodOutput(engine.complete(prompt, settings))
+    return lambda prompt: engine.complete(prompt, settings)
 
 def count_calls(method: Method, model: PreTrainedModel, calls: Counter, name: str) -> Method:
     """Return the same method, which also adds its calls of `model` to `calls[name]`."""
@@ -397,6 +414,7 @@ def comparison_rows(
             "method": name,
             "tokens/s": one.speed,
             "speedup over `generate`": one.speed / cut[GENERATE].speed,
+            **timing_columns(one, cut[GENERATE]),
             "speedup over the same engine": one.speed / baseline.speed if baseline else None,
             "tokens per target call": _tokens_per_call(one, counts.get(name), calls.get(name)),
             **_draft_figures(one, counts.get(name)),
@@ -465,7 +483,8 @@ def benchmark_notes(
     """Return the sentences under the table: how the methods were measured, and which engines were not."""
     notes = [
         f"{settings.problems} HumanEval prompts, at most {settings.max_new_tokens} new tokens, greedy, all methods "
-        f"interleaved; the engines draft {settings.gamma} tokens per step. Times include the prefill.",
+        f"interleaved; the engines draft {settings.gamma} tokens per step. Times include the prefill. "
+        f"{interval_note(settings.problems)} {LATENCY_NOTE}",
         "vLLM computes in the teacher's dtype. llama.cpp multiplies the blocks of a GGUF file directly, so its output "
         "can differ."]
     return notes + [f"{engine} was not measured: {reason}." for engine, reason in obstacles.items() if reason]

@@ -6,25 +6,28 @@
 __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_LAYERS', 'DRAFT_VOCABULARY', 'COUNTS', 'Curve',
            'CURVES', 'LAYER_GAIN', 'CURVE_SOURCES', 'NGRAM_RATE', 'NGRAM_TOKENS', 'NGRAM_GAMMA', 'RECIPES',
            'GENERATED_SHARE', 'GENERATION_COST', 'UTILISATION', 'FASTEST_TRAINING', 'TRAINING_BLOCKS', 'MARGIN', 'TEXT',
-           'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'CONTEXT_SHOWN', 'CARD_NOTE', 'TIMED_PROMPTS', 'DRAFTERS',
-           'TIMED_LAYERS', 'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of', 'linear_weights',
-           'model_size', 'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs', 'expected_acceptance',
-           'ngram_share', 'Recipe', 'training_hours', 'duration', 'training_bytes', 'decoding_bytes', 'verdict',
-           'DraftOption', 'option_row', 'ngram_option', 'trained_options', 'best_by_form', 'plot_options',
-           'plain_settings', 'distill_settings', 'write_distill_file', 'verdict_note', 'limits_note', 'memory_note',
-           'training_note', 'plan_figures', 'write_plan', 'teacher_config', 'both_forms', 'forms_note', 'plan_for_card',
-           'published_acceptance', 'check_shape', 'card_draft', 'draft_matches', 'ReplayedDrafter',
-           'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text', 'teacher_texts',
-           'seconds_per_token', 'predicted_seconds', 'replayed_methods', 'replay_methods', 'prediction_row',
-           'assumptions_note', 'draft_note', 'ngram_from', 'prediction_figures', 'plan_draft', 'compare_with_benchmark',
-           'untrained_draft', 'times_of_form', 'costs_of_layers', 'machine_bytes', 'check_memory', 'steps_note',
-           'measured_limits', 'ngrams_on_texts', 'plan_for_machine', 'plan_card_draft']
+           'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'CONTEXT_SHOWN', 'CARD_NOTE', 'PROMPTS_AT_ONCE', 'TIMED_PROMPTS',
+           'DRAFTERS', 'TIMED_LAYERS', 'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of',
+           'linear_weights', 'model_size', 'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs',
+           'expected_acceptance', 'ngram_share', 'Recipe', 'training_hours', 'duration', 'training_bytes',
+           'decoding_bytes', 'verdict', 'DraftOption', 'option_row', 'ngram_option', 'trained_options', 'best_by_form',
+           'plot_options', 'plain_settings', 'distill_settings', 'write_distill_file', 'verdict_note', 'limits_note',
+           'memory_note', 'training_note', 'plan_figures', 'write_plan', 'teacher_config', 'both_forms', 'forms_note',
+           'plan_for_card', 'published_acceptance', 'check_shape', 'card_draft', 'draft_matches', 'draft_confidences',
+           'logits_with', 'ReplayedDrafter', 'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text',
+           'most_calls', 'calls_shown', 'greedy_texts', 'teacher_texts', 'seconds_per_token', 'predicted_seconds',
+           'replayed_methods', 'replay_methods', 'prediction_row', 'assumptions_note', 'draft_note', 'ngram_from',
+           'prediction_figures', 'plan_draft', 'compare_with_benchmark', 'untrained_draft', 'times_of_form',
+           'costs_of_layers', 'machine_bytes', 'check_memory', 'steps_note', 'measured_limits', 'ngrams_on_texts',
+           'plan_for_machine', 'plan_card_draft']
 
 # %% ../nbs/09f_plan.ipynb #052c3c1b
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,10 +50,10 @@ from .compiled_step import compile_steps, CompiledModel, print_progress
 from .config import Config, ConfigError, DecodeSettings, make_config, StudentSettings, TeacherSettings
 from .data import humaneval_problems
 from .decode import decoder_graphs, prompt_ids
-from .draft_eval import matching_drafts, PromptTexts
+from .draft_eval import draft_logits, matching_drafts, PromptTexts
 from .drafters import (
-    AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, drafting_model, HybridDrafter, is_adaptive, LatencyModel,
-    MAX_PADDING_ROWS, NGramDrafter, Sequence)
+    AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, drafting_model, DraftStop, HybridDrafter, is_adaptive,
+    LatencyModel, MAX_PADDING_ROWS, NGramDrafter, reads_are_free, Sequence, UnsureStop)
 from .eagle import EagleStudent, head_config, head_shape, resolve_feature_layers
 from .files import draft_folder, model_source
 from .loss import drop_padding_rows
@@ -552,38 +555,76 @@ def draft_matches(
     windows = nn.functional.pad(same, (0, gamma)).unfold(0, gamma, 1)  # (time, γ)
     return windows.cumprod(1).sum(1).tolist()
 
+@torch.no_grad()
+def draft_confidences(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    ids: Tensor,          # (time,), a text
+    gamma: int,           # draft tokens per round
+) -> list[list[float]]:   # by position, then by draft token; 0 beyond the end of the text
+    """Return the student's largest probability for each draft token, if those before it match the text."""
+    steps = draft_logits(teacher, student, ids[None], gamma)
+    tops = [(logits[0].amax(-1) - logits[0].logsumexp(-1)).exp() for logits in steps]
+    return torch.stack([nn.functional.pad(top[i:], (0, i)) for i, top in enumerate(tops)], 1).tolist()
+
+# %% ../nbs/09f_plan.ipynb #5c8a7e07
+def logits_with(confidence: float) -> Tensor:
+    """Return logits (1, 10) with this largest probability, at least 0.1, for rules that see no other one."""
+    return torch.tensor([[confidence] + [(1 - confidence) / 9] * 9]).log()
+
 class ReplayedDrafter(Drafter):
     """Proposes for one text what a student drafted after it; −1 stands for a token that did not match."""
+    stop: DraftStop | None = None  # ends drafts before their budget
 
     def __init__(
         self,
         text: list[int],     # prompt and generated tokens
         matches: list[int],  # of `draft_matches`
         first: int = 0,      # number of tokens that it needs; an EAGLE head has no features in the first round
+        confidences: list[list[float]] | None = None,  # of `draft_confidences`; None: drafts do not stop early
     ):
-        self.text, self.matches, self.first = text, matches, first
-        self.drafted = 0  # draft tokens so far
+        self.text, self.matches, self.first, self.confidences = text, matches, first, confidences
+        self.steps = 0  # draft steps so far
+
+    def length(self, position: int, budget: int) -> int:
+        """Make the steps of a draft after a position, and return the number of its tokens."""
+        if self.stop is None:
+            self.steps += budget
+            return budget
+        for count in range(budget):
+            if not self.stop.wants_step(): return count
+            self.steps += 1
+            if not self.stop.keeps(logits_with(self.confidences[position][count])): return count
+        return budget
 
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Return the draft of the only sequence."""
-        length = len(sequences[0].tokens)
-        if length < self.first:
+        done = len(sequences[0].tokens)
+        if done < self.first:
             return [Draft([])]
-        matched = min(self.matches[length - 1], budgets[0])
-        self.drafted += budgets[0]
-        return [Draft(self.text[length:length + matched] + [-1] * (budgets[0] - matched))]
+        length = self.length(done - 1, budgets[0])
+        matched = min(self.matches[done - 1], length)
+        return [Draft(self.text[done:done + matched] + [-1] * (length - matched))]
 
 # %% ../nbs/09f_plan.ipynb #1d52f7a6
 class SimulatedAdaptiveDrafter(AdaptiveDrafter):
     """An `AdaptiveDrafter` whose drafts take a given time."""
 
-    def __init__(self, drafter: Drafter, seconds: float, latency: LatencyModel, estimate: AcceptanceEstimate):
+    def __init__(self, drafter: ReplayedDrafter, seconds: float, latency: LatencyModel, estimate: AcceptanceEstimate):
         super().__init__(drafter, torch.device("cpu"), latency, estimate)
-        self.seconds = seconds  # of a draft token
+        self.seconds = seconds  # of a draft step
+
+    def set_stop(self, sequences: list[Sequence], adapts: list[bool], budgets: list[int]) -> bool:
+        """Let a draft end where the student was unsure, if drafting pays and its confidence is known."""
+        replayed, self.stop = self.drafters[0], None
+        if self.controller.pays and replayed.confidences:
+            self.stop = UnsureStop(self.controller, budgets[0])
+        replayed.stop = self.stop
+        return self.stop is not None
 
     def draft_seconds(self) -> float:
-        """Return the time of as many draft tokens."""
-        return self.seconds * len(self.drafts[0].tokens)
+        """Return the time of the last draft."""
+        return self.seconds * (len(self.stop.confidences) if self.stop else len(self.drafts[0].tokens))
 
 class Simulation:
     """Replays the settings of a decoder on texts, with measured costs."""
@@ -624,18 +665,47 @@ def replay_text(simulation: Simulation, replayed: ReplayedDrafter, prompt: list[
         sequence.tokens += text[done:done + tokens]
         done += tokens
         drafter.update([len(sequence.tokens) - 1], None)
-    statistics.teacher_seconds, statistics.student_seconds = milliseconds / 1e3, replayed.drafted * costs.draft / 1e3
+    statistics.teacher_seconds, statistics.student_seconds = milliseconds / 1e3, replayed.steps * costs.draft / 1e3
     statistics.seconds = statistics.teacher_seconds + statistics.student_seconds
     return statistics
 
-# %% ../nbs/09f_plan.ipynb #0f096d37
-TIMED_PROMPTS = 3  # of `generate` and of kdcode without drafting
+# %% ../nbs/09f_plan.ipynb #5c8a7e02
+PROMPTS_AT_ONCE = 16  # in a batch
 
-def teacher_texts(teacher: Teacher, settings: DecodeSettings) -> PromptTexts:
+def most_calls(prompts: int, max_new_tokens: int) -> int:
+    """Return the largest number of calls in which a teacher generates texts after some prompts."""
+    return math.ceil(prompts / PROMPTS_AT_ONCE) * max_new_tokens
+
+@contextmanager
+def calls_shown(model: nn.Module, most: int, progress: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Report each call of a model in a `with` block as one of at most `most`, and all as done at its end."""
+    if progress is None:
+        yield
+        return
+    numbers = itertools.count(1)
+    def show(*call): progress(min(next(numbers), most - 1), most)
+    handle = model.register_forward_hook(show)
+    try: yield
+    finally: handle.remove()
+    progress(most, most)
+
+def greedy_texts(teacher: Teacher, prompts: list[str], max_new_tokens: int) -> PromptTexts:
+    """Return the token ids of prompts and of the teacher's greedy continuations."""
+    texts = generate_ids(teacher, prompts, max_new_tokens, batch_size=PROMPTS_AT_ONCE)
+    return list(zip([prompt_ids(teacher, prompt) for prompt in prompts], texts))
+
+def teacher_texts(
+    teacher: Teacher,
+    settings: DecodeSettings,
+    progress: Callable[[int, int], None] | None = None,  # called with the teacher's calls and their largest number
+) -> PromptTexts:
     """Return the teacher's greedy texts after the prompts of `bench decode`."""
     prompts = [problem["prompt"] for problem in humaneval_problems(settings.problems)]
-    texts = generate_ids(teacher, prompts, settings.max_new_tokens)
-    return list(zip([prompt_ids(teacher, prompt) for prompt in prompts], texts))
+    with calls_shown(teacher.model, most_calls(len(prompts), settings.max_new_tokens), progress):
+        return greedy_texts(teacher, prompts, settings.max_new_tokens)
+
+# %% ../nbs/09f_plan.ipynb #0f096d37
+TIMED_PROMPTS = 3  # of `generate` and of kdcode without drafting
 
 def seconds_per_token(teacher: Teacher, student: PreTrainedModel, config: Config) -> dict[str, float]:
     """Measure `generate` and kdcode without drafting, interleaved; return the seconds per token of both."""
@@ -678,9 +748,11 @@ def replay_methods(
     for prompt, text in texts:
         ids = torch.tensor(prompt + text, device=teacher.device)
         matches = draft_matches(teacher, student, ids, largest)
+        confidences = draft_confidences(teacher, student, ids, largest) if reads_are_free(teacher.device) else None
         first = len(prompt) + 1 if isinstance(student, EagleStudent) and len(prompt) > 1 - student.skipped_tokens else 0
         for label, simulation in simulations.items():
-            total[label] += replay_text(simulation, ReplayedDrafter(prompt + text, matches, first), prompt, text)
+            replayed = ReplayedDrafter(prompt + text, matches, first, confidences)
+            total[label] += replay_text(simulation, replayed, prompt, text)
     return total
 
 # %% ../nbs/09f_plan.ipynb #4d2b618c
@@ -732,11 +804,13 @@ def plan_draft(
     name: str,       # of the student
     folder: Path,
     command: str,
+    progress: Callable[[int, int], None] | None = None,  # of `teacher_texts`
 ) -> Report:
     """Predict what `bench decode` measures for a draft, from its steps and a replay of its drafts."""
     settings = config.decode
+    texts = teacher_texts(teacher, settings, progress)
     costs = step_costs(teacher.model, student, max(settings.gamma, *GAMMAS), settings)
-    baseline, texts = seconds_per_token(teacher, student, config), teacher_texts(teacher, settings)
+    baseline = seconds_per_token(teacher, student, config)
     replayed = replay_methods(teacher, student, texts, settings, costs)
     seconds = {label: predicted_seconds(s, costs, baseline[NO_DRAFT]) for label, s in replayed.items()}
     rows = [prediction_row(label, replayed[label], seconds[label], baseline) for label in replayed]
@@ -829,17 +903,24 @@ def measured_limits(teacher: Teacher) -> tuple[tuple[float, float], float]:
     same = training == teacher.model.dtype
     return limits, limits[1] if same else machine_limits(teacher.device, training)[1]
 
-def ngrams_on_texts(teacher: Teacher, settings: DecodeSettings, costs: StepCosts) -> DraftOption:
+def ngrams_on_texts(texts: PromptTexts, settings: DecodeSettings, costs: StepCosts) -> DraftOption:
     """Return the option of n-grams, from their matches in texts of the teacher."""
     simulation = Simulation(replace(settings, drafter="ngram", adaptive=False, gamma=NGRAM_GAMMA), costs)
     total = Statistics()
-    for prompt, text in teacher_texts(teacher, settings):
+    for prompt, text in texts:
         total += replay_text(simulation, ReplayedDrafter([], []), prompt, text)
     return ngram_from(costs, total, NGRAM_GAMMA)
 
-def plan_for_machine(config: Config, teacher: Teacher, folder: Path, command: str) -> Report:
+def plan_for_machine(
+    config: Config,
+    teacher: Teacher,
+    folder: Path,
+    command: str,
+    progress: Callable[[int, int], None] | None = None,  # of `teacher_texts`
+) -> Report:
     """Report which draft pays for a teacher on this machine, from measured steps of untrained drafts."""
     settings = replace(config.decode, student_weights="auto")  # as in distill.yaml
+    texts = teacher_texts(teacher, settings, progress)
     shape = shape_of(teacher_config(config.teacher))
     measured = {form: times_of_form(teacher, form, settings) for form in RECIPES}
     limits, training = measured_limits(teacher)
@@ -847,7 +928,7 @@ def plan_for_machine(config: Config, teacher: Teacher, folder: Path, command: st
         form = HEAD if draft.feature_layers else INDEPENDENT
         return costs_of_layers(measured[form], draft.layers if isinstance(draft.layers, int) else len(draft.layers))
     options = trained_options(shape, costs_of, training, teacher.device.type)
-    options.append(ngrams_on_texts(teacher, settings, options[0].costs))
+    options.append(ngrams_on_texts(texts, settings, options[0].costs))
     size = model_size(shape)
     itemsize = weight_bytes(size, config.teacher, size.linear) / size.linear
     notes = [limits_note(limits, itemsize, "This machine"), steps_note(options[0].costs, size, config, limits)]

@@ -13,7 +13,7 @@ from conftest import ROOT
 from kdcode.config import DecodeSettings
 from kdcode.data import humaneval_problems, text_ids
 from kdcode.decode import load_draft, prompt_ids
-from kdcode.doctor import diagnose, Pair, RecordedTeacher, TrainingRecord, with_rows
+from kdcode.doctor import check_draft_vocabulary, diagnose, MARGIN, Pair, RecordedTeacher, TrainingRecord, with_rows
 from kdcode.drafters import TOKENIZERS
 from kdcode.eagle import EagleStudent
 from kdcode.student import Student
@@ -80,6 +80,34 @@ def missing_beginning(teacher, texts, load):
     return Pair(teacher, draft, texts)
 
 
+class NeedsToken(Student):
+    """A student that drafts badly without a certain token in its text."""
+    needed = 0
+
+    def hidden_states(self, input_ids, *args, **options):
+        return super().hidden_states(input_ids, *args, **options) * int((input_ids == self.needed).any())
+
+
+def missing_template(teacher, texts, load):
+    """A draft that works only in the teacher's chat template, and prompts without it."""
+    draft = load(INDEPENDENT)
+    draft.__class__, draft.needed = NeedsToken, teacher.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return Pair(teacher, draft, texts)
+
+
+def template_of_another_model(teacher, texts, load):
+    """A draft with a chat template of its own, and prompts in the teacher's."""
+    draft, tokenizer = load(INDEPENDENT), copy.deepcopy(teacher.tokenizer)
+    draft.__class__, draft.needed = NeedsToken, tokenizer.convert_tokens_to_ids("<repo_name>")
+    tokenizer.chat_template = "<repo_name>{{ messages[0].content }}\n"
+    TOKENIZERS[draft] = tokenizer
+    chats = [tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], chat_template=teacher.tokenizer.chat_template, tokenize=False,
+        add_generation_prompt=True) for prompt in PROMPTS]
+    return Pair(teacher, draft, [(text_ids(tokenizer, chat, add_special_tokens=False), text)
+                                 for chat, (_, text) in zip(chats, texts)])
+
+
 def layers_counted_from_one(teacher, texts, load):
     draft = load(HEAD)
     draft.config.feature_layers = [2, 15, 29]
@@ -124,13 +152,29 @@ def norm_at_the_wrong_place(teacher, texts, load):
     return pair
 
 
-def small_draft_vocabulary(teacher, texts, load):
-    """A head without the most frequent ids."""
-    draft = load(HEAD)
-    tokens, counts = torch.tensor([token for _, text in texts for token in text]).unique(return_counts=True)
-    kept = ~torch.isin(draft.draft_ids, tokens[counts.argsort(descending=True)][:len(tokens) // 8])
+def keep_ids(draft, kept):
+    """Take ids out of a draft vocabulary; `kept` is a mask."""
     draft.draft_ids, draft.lm_head.weight.data = draft.draft_ids[kept], draft.lm_head.weight.data[kept]
-    return Pair(teacher, draft, texts)
+    return draft
+
+
+def by_frequency(texts):
+    """The ids of the texts, the most frequent first, and how often they occur."""
+    tokens, counts = torch.tensor([token for _, text in texts for token in text]).unique(return_counts=True)
+    order = counts.argsort(descending=True)
+    return tokens[order], counts[order]
+
+
+def frequent_ids_missing(teacher, texts, load):
+    """A head without the most frequent ids."""
+    draft, (tokens, _) = load(HEAD), by_frequency(texts)
+    return Pair(teacher, keep_ids(draft, ~torch.isin(draft.draft_ids, tokens[:len(tokens) // 8])), texts)
+
+
+def small_draft_vocabulary(teacher, texts, load):
+    """A head with few ids, though they are the most frequent ones."""
+    draft, (tokens, _) = load(HEAD), by_frequency(texts)
+    return Pair(teacher, keep_ids(draft, torch.isin(draft.draft_ids, tokens[:8])), texts)
 
 
 def long_pair(teacher, texts, draft):
@@ -204,9 +248,11 @@ def no_training(teacher, texts, load):
 
 PLANTED = {
     other_tokenizer: "tokenizer", fingerprint_of_other_tokenizer: "tokenizer",
-    missing_beginning: "beginning of the prompt", layers_counted_from_one: "feature layers",
+    missing_beginning: "beginning of the prompt", missing_template: "beginning of the prompt",
+    template_of_another_model: "beginning of the prompt", layers_counted_from_one: "feature layers",
     layers_in_another_order: "feature layers", shifted_states: "state and position",
-    norm_at_the_wrong_place: "state and position", small_draft_vocabulary: "draft vocabulary",
+    norm_at_the_wrong_place: "state and position", frequent_ids_missing: "draft vocabulary",
+    small_draft_vocabulary: "draft vocabulary",
     short_context: "context length", no_window: "context length", draft_samples: "sampling parameters",
     repetition_penalty: "sampling parameters",
     noise_of_bfloat16: "numerics", other_checkpoint: "teacher's checkpoint",
@@ -232,6 +278,19 @@ def test_healthy_pair_has_no_fault(name, teacher, texts, load):
     assert draft.config.teacher_weights == checkpoint_fingerprint(teacher)
     assert not [finding for finding in findings if finding.is_fault]
     assert {"tokenizer", "training", "text", "sampling parameters"} <= {finding.check for finding in findings}
+
+
+@pytest.mark.parametrize("covered, is_fault", [(93, False), (60, True)])
+def test_ids_that_would_cost_more_than_they_save_are_no_fault(covered, is_fault, teacher, load):
+    """The draft vocabulary of the shipped head for Qwen has 93% of the teacher's tokens."""
+    draft = load(HEAD)
+    missing = torch.arange(49152)[~torch.isin(torch.arange(49152), draft.draft_ids)]
+    found = Pair(teacher, draft, [([1], [*draft.draft_ids[:covered].tolist(), *missing[:100 - covered].tolist()])])
+    found.as_is = .754 * covered / 100
+    finding = check_draft_vocabulary(found)
+    assert finding.measured.startswith(f"{covered}.0% of the teacher's tokens") and finding.is_fault == is_fault
+    assert f"all ids would add at most {.754 - found.as_is:.2f}, and 0.25 is lost to other causes" in finding.measured
+    assert .754 - found.as_is > MARGIN  # the rule without the costs would call both a fault
 
 
 def test_any_causal_model_is_examined(pair):
@@ -269,6 +328,7 @@ def test_command(kdcode, tiny_teacher, student, tmp_path):
     assert "after 256 tokens" in rows["context length"]["measured"] and "text" in rows
     assert "Repair first" in done.stdout and (folder/"doctor.png").stat().st_size > 0
     assert "next: kdcode bench decode" in done.stderr
+    assert "call/s" in done.stderr  # the unit of the progress bar of the texts
 
 
 def test_command_examines_a_draft_that_others_refuse(kdcode, tiny_teacher, student, tmp_path):

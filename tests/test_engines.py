@@ -51,9 +51,10 @@ def test_the_student_drafts_in(engine, pair, ours, tmp_path):
     files = {engine: engine_files(engine, *pair, "smollm2", tmp_path)}
     prompts = [problem["prompt"] for problem in humaneval_problems(4)]
     with start_engines(pair[0], files, SETTINGS.gamma, tmp_path) as engines:
-        outputs = {name: [drop_end_token(client.complete(prompt, SETTINGS), pair[0]) for prompt in prompts]
-                   for name, client in engines.items()}
+        found = {name: [client.complete(prompt, SETTINGS) for prompt in prompts] for name, client in engines.items()}
         counts = engines[method_name(engine, True)].draft_counts()
+    assert all(output.ttft > 0 for some in found.values() for output in some)
+    outputs = {name: [drop_end_token(output.tokens, pair[0]) for output in some] for name, some in found.items()}
     drafted = outputs[method_name(engine, True)]
     tokens = sum(map(len, drafted))
     assert counts.accepted > 0
