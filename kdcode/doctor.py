@@ -610,6 +610,7 @@ def pair_texts(
     return {"texts": texts[-1], "reference": None if prompts is None else texts[0],
             "contexts": {length: found for length, found in contexts.items() if found}}
 
+# %% ../nbs/09g_doctor.ipynb #7f1c0de7
 def open_pair(
     teacher: Teacher,
     name: str,                   # of the draft: a folder, a hub id, or a teacher with a shipped draft
