@@ -251,9 +251,9 @@ def round_costs(figures: dict[str, float]) -> str:
             f"the predicted speedup is {figures['predicted_speedup']:.2f}, the measured one {figures['speedup']:.2f}.")
 
 # %% ../nbs/09d_history.ipynb #b7d20e51
-def _best_speedup(rows: list[dict[str, Any]], method: str) -> float | None:
-    """Return the largest speedup among the settings of a method of transformers, or None if it was not measured."""
-    return max((row["speedup"] for row in rows if row["method"].startswith(method)), default=None)
+def _best_row(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
+    """Return the row with the largest speedup among the settings of a method of transformers; empty if there is none."""
+    return max((row for row in rows if row["method"].startswith(method)), key=lambda row: row["speedup"], default={})
 
 def _speedup_cell(row: dict[str, Any]) -> float | str | None:
     """Return the speedup of a row, with its 95% interval if there is one; None for an empty row."""
@@ -270,9 +270,9 @@ def _headline_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "generate tokens/s": by_method[GENERATE]["tokens/s"],
         "speedup: student draft": _speedup_cell(student),
         "hybrid draft": _speedup_cell(by_method.get(DRAFTER_LABELS["hybrid"], {})),
-        "prompt lookup (transformers)": _best_speedup(rows, TRANSFORMERS_METHODS["lookup"]),
-        "assisted generation": _best_speedup(rows, TRANSFORMERS_METHODS["assisted"]),
-        "kdcode without drafting": by_method.get(NO_DRAFT, {}).get("speedup"),
+        "prompt lookup (transformers)": _speedup_cell(_best_row(rows, TRANSFORMERS_METHODS["lookup"])),
+        "assisted generation": _speedup_cell(_best_row(rows, TRANSFORMERS_METHODS["assisted"])),
+        "kdcode without drafting": _speedup_cell(by_method.get(NO_DRAFT, {})),
         "acceptance rate α": student["acceptance rate α"],
         "tokens per target call": student["tokens per target call"],
         "identical outputs": student["identical outputs"],
