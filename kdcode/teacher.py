@@ -77,9 +77,12 @@ def write_plain_copy(
         shutil.rmtree(path, ignore_errors=True)
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
-    model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
-    unfinished.rename(folder)
+    try:
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its space back
 
 # %% ../nbs/04_teacher.ipynb #9282746e
 def plain_copy(
