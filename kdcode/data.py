@@ -64,6 +64,8 @@ class Document:
     """programming language of the text; `python by teacher` for teacher-generated text"""
     finished: bool = True
     """whether the text ends here; the end of a text that was cut has no label"""
+    chat: bool = False
+    """whether the prompt comes from a chat template, so that special tokens in it are no plain characters"""
 
 # %% ../nbs/01_data.ipynb #32695f62
 def _is_foreign(folder: Path) -> bool:
@@ -425,6 +427,10 @@ def encode(
     The label of the end-of-text id is -100 if the text was cut.
     """
     end, prompt = end_of_text_id(tokenizer), document.prompt
+    if document.chat:
+        before = text_ids(tokenizer, prompt)
+        ids, _ = part_encoding(tokenizer, document.text, starts_document=False)
+        return before + ids + [end], [-100] * len(before) + ids + [end if document.finished else -100]
     encoded = tokenizer([prompt + document.text], return_offsets_mapping=bool(prompt), split_special_tokens=True,
                         verbose=False)  # a batch of one, as in `text_ids`
     ids = encoded["input_ids"][0]
@@ -469,9 +475,9 @@ def encode_some_infilling(
     share: float,  # fraction of the documents to transform, 0 to 1
     seed: int,
 ) -> tuple[Document, list[int], list[int]]:  # the document, with another language if it is transformed; ids; labels
-    """Return `encode_infilling` of a `share` of the documents, and `encode` of the others."""
+    """Return `encode_infilling` of a `share` of the documents, and `encode` of the others and of answers in a chat."""
     rng = random.Random(f"{seed} {text_hash(document.prompt + document.text).hex()}")
-    if rng.random() >= share:
+    if document.chat or rng.random() >= share:
         return document, *encode(document, tokenizer)
     language = f"{document.language} infilling".strip()
     return replace(document, language=language), *encode_infilling(document, tokenizer, rng)

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import optuna
 import pandas as pd
+from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -214,8 +216,23 @@ class TrialRunner:
     worker: str = ""
     """name of this process"""
 
+    def misfit(self) -> str | None:
+        """Return why one training step without the values of a trial raises a `ConfigError`; None if it doesn't."""
+        config = trial_config(self.config, {"train.max_steps": 1}, len(self.corpus.train))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                distill(with_shared_targets(config, self.folder), self.teacher, self.corpus, Path(folder)/"one-step",
+                        progress=False)
+        except ConfigError as error:
+            return str(error)
+        except (RuntimeError, NonFiniteLoss):  # such as out of memory, which a trial's values may prevent
+            return None
+
     def __call__(self, trial: optuna.Trial) -> float:
-        """Run one trial. Raises `optuna.TrialPruned` if it is poor or its settings do not fit."""
+        """Run one trial. Raises `optuna.TrialPruned` if it is poor, or its values do not fit or need too much memory.
+
+        Raises `ConfigError` if the settings do not fit without the trial's values either.
+        """
         trial.set_user_attr("worker", self.worker)
         run = self.folder/f"trial-{folder_number(trial):04d}"
         try:
@@ -223,8 +240,14 @@ class TrialRunner:
             config = with_shared_targets(config, self.folder)
             return run_trial(trial, config, self.teacher, self.corpus, run, self.objective)
         except ConfigError as error:
-            print(f"trial {trial.number} is pruned: {error}", file=sys.stderr)
-            raise optuna.TrialPruned from None
+            reason = str(error)
+            if not trial.study.get_trials(deepcopy=False, states=FINISHED) and self.misfit() == reason:
+                raise ConfigError(f"{reason} (whatever the values of a trial, so the search stops)") from None
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error): raise
+            reason = str(error).splitlines()[0]
+        print(f"trial {trial.number} is pruned: {reason}", file=sys.stderr)
+        raise optuna.TrialPruned
 
 # %% ../nbs/06c_tune.ipynb #32ae8960
 def trial_values(trial: FrozenTrial, space: SearchSpace) -> dict[str, Any]:
@@ -264,7 +287,7 @@ def save_search(study: optuna.Study, config: Config, space: SearchSpace, corpus:
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
         raise ConfigError(f"no trial of the search in {folder} is complete ({pruned} are pruned); give more --trials, "
-                          "or a space with lower learning rates")
+                          "or a space with lower learning rates or smaller batches")
     best = trial_config(config, trial_values(study.best_trial, space), len(corpus.train))
     save_config(replace(best, name=f"{config.name}-best", out=None), folder/"best.yaml")
     write_atomic(folder/"trials.csv", trials_table(study, space).to_csv())

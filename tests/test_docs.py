@@ -480,22 +480,31 @@ def test_search_finds_functions_and_words(visit):
 
 
 def results_of(page):
-    """Wait for the excerpts of a search; return the pages found, each once, in their order, and the excerpts."""
+    """Wait for the excerpts of a search; return the link and the excerpt ("" for a name of the API) of each result."""
     page.wait_for_selector("#search-results li p.context")
     page.wait_for_load_state("networkidle")
-    links = page.locator("#search-results li > a").evaluate_all("all => all.map(link => link.getAttribute('href'))")
-    return list(dict.fromkeys(link.partition("#")[0].partition("?")[0] for link in links)), \
-        page.locator("#search-results p.context").all_text_contents()
+    return page.locator("#search-results li").evaluate_all("""all => all.map(result =>
+        [result.querySelector("a").getAttribute("href"), result.querySelector("p.context")?.textContent ?? ""])""")
+
+
+def words_on(file): return set(soup(file).find("article").text.replace("#", " ").split())
 
 
 @docs
 @needs_browser
-@pytest.mark.parametrize("term", ["acceptance rate", "gamma"])
-def test_search_finds_the_explanation_of_a_term_first(visit, term):
-    found, excerpts = results_of(visit(f"search.html?q={term}"))
-    assert found[:2] == ["glossary.html", "tutorials/speculative_decoding.html"]
+@pytest.mark.parametrize("term, entry", [("acceptance rate", "acceptance-rate"), ("gamma", "draft-length-gamma")])
+def test_search_finds_the_explanation_of_a_term_first(visit, term, entry):
+    """The glossary's entry comes first, then lesson 1. Excerpts have whole words, no TeX and no navigation."""
+    results = results_of(visit(f"search.html?q={term}"))
+    pages = [re.sub(r"\?[^#]*", "", link) for link, _ in results]
+    assert pages[:2] == [f"glossary.html#{entry}", "tutorials/speculative_decoding.html"]
+    assert "glossary.html" not in pages
+    excerpts = [(page.partition("#")[0], text) for page, (_, text) in zip(pages, results) if text]
     assert len(excerpts) > 20
-    assert [text for text in excerpts if "\\" in text or text.startswith("Contents")] == []  # no TeX, no navigation
+    assert [text for _, text in excerpts if re.search(r"[\\$]|Σ_|Contents", text)] == []
+    ends = [(file, text.strip("… ").split()[place]) for file, text in excerpts for place in (0, -1)]
+    plain = [(file, word) for file, word in ends if re.fullmatch("[A-Za-z]+", word)]  # not an equation
+    assert len(plain) > 20 and [(file, word) for file, word in plain if word not in words_on(file)] == []
 
 
 @docs

@@ -1,5 +1,8 @@
-"""The embedded teacher completes the example prompts with correct functions."""
+"""The embedded teacher completes the example prompts, and those of the lessons, with correct functions."""
+import json
+import re
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +40,28 @@ def test_an_example_prompt_gets_a_correct_function(embedded_pair, name):
     result = complete(*embedded_pair, EXAMPLE_PROMPTS[name], settings)
     program = first_function(EXAMPLE_PROMPTS[name] + result.text)
     assert run_program(f"{program}\n\n{CHECKS[name]}\n", isolation()) == "passed", program
+
+
+LESSON_PROMPT = "def fibonacci(n):\n"
+LESSONS = sorted((Path(__file__).parent.parent/"nbs"/"tutorials").glob("*.ipynb"))
+
+
+def test_the_lessons_prompt_gets_a_correct_function(embedded_pair):
+    """The teacher repeats the first line and completes that."""
+    from kdcode.decode import complete
+    text = complete(*embedded_pair, LESSON_PROMPT, DecodeSettings(max_new_tokens=56, compile=False)).text
+    program = first_function(text.lstrip("\n"))
+    assert run_program(f"{program}\n\n{CHECKS['fibonacci']}\n", isolation()) == "passed", program
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_lessons_use_prompts_that_are_checked_here(lesson):
+    """Lesson 4 also asks a tiny teacher of its own, which was trained for seconds and gets no function right."""
+    source = "".join(line for cell in json.loads(lesson.read_text())["cells"] for line in cell["source"])
+    used = {found.replace("\\n", "\n") for found in re.findall(r'"(def \w+\([^"]*\):(?:\\n)?)"', source)}
+    if lesson.stem == "04_own_teacher": used = {prompt for prompt in used if not prompt.startswith("def mean(values):")}
+    assert used <= {LESSON_PROMPT, *EXAMPLE_PROMPTS.values()}
+    assert used or not lesson.stem.startswith(("01", "02", "06"))
 
 
 def test_a_wrong_function_is_noticed():

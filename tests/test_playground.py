@@ -54,6 +54,7 @@ class StubServer:
     """Responds like the server, with steps that a test may change."""
 
     def __init__(self):
+        self.model = "smollm2"
         self.steps, self.baseline_steps, self.statistics = STEPS, BASELINE_STEPS, STATISTICS
         self.error = None  # (status, message) for every completion request
         self.key = None  # required API key
@@ -105,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply("text/html", PAGE.read_bytes(), **{"Content-Security-Policy": policy})
         if self.path != "/v1/models": return self.reply_error(404, "not found")
         if not self.authorized(): return
-        model = {"id": "smollm2", "object": "model", "created": 0, "owned_by": "kdcode",
+        model = {"id": self.stub.model, "object": "model", "created": 0, "owned_by": "kdcode",
                  "speculation": {"gamma": 4, "drafter": "student", "max_tokens": 512}}
         self.reply("application/json", json.dumps({"object": "list", "data": [model]}).encode())
 
@@ -570,6 +571,15 @@ def test_baselines_are_named_as_in_the_readme(visit, stub):
     expect(page.locator("#headline-unit")).to_have_text("speedup over kdcode without drafting")
     readme = (PAGE.parent.parent/"README.md").read_text().replace("`", "")
     assert page.locator("#baselines").text_content() in readme
+
+
+@pytest.mark.parametrize("model", ["smollm2", "qwen2.5-coder-1.5b"])
+def test_page_says_what_the_embedded_teacher_shows(visit, stub, model):
+    stub.model = model
+    page = visit()
+    expect(page.locator("#model")).to_have_text(model)
+    sentence = page.get_by_text("it shows speed and identical outputs, not skill")
+    expect(sentence).to_be_visible(visible=model == "smollm2")
 
 
 def test_every_control_has_an_accessible_name(visit, stub):
