@@ -36,7 +36,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -531,6 +530,7 @@ def line_prompt(
     beyond = encoded["offset_mapping"][0][max(1, tokens - added):]
     return text[:beyond[0][0]] if beyond else text
 
+# %% ../nbs/04_teacher.ipynb #5b1c7e00
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def _python_tree(text: str) -> ast.Module:
@@ -640,7 +640,8 @@ PROMPT_KINDS = {
     "script": (script_prompt, "Python module whose docstring and imports fit"),
     "chat": (request_prompt, "public Python function whose request fits")}  # with what a source may lack
 
-class Prompt(NamedTuple):
+@dataclass
+class Prompt:
     """A prompt for the teacher, the document that it comes from, and its kind."""
     text: str
     document: Document
@@ -667,6 +668,7 @@ def prompts_of_kind(
                 f"data.prompt_source {settings.prompt_source} has no {name} in {settings.prompt_tokens} tokens; give "
                 f"another source or folder, a larger data.prompt_tokens, or another data.prompt_kind (now {kind})")
 
+# %% ../nbs/04_teacher.ipynb #5b1c7e0a
 def teacher_prompts(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[Prompt]:
     """Yield prompts of the kinds in turn, without end. Raises `ConfigError` if no document has a prompt of a kind."""
     streams = {kind: prompts_of_kind(kind, settings, tokenizer, seed) for kind in settings.prompt_kinds}
@@ -778,6 +780,7 @@ def teacher_documents(
                 texts = teacher.continuations(prompts, settings.max_new_tokens, temperature,
                                               seed=seed + SEED_STEP * number, batch_size=len(prompts))
                 with file.open("a") as out: out.write(json.dumps([key, texts]) + "\n")
-            for (prompt, document, kind), (text, ended) in zip(batch, texts):
-                yield Document(text, prompt, f"{teacher.name}, prompt from {document.origin}", document.text,
-                               f"{document.language} by teacher", ended, chat=kind == "chat")
+            for prompt, (text, ended) in zip(batch, texts):
+                source = prompt.document
+                yield Document(text, prompt.text, f"{teacher.name}, prompt from {source.origin}", source.text,
+                               f"{source.language} by teacher", ended, chat=prompt.kind == "chat")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_SPACE', 'QUARTERS', 'Objective', 'FINISHED', 'suggest', 'with_quarterly_validation', 'objective_value',
            'PruningCallback', 'folder_number', 'requeue_trial', 'open_storage', 'open_study', 'worker_lock', 'working',
-           'has_ended', 'requeue_lost_trials', 'acceptance_objective', 'run_trial', 'trial_config', 'TrialRunner',
-           'trial_values', 'trials_table', 'plot_search', 'save_search', 'tune']
+           'has_ended', 'requeue_lost_trials', 'acceptance_objective', 'run_trial', 'trial_config', 'misfit',
+           'TrialRunner', 'trial_values', 'trials_table', 'plot_search', 'save_search', 'tune']
 
 # %% ../nbs/06c_tune.ipynb #1fef442c
 import json
@@ -197,11 +197,24 @@ def run_trial(
         if not isinstance(sys.exception(), KeyboardInterrupt):
             shutil.rmtree(folder/"checkpoints", ignore_errors=True)
 
-# %% ../nbs/06c_tune.ipynb #8861fcf3
+# %% ../nbs/06c_tune.ipynb #9d40b101
 def trial_config(config: Config, values: dict[str, Any], blocks: int) -> Config:
     """Return the configuration of a trial, from the values of its fields and the blocks of the training split."""
     return with_quarterly_validation(with_overrides(config, {"train.upload": None} | values), blocks)
 
+def misfit(config: Config, teacher: Teacher, corpus: Corpus, folder: Path) -> str | None:
+    """Return why one training step without a trial's values raises a `ConfigError`; None if it doesn't."""
+    one_step = trial_config(config, {"train.max_steps": 1}, len(corpus.train))
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            distill(with_shared_targets(one_step, folder), teacher, corpus, Path(temporary)/"one-step", progress=False)
+    except ConfigError as error:
+        return str(error)
+    except (RuntimeError, NonFiniteLoss):  # such as out of memory, which a trial's values may prevent
+        pass
+    return None
+
+# %% ../nbs/06c_tune.ipynb #8861fcf3
 @dataclass
 class TrialRunner:
     """The function that `optuna` maximises: it trains the student of a trial and returns its objective."""
@@ -216,18 +229,6 @@ class TrialRunner:
     worker: str = ""
     """name of this process"""
 
-    def misfit(self) -> str | None:
-        """Return why one training step without the values of a trial raises a `ConfigError`; None if it doesn't."""
-        config = trial_config(self.config, {"train.max_steps": 1}, len(self.corpus.train))
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                distill(with_shared_targets(config, self.folder), self.teacher, self.corpus, Path(folder)/"one-step",
-                        progress=False)
-        except ConfigError as error:
-            return str(error)
-        except (RuntimeError, NonFiniteLoss):  # such as out of memory, which a trial's values may prevent
-            return None
-
     def __call__(self, trial: optuna.Trial) -> float:
         """Run one trial. Raises `optuna.TrialPruned` if it is poor, or its values do not fit or need too much memory.
 
@@ -241,7 +242,8 @@ class TrialRunner:
             return run_trial(trial, config, self.teacher, self.corpus, run, self.objective)
         except ConfigError as error:
             reason = str(error)
-            if not trial.study.get_trials(deepcopy=False, states=FINISHED) and self.misfit() == reason:
+            first = not trial.study.get_trials(deepcopy=False, states=FINISHED)
+            if first and misfit(self.config, self.teacher, self.corpus, self.folder) == reason:
                 raise ConfigError(f"{reason} (whatever the values of a trial, so the search stops)") from None
         except RuntimeError as error:
             if not should_reduce_batch_size(error): raise
