@@ -252,7 +252,7 @@ def round_costs(figures: dict[str, float]) -> str:
 
 # %% ../nbs/09d_history.ipynb #b7d20e51
 def _best_row(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """Return the row with the largest speedup among the settings of a method of transformers; empty if there is none."""
+    """Return the row with the largest speedup among the settings of a method of transformers, or {}."""
     return max((row for row in rows if row["method"].startswith(method)), key=lambda row: row["speedup"], default={})
 
 def _speedup_cell(row: dict[str, Any]) -> float | str | None:

@@ -6,20 +6,21 @@
 __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_LAYERS', 'DRAFT_VOCABULARY', 'COUNTS', 'Curve',
            'CURVES', 'LAYER_GAIN', 'CURVE_SOURCES', 'NGRAM_RATE', 'NGRAM_TOKENS', 'NGRAM_GAMMA', 'RECIPES',
            'GENERATED_SHARE', 'GENERATION_COST', 'UTILISATION', 'FASTEST_TRAINING', 'TRAINING_BLOCKS', 'MARGIN', 'TEXT',
-           'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'CONTEXT_SHOWN', 'CARD_NOTE', 'PROMPTS_AT_ONCE', 'TIMED_PROMPTS',
-           'DRAFTERS', 'TIMED_LAYERS', 'speedup_at', 'best_gamma_at', 'break_even', 'ModelSize', 'shape_of',
-           'linear_weights', 'model_size', 'weight_bytes', 'draft_settings', 'draft_shape', 'roofline_costs',
-           'expected_acceptance', 'ngram_share', 'Recipe', 'training_hours', 'duration', 'training_bytes',
-           'decoding_bytes', 'verdict', 'DraftOption', 'option_row', 'ngram_option', 'trained_options', 'best_by_form',
-           'plot_options', 'plain_settings', 'distill_settings', 'write_distill_file', 'verdict_note', 'limits_note',
-           'memory_note', 'training_note', 'plan_figures', 'write_plan', 'teacher_config', 'both_forms', 'forms_note',
-           'plan_for_card', 'published_acceptance', 'check_shape', 'card_draft', 'draft_matches', 'draft_confidences',
-           'logits_with', 'ReplayedDrafter', 'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text',
-           'most_calls', 'calls_shown', 'greedy_texts', 'teacher_texts', 'seconds_per_token', 'predicted_seconds',
-           'replayed_methods', 'replay_methods', 'prediction_row', 'assumptions_note', 'draft_note', 'ngram_from',
-           'prediction_figures', 'plan_draft', 'compare_with_benchmark', 'untrained_draft', 'times_of_form',
-           'costs_of_layers', 'machine_bytes', 'check_memory', 'steps_note', 'measured_limits', 'ngrams_on_texts',
-           'plan_for_machine', 'plan_card_draft']
+           'ANY_TRAINING', 'HEAD_TRAINING', 'INDEPENDENT_TRAINING', 'HEAD_LOSS', 'INDEPENDENT_LOSS', 'CONTEXT_SHOWN',
+           'CARD_NOTE', 'PROMPTS_AT_ONCE', 'TIMED_PROMPTS', 'DRAFTERS', 'TIMED_LAYERS', 'speedup_at', 'best_gamma_at',
+           'break_even', 'ModelSize', 'shape_of', 'linear_weights', 'model_size', 'weight_bytes', 'draft_settings',
+           'draft_shape', 'roofline_costs', 'expected_acceptance', 'ngram_share', 'Recipe', 'training_hours',
+           'duration', 'training_bytes', 'decoding_bytes', 'verdict', 'DraftOption', 'option_row', 'ngram_option',
+           'trained_options', 'best_by_form', 'plot_options', 'plain_settings', 'distill_settings',
+           'write_distill_file', 'verdict_note', 'limits_note', 'memory_note', 'training_note', 'plan_figures',
+           'write_plan', 'teacher_config', 'both_forms', 'forms_note', 'plan_for_card', 'published_acceptance',
+           'check_shape', 'card_draft', 'draft_matches', 'draft_confidences', 'logits_with', 'ReplayedDrafter',
+           'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text', 'most_calls', 'calls_shown',
+           'greedy_texts', 'teacher_texts', 'seconds_per_token', 'predicted_seconds', 'replayed_methods',
+           'replay_methods', 'prediction_row', 'assumptions_note', 'draft_note', 'ngram_from', 'prediction_figures',
+           'plan_draft', 'compare_with_benchmark', 'untrained_draft', 'times_of_form', 'costs_of_layers',
+           'machine_bytes', 'check_memory', 'steps_note', 'measured_limits', 'ngrams_on_texts', 'plan_for_machine',
+           'plan_card_draft']
 
 # %% ../nbs/09f_plan.ipynb #052c3c1b
 import itertools
@@ -220,14 +221,14 @@ def ngram_share(rate: float, tokens: float, gamma: int) -> float:
 # %% ../nbs/09f_plan.ipynb #2343657f
 @dataclass(frozen=True)
 class Recipe:
-    """The training of a shipped draft."""
+    """The length of a training."""
     tokens: int
     """different tokens"""
     epochs: int
     passes: float
     """mean steps of the training-time test"""
 
-RECIPES = {HEAD: Recipe(2_400_000, 4, 1.6), INDEPENDENT: Recipe(6_000_000, 3, 1.)}
+RECIPES = {HEAD: Recipe(1_800_000, 3, 2.), INDEPENDENT: Recipe(6_000_000, 3, 1.)}
 GENERATED_SHARE, GENERATION_COST = .31, 4.  # models/smollm2-135m-draft/README.md: 750,000 tokens in half an hour
 UTILISATION = {"cpu": .8, "cuda": .17}  # of the limit: results/training-smollm2-draft, results/training-qwen-draft
 FASTEST_TRAINING = 70_000  # tokens per second of a small student on a GPU: results/training-smollm2-independent
@@ -245,7 +246,7 @@ def duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{max(60 * hours, 2):.0f} minutes"
 
 # %% ../nbs/09f_plan.ipynb #4d06a70b
-TRAINING_BLOCKS = 4, 256  # blocks and tokens of a batch, as in the recipes
+TRAINING_BLOCKS = 8, 256  # blocks and tokens of the largest batch of the recipes
 
 def training_bytes(size: ModelSize, settings: TeacherSettings, draft: ModelSize) -> float:
     """Return the estimated bytes of a training."""
@@ -354,9 +355,12 @@ def plot_options(options: list[DraftOption]) -> Figure:
 TEXT = {"source": [{"source": "teacher", "weight": 3}, {"source": "packages", "weight": 2}],
         "prompt_source": "packages", "prompt_kind": "function", "prompt_tokens": 160, "max_new_tokens": 128,
         "greedy_share": .5, "min_characters": 20, "validation_tokens": 32_768}
-HEAD_TRAINING = {"batch_size": 4, "epochs": 4, "single_step_share": .7, "learning_rate": .002, "eval_steps": 800,
-                 "logging_steps": 20, "save_dtype": "int8"}
-INDEPENDENT_TRAINING = HEAD_TRAINING | {"epochs": 3, "single_step_share": 0.}
+ANY_TRAINING = {"epochs": 3, "logging_steps": 20, "save_dtype": "int8"}
+HEAD_TRAINING = ANY_TRAINING | {"batch_size": 8, "single_step_share": .5, "optimizer": "muon", "learning_rate": .003,
+                                "eval_steps": 440}
+INDEPENDENT_TRAINING = ANY_TRAINING | {"batch_size": 4, "learning_rate": .002, "eval_steps": 800}
+HEAD_LOSS = {"forward_kl": .5, "negative_log_acceptance": .5}
+INDEPENDENT_LOSS = "negative_log_acceptance"  # experiments/divergences
 
 def plain_settings(settings: Any) -> dict[str, Any]:
     """Return the changed fields of a section, ready for YAML."""
@@ -369,7 +373,7 @@ def distill_settings(config: Config, option: DraftOption, name: str) -> dict[str
     """Return the settings that train an option, with the teacher and the corpus of a plan."""
     recipe = RECIPES[option.form]
     data = TEXT | {"tokens": recipe.tokens} | plain_settings(config.data)
-    loss = {"alpha": 0., "divergence": "negative_log_acceptance"}  # experiments/divergences
+    loss = {"alpha": 0., "divergence": HEAD_LOSS if option.form == HEAD else INDEPENDENT_LOSS}
     return {"name": name, "teacher": plain_settings(config.teacher), "data": data,
             "student": plain_settings(option.settings), "targets": {"kind": "top_k"}, "loss": loss,
             "train": HEAD_TRAINING if option.form == HEAD else INDEPENDENT_TRAINING,

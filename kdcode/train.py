@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STEP_DECAY', 'make_student', 'weighted_mean', 'LossParts', 'BoundedTrainer', 'MuonAdamW', 'make_muon',
-           'TeacherTrainer', 'LengthBatches', 'NonFiniteLoss', 'check_finite', 'DistillationTrainer', 'precision_flags',
-           'training_arguments', 'run_stages', 'describe_run', 'fetch_checkpoint', 'fetch_checkpoints', 'update_best',
-           'open_run', 'make_callbacks', 'find_callback', 'CorpusRecord', 'check_same_corpus', 'make_trainer', 'train',
-           'finish_run', 'forgotten_if_unstarted', 'distill', 'best_validation']
+           'OptimizingTrainer', 'TeacherTrainer', 'LengthBatches', 'NonFiniteLoss', 'check_finite',
+           'DistillationTrainer', 'precision_flags', 'training_arguments', 'run_stages', 'describe_run',
+           'fetch_checkpoint', 'fetch_checkpoints', 'update_best', 'open_run', 'make_callbacks', 'find_callback',
+           'CorpusRecord', 'check_same_corpus', 'make_trainer', 'train', 'finish_run', 'forgotten_if_unstarted',
+           'distill', 'best_validation']
 
 # %% ../nbs/06b_train.ipynb #8d4c974c
 import copy
@@ -172,6 +173,7 @@ class MuonAdamW(Optimizer):
             part.param_groups, part.state = list(itertools.islice(groups, size)), self.state
             part.step()
 
+# %% ../nbs/06b_train.ipynb #5c1d7a07
 def make_muon(model: nn.Module, settings: TrainSettings, sharded: bool) -> MuonAdamW:
     """Return Muon for the matrices between embedding and output head, with AdamW for the rest.
 
@@ -187,8 +189,18 @@ def make_muon(model: nn.Module, settings: TrainSettings, sharded: bool) -> MuonA
     return MuonAdamW([group(matrices, settings.weight_decay)],
                      [group(outer, settings.weight_decay), group(rest, 0.)], lr=settings.learning_rate)
 
+class OptimizingTrainer(BoundedTrainer):
+    """A `Trainer` with the optimizer of a configuration."""
+    config: Config
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Return the optimizer of the settings."""
+        if self.optimizer is None and self.config.train.optimizer == "muon":
+            self.optimizer = make_muon(self.model, self.config.train, self.is_fsdp_enabled)
+        return super().create_optimizer(model)
+
 # %% ../nbs/06b_train.ipynb #e4cd4dae
-class TeacherTrainer(BoundedTrainer):
+class TeacherTrainer(OptimizingTrainer):
     """A `Trainer` with a teacher: it makes the batches, and the teacher's targets for them."""
 
     def __init__(self, student: Student, teacher: Teacher, config: Config, validation: ValidationSet,
@@ -201,12 +213,6 @@ class TeacherTrainer(BoundedTrainer):
         check_labels(self.labels)
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the labels of the whole optimizer step
         self.add_callback(LossParts())
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Return the optimizer of the settings."""
-        if self.optimizer is None and self.config.train.optimizer == "muon":
-            self.optimizer = make_muon(self.model, self.config.train, self.is_fsdp_enabled)
-        return super().create_optimizer(model)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Return the loss of a batch after its backward pass, with a number of threads that follows the load."""

@@ -118,9 +118,10 @@ def test_a_draft_vocabulary_is_grown_for_export(kdcode, tiny_teacher, tmp_path):
     assert "license: mit" in (tmp_path/"runs"/"others"/"hub"/"README.md").read_text()
 
 
-def test_a_killed_run_resumes_to_the_same_weights(kdcode, start, tiny_teacher, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_resumes_to_the_same_weights(kdcode, start, tiny_teacher, tmp_path, optimizer):
     from safetensors.torch import load_file
-    common = [*settings(tiny_teacher), "--train.epochs", 2]
+    common = [*settings(tiny_teacher), "--train.epochs", 2, "--train.optimizer", optimizer]
     assert kdcode("distill", "--name", "whole", *common).returncode == 0
     process = start("distill", "--name", "killed", *common)
     checkpoint = tmp_path/"runs"/"killed"/"checkpoints"/"checkpoint-2"/"trainer_state.json"
