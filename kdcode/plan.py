@@ -196,12 +196,14 @@ Curve = dict[int, float]  # acceptance rate by tokens processed in training
 
 CURVES: dict[str, Curve] = {
     HEAD: {24_576: .144, 49_152: .168, 98_304: .263, 200_704: .306, 401_408: .358, 802_816: .383,  # experiments/tokens
+           5_400_000: .625,            # training-smollm2-eagle3, decode-eagle3
            9_600_000: .74 - .022},     # training-smollm2-draft, decode-shipped: 0.74 with two layers
     INDEPENDENT: {401_408: .392,   # experiments/feature_layers, 3 layers
                   18_000_000: .65}}  # training-smollm2-independent, decode-independent
 LAYER_GAIN = {1: 0., 2: .022, 3: .011, 4: .014}  # experiments/size, width 576, at equal training time
 CURVE_SOURCES = ("results/experiments/tokens, results/experiments/size, results/experiments/feature_layers, "
-                 "results/training-smollm2-draft and results/training-smollm2-independent")
+                 "results/training-smollm2-eagle3, results/training-smollm2-draft and "
+                 "results/training-smollm2-independent")
 
 def expected_acceptance(form: str, layers: int, tokens: float) -> float:
     """Return the acceptance rate that our own trainings reached with as many tokens."""
@@ -228,7 +230,7 @@ class Recipe:
     passes: float
     """mean steps of the training-time test"""
 
-RECIPES = {HEAD: Recipe(1_800_000, 3, 2.), INDEPENDENT: Recipe(6_000_000, 3, 1.)}
+RECIPES = {HEAD: Recipe(2_400_000, 4, 2.), INDEPENDENT: Recipe(6_000_000, 3, 1.)}
 GENERATED_SHARE, GENERATION_COST = .31, 4.  # models/smollm2-135m-draft/README.md: 750,000 tokens in half an hour
 UTILISATION = {"cpu": .8, "cuda": .17}  # of the limit: results/training-smollm2-draft, results/training-qwen-draft
 FASTEST_TRAINING = 70_000  # tokens per second of a small student on a GPU: results/training-smollm2-independent
@@ -355,10 +357,10 @@ def plot_options(options: list[DraftOption]) -> Figure:
 TEXT = {"source": [{"source": "teacher", "weight": 3}, {"source": "packages", "weight": 2}],
         "prompt_source": "packages", "prompt_kind": "function", "prompt_tokens": 160, "max_new_tokens": 128,
         "greedy_share": .5, "min_characters": 20, "validation_tokens": 32_768}
-ANY_TRAINING = {"epochs": 3, "logging_steps": 20, "save_dtype": "int8"}
-HEAD_TRAINING = ANY_TRAINING | {"batch_size": 8, "single_step_share": .5, "optimizer": "muon", "learning_rate": .003,
-                                "eval_steps": 440}
-INDEPENDENT_TRAINING = ANY_TRAINING | {"batch_size": 4, "learning_rate": .002, "eval_steps": 800}
+ANY_TRAINING = {"logging_steps": 20, "save_dtype": "int8"}
+HEAD_TRAINING = ANY_TRAINING | {"epochs": 4, "batch_size": 8, "single_step_share": .5, "optimizer": "muon",
+                                "learning_rate": .003, "eval_steps": 440}
+INDEPENDENT_TRAINING = ANY_TRAINING | {"epochs": 3, "batch_size": 4, "learning_rate": .002, "eval_steps": 800}
 HEAD_LOSS = {"forward_kl": .5, "negative_log_acceptance": .5}
 INDEPENDENT_LOSS = "negative_log_acceptance"  # experiments/divergences
 

@@ -73,9 +73,6 @@ SINCE = {
                    "train.single_step_share", "train.save_dtype"},
     "targets": {"loss.chunk_size", "decode.gamma", "data.tokens"},
     "training-smollm2-draft": {"decode.gamma"},
-    # the recipe of configs/smollm2-eagle3.yaml stood in the file that the command names
-    "training-smollm2-eagle3": {"data.tokens", "data.generated_text", "student.layers", "student.feature_layers",
-                                "loss.divergence"},
     "training-smollm2-independent": {"decode.gamma", "train.single_step_share"},  # trained for one step
 }
 
