@@ -389,7 +389,7 @@ class OptimizerSettings(Settings):
     gradient_accumulation: int = bounded(default=1, ge=1)
     """forward passes per optimizer step"""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the matrices of the layers and adamw for the rest (fewer tokens; best in large batches)"""
+    """adamw, or muon for the matrices of the layers and adamw for the rest (for batches of some thousand tokens)"""
     learning_rate: float = bounded(default=1e-3, gt=0)
     """peak learning rate"""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"

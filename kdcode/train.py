@@ -167,7 +167,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Update all parameters; a closure is not supported."""
+        """Update all parameters; a closure, which the `Trainer` never gives, is not called."""
         groups = iter(self.param_groups)
         for part, size in zip(self.parts, self.sizes):  # both lists are new after `load_state_dict`
             part.param_groups, part.state = list(itertools.islice(groups, size)), self.state
@@ -181,13 +181,12 @@ def make_muon(model: nn.Module, settings: TrainSettings, sharded: bool) -> MuonA
     """
     if sharded:
         raise ConfigError("train.optimizer is muon, which needs whole matrices, but FSDP shards them; use adamw")
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    def group(parameters, decay): return {"params": parameters, "weight_decay": decay}
-    matrices = [p for name, p in named if p.ndim == 2 and not any(end in name for end in ("lm_head", "embed_tokens"))]
-    outer = [p for _, p in named if p.ndim == 2 and not any(p is matrix for matrix in matrices)]
-    rest = [p for _, p in named if p.ndim != 2]
-    return MuonAdamW([group(matrices, settings.weight_decay)],
-                     [group(outer, settings.weight_decay), group(rest, 0.)], lr=settings.learning_rate)
+    groups = {kind: {"params": [], "weight_decay": settings.weight_decay} for kind in ("inner", "outer")}
+    groups["vector"] = {"params": [], "weight_decay": 0.}
+    for name, p in model.named_parameters():
+        kind = "vector" if p.ndim != 2 else "outer" if "lm_head" in name or "embed_tokens" in name else "inner"
+        if p.requires_grad: groups[kind]["params"].append(p)
+    return MuonAdamW([groups["inner"]], [groups["outer"], groups["vector"]], lr=settings.learning_rate)
 
 class OptimizingTrainer(BoundedTrainer):
     """A `Trainer` with the optimizer of a configuration."""
