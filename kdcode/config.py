@@ -216,7 +216,7 @@ class SourceAndPromptSettings(_MixableSource):
             raise ConfigError(f"data.prompt_kind is an empty list; give one or more of {kinds}")
 
     @property
-    def prompt_kinds(self) -> list[str]:
+    def prompt_kinds(self) -> list[PromptKinds]:
         """Kinds of the prompts in turn; a kind that occurs twice gives twice as many prompts."""
         return [self.prompt_kind] if isinstance(self.prompt_kind, str) else self.prompt_kind
 

@@ -93,7 +93,7 @@ def _open(url: str, path: str, body: dict | None) -> HTTPResponse:
     request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json"})
     return _DIRECT.open(request, timeout=600)
 
-def call(url: str, path: str, body: dict | None = None) -> dict | str:
+def call(url: str, path: str, body: dict | None = None) -> Any:
     """Return a server's response, decoded if it is JSON, as text otherwise. Raises `OSError` if there is none."""
     with _open(url, path, body) as response:
         text = response.read().decode()

@@ -618,14 +618,14 @@ class SimulatedAdaptiveDrafter(AdaptiveDrafter):
 
     def __init__(self, drafter: ReplayedDrafter, seconds: float, latency: LatencyModel, estimate: AcceptanceEstimate):
         super().__init__(drafter, torch.device("cpu"), latency, estimate)
-        self.seconds = seconds  # of a draft step
+        self.replayed, self.seconds = drafter, seconds  # seconds of a draft step
 
     def set_stop(self, sequences: list[Sequence], adapts: list[bool], budgets: list[int]) -> bool:
         """Let a draft end where the student was unsure, if drafting pays and its confidence is known."""
-        replayed, self.stop = self.drafters[0], None
-        if self.controller.pays and replayed.confidences:
+        self.stop = None
+        if self.controller.pays and self.replayed.confidences:
             self.stop = UnsureStop(self.controller, budgets[0])
-        replayed.stop = self.stop
+        self.replayed.stop = self.stop
         return self.stop is not None
 
     def draft_seconds(self) -> float:
