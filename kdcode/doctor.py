@@ -10,7 +10,7 @@ __all__ = ['BLOCK', 'MARGIN', 'TRAINED', 'CONTEXT', 'SAMPLING', 'MISSED', 'COPY_
            'check_state', 'covered_by', 'step_cost', 'fastest_vocabulary', 'check_draft_vocabulary', 'ContextTeacher',
            'cropped_acceptance', 'check_context', 'generation_params', 'pair_params', 'describe_params',
            'sampled_acceptance', 'check_sampling', 'noisy_share', 'check_numerics', 'other_checkpoint',
-           'check_checkpoint', 'check_text', 'tokens_like', 'rate_after', 'check_training', 'diagnose',
+           'check_checkpoint', 'chance', 'check_text', 'tokens_like', 'rate_after', 'check_training', 'diagnose',
            'training_record', 'continuations_of', 'texts_to_examine', 'pair_texts', 'open_pair', 'plot_pair',
            'doctor_note', 'report_doctor']
 
@@ -156,7 +156,7 @@ class Pair:
         return torch.cat(matches).double().mean().item()
 
 # %% ../nbs/09g_doctor.ipynb #736c52d6
-MARGIN = .05   # of the acceptance rate; smaller differences are no finding
+MARGIN = .05   # of the acceptance rate; smaller differences on the same text are no finding
 TRAINED = .55  # greedy acceptance rate of a draft with enough training: 0.1 below the lowest of the shipped drafts
 
 @dataclass
@@ -171,13 +171,15 @@ class Finding:
     """what to do, if it is a fault"""
     explained: float = 0.
     """acceptance rate without the fault − acceptance rate as it is"""
+    margin: float = MARGIN
+    """what chance explains"""
     curve: dict[int, float] = field(default_factory=dict)
     """acceptance rate by context length, for the plot"""
 
     @property
     def is_fault(self) -> bool:
         """Whether it explains more acceptance than chance does."""
-        return self.explained > MARGIN
+        return self.explained > self.margin
 
     def row(self) -> dict[str, str | float]:
         """Return the row of the report."""
@@ -515,13 +517,23 @@ def check_checkpoint(pair: Pair, others: list[Finding]) -> Finding:
                    _missing_acceptance(pair, others) if differs else 0.)
 
 # %% ../nbs/09g_doctor.ipynb #438bd23a
+def chance(*found: Statistics) -> float:
+    """Return the difference of the acceptance rates on two texts that is more than chance; at least `MARGIN`.
+
+    It is 1.96 standard errors. Two tokens, one of them accepted, are added: no rate is certain after a few tokens.
+    """
+    counts = [(sum(one.accepted) + 1, sum(one.verified) + 2) for one in found]
+    variance = sum(accepted / verified * (1 - accepted / verified) / verified for accepted, verified in counts)
+    return max(MARGIN, 1.96 * math.sqrt(variance))
+
 def check_text(pair: Pair) -> Finding | None:
     """Compare the acceptance on the user's prompts with that on HumanEval's. None without prompts of a user."""
     if pair.reference is None: return None
-    reference = pair.acceptance(pair.reference)
-    return Finding("text", f"{pair.as_is:.2f} after your prompts, {reference:.2f} after HumanEval's", "about the same",
+    found = pair.statistics(), pair.statistics(pair.reference)
+    own, reference = map(_rate, found)
+    return Finding("text", f"{own:.2f} after your prompts, {reference:.2f} after HumanEval's", "about the same",
                    "train the draft on text that the teacher generates after prompts like yours (data.source teacher, "
-                   "data.prompt_source folder)", reference - pair.as_is)
+                   "data.prompt_source folder)", reference - own, chance(*found))
 
 # %% ../nbs/09g_doctor.ipynb #cbf04e0a
 CURVE = {24_576: .144, 49_152: .168, 98_304: .263, 200_704: .306, 401_408: .358, 802_816: .383, 9_600_000: .739}

@@ -261,37 +261,37 @@ def _speedup_cell(row: dict[str, Any]) -> float | str | None:
     return f"{row['speedup']:.2f} ({interval})" if interval else row.get("speedup")
 
 # %% ../nbs/09d_history.ipynb #4e4fa48a
-def _headline_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the cells of a report of `kdcode bench decode`."""
-    from kdcode.bench import DRAFTER_LABELS, GENERATE, NO_DRAFT, STUDENT_DRAFT, TRANSFORMERS_METHODS
+def _speedups(rows: list[dict[str, Any]]) -> dict[str, float | str | None]:
+    """Return the speedups of a report of `kdcode bench decode`, by method."""
+    from kdcode.bench import DRAFTER_LABELS, NO_DRAFT, STUDENT_DRAFT, TRANSFORMERS_METHODS
     by_method = {row["method"]: row for row in rows}
-    student = by_method[STUDENT_DRAFT]
-    return {
-        "generate tokens/s": by_method[GENERATE]["tokens/s"],
-        "speedup: student draft": _speedup_cell(student),
-        "hybrid draft": _speedup_cell(by_method.get(DRAFTER_LABELS["hybrid"], {})),
-        "prompt lookup (transformers)": _speedup_cell(_best_row(rows, TRANSFORMERS_METHODS["lookup"])),
-        "assisted generation": _speedup_cell(_best_row(rows, TRANSFORMERS_METHODS["assisted"])),
-        "kdcode without drafting": _speedup_cell(by_method.get(NO_DRAFT, {})),
-        "acceptance rate α": student["acceptance rate α"],
-        "tokens per target call": student["tokens per target call"],
-        "identical outputs": student["identical outputs"],
-    }
+    found = {method: by_method.get(method, {}) for method in (DRAFTER_LABELS["hybrid"], STUDENT_DRAFT, NO_DRAFT)}
+    found |= {method: _best_row(rows, method) for method in TRANSFORMERS_METHODS.values()}
+    return {method: _speedup_cell(row) for method, row in found.items()}
+
+def _draft_figures(rows: list[dict[str, Any]]) -> dict[str, float | str]:
+    """Return what else a report of `kdcode bench decode` tells about its student, and the speed of `generate`."""
+    from kdcode.bench import GENERATE, STUDENT_DRAFT
+    by_method = {row["method"]: row for row in rows}
+    names = ("acceptance rate α", "tokens per target call", "identical outputs")
+    return ({name: by_method[STUDENT_DRAFT][name] for name in names}
+            | {"tokens/s of `generate`": by_method[GENERATE]["tokens/s"]})
 
 def headline(
     results: str | Path,    # folder of all results
-    names: dict[str, str],  # label of a row -> name of a result, a report of `kdcode bench decode`
-    columns: tuple[str, ...] = (),  # after the label; none: all
+    names: dict[str, str],  # label of a column -> name of a result, a report of `kdcode bench decode`
+    speedups_only: bool = False,
 ) -> str:
-    """Return a Markdown table with one row per report, then a list of reports, machines and commands.
+    """Return a Markdown table with one column per report, then a list of reports, machines and commands.
 
     Raises `ConfigError` if a report is missing or damaged.
     """
     from kdcode.report import markdown_table
     reports = {label: read_report(results, name) for label, name in names.items()}
-    found = {label: _headline_row(report["rows"]) for label, report in reports.items()}
-    table = [{"teacher and draft": label} | {name: row[name] for name in columns or row}
-             for label, row in found.items()]
+    found = {label: _speedups(report["rows"]) | ({} if speedups_only else _draft_figures(report["rows"]))
+             for label, report in reports.items()}
+    table = [{"speedup over `generate`": name} | {label: cells[name] for label, cells in found.items()}
+             for name in next(iter(found.values()))]
     sources = [f"* {label} ([report]({results}/{names[label]}/report.md)): {_prompts_and_machine(report)}: "
                f"`{report['command']}`" for label, report in reports.items()]
     return "\n\n".join([markdown_table(table), "\n".join(sources)])

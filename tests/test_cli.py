@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from kdcode import cli
-from kdcode.config import SHORT_PROMPT
+from kdcode.config import Config, DecodeSettings, SHORT_PROMPT
 
 
 def settings(teacher):
@@ -50,6 +50,18 @@ def test_demo_writes_all_files(kdcode, tiny_teacher, tmp_path):
     for path in run.rglob("*"):
         if path.is_file():
             assert b"hf_a_secret" not in path.read_bytes(), path
+
+
+def test_demo_measures_the_shipped_draft_in_both_forms(monkeypatch):
+    monkeypatch.setattr(cli, "shipped_drafts", lambda: {"known": Path("models/known")})
+    monkeypatch.setattr("kdcode.decode.load_draft", lambda name, teacher: f"draft of {name}")
+    config = Config(decode=DecodeSettings(gamma=2, adaptive=False))
+    found = cli.shipped_student(SimpleNamespace(name="known"), config)
+    assert [(label, student, settings.drafter) for label, (student, settings) in found.items()] == [
+        ("kdcode, shipped draft", "draft of known", "student"),
+        ("kdcode, shipped draft, hybrid", "draft of known", "hybrid")]
+    assert all(settings.adaptive is None and settings.gamma == 4 for _, settings in found.values())
+    assert cli.shipped_student(SimpleNamespace(name="another"), config) == {}
 
 
 def test_tensorboard_has_curves_and_text(kdcode, tiny_teacher, tmp_path):
