@@ -536,7 +536,7 @@ def check_text(pair: Pair) -> Finding | None:
                    "data.prompt_source folder)", reference - own, chance(*found))
 
 # %% ../nbs/09g_doctor.ipynb #cbf04e0a
-CURVE = {24_576: .144, 49_152: .168, 98_304: .263, 200_704: .306, 401_408: .358, 802_816: .383, 9_600_000: .739}
+CURVE = {24_576: .144, 49_152: .168, 98_304: .263, 200_704: .306, 401_408: .358, 802_816: .383, 9_600_000: .713}
 
 def tokens_like(rate: float) -> int:
     """Return the number of training tokens at which our curve has an acceptance rate; at its ends, those of the end."""

@@ -3,6 +3,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import save_random_llama
-from kdcode import cli
-from kdcode.bench import decode_interleaved, fixed_gamma_name, kdcode_method, StepCosts
+from kdcode import cli, plan
+from kdcode.bench import Decoded, decode_interleaved, fixed_gamma_name, kdcode_method, StepCosts
 from kdcode.config import Config, DecodeSettings, load_config
 from kdcode.data import humaneval_problems
 from kdcode.eagle import EagleStudent
@@ -67,6 +68,15 @@ def test_a_draft_is_predicted_with_the_labels_of_the_benchmark(kdcode, tiny_teac
     by_method = [{row["method"]: row["tokens per target call"] for row in table} for table in rows]
     for gamma in (1, 2, 4, 8):
         assert by_method[0][fixed_gamma_name(gamma)] == by_method[1][fixed_gamma_name(gamma)]
+
+
+def test_a_slow_minute_in_one_prompt_does_not_count(monkeypatch):
+    seconds = {plan.GENERATE: [2., 2., 2.], plan.NO_DRAFT: [1., 9., 1.]}
+    decoded = {name: Decoded([[0] * 10] * 3, times) for name, times in seconds.items()}
+    monkeypatch.setattr(plan, "decode_methods", lambda *args: decoded)
+    monkeypatch.setattr(plan, "decode_interleaved", lambda *args: decoded)
+    found = plan.seconds_per_token(SimpleNamespace(device="cpu"), None, Config())
+    assert found == {plan.GENERATE: .2, plan.NO_DRAFT: .1}
 
 
 @pytest.mark.parametrize("drafter", ("student", "ngram", "hybrid"))
