@@ -290,8 +290,9 @@ def headline(
     reports = {label: read_report(results, name) for label, name in names.items()}
     found = {label: _speedups(report["rows"]) | ({} if speedups_only else _draft_figures(report["rows"]))
              for label, report in reports.items()}
+    measured = [name for name in next(iter(found.values())) if any(cells[name] is not None for cells in found.values())]
     table = [{"speedup over `generate`": name} | {label: cells[name] for label, cells in found.items()}
-             for name in next(iter(found.values()))]
+             for name in measured]
     sources = [f"* {label} ([report]({results}/{names[label]}/report.md)): {_prompts_and_machine(report)}: "
                f"`{report['command']}`" for label, report in reports.items()]
     return "\n\n".join([markdown_table(table), "\n".join(sources)])
