@@ -207,7 +207,8 @@ SCHEMA["properties"] = {
     "tags": {"type": "array", "items": {"enum": ["io", "net", "text"]}, "minItems": 1, "maxItems": 3}}
 JSON_TOKENS = 100  # enough for every text of the schema
 JSON_FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "part", "schema": SCHEMA}}}
-JSON_FIELDS = {"kdcode": JSON_FORMAT, "vLLM": JSON_FORMAT, "llama.cpp": {"json_schema": SCHEMA}}
+JSON_FIELDS: dict[str, dict[str, Any]] = {
+    "kdcode": JSON_FORMAT, "vLLM": JSON_FORMAT, "llama.cpp": {"json_schema": SCHEMA}}
 """the fields of a request for an answer in JSON, by server"""
 
 def is_valid(text: str) -> bool:
