@@ -392,6 +392,7 @@ def plot_serve(
     left.set_xticks(list(speeds), list(map(str, speeds)))
     left.minorticks_off()
     right.set(xlabel="milliseconds", xscale="log")
+    right.tick_params(axis="x", which="minor", labelbottom=False)  # of less than a decade, they would overlap
     right.set_yticks(range(len(TIMES)), list(TIMES))
     right.invert_yaxis()
     if len(servers) > 1: figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
