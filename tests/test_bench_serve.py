@@ -54,8 +54,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         for event in [*map(json.dumps, events(body)), "[DONE]"]: self.wfile.write(f"data: {event}\\n\\n".encode())
 
-port = int(words[words.index("--port") + 1])
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64  # more than the clients; a full queue loses connections
+Server(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
 """
 
 
