@@ -4,7 +4,7 @@
 # Both set up .venv first, once.
 # make check: mistakes that can be seen without running anything, in a minute
 # make hooks: git cleans and exports before each commit, and merges notebooks by cells
-# make engines: vLLM and llama.cpp in environments of their own, for kdcode bench engines
+# make engines: vLLM and llama.cpp in environments of their own, for kdcode bench engines and bench serve
 # make test-engines: our student as the draft of both
 # make assistant: JupyterLab with Notebook Intelligence in an environment of its own
 # make test-assistant: completions and chat from kdcode serve in JupyterLab, in a browser

@@ -424,7 +424,7 @@ def bench_busy(config: Config, folder: Path, options):
 
 # %% ../nbs/12_cli.ipynb #ccedcc04
 def bench_server(config: Config, folder: Path, options):
-    """Measure the server with several clients."""
+    """Measure the server, vLLM and llama.cpp with several clients."""
     from kdcode.bench_serve import bench_serve, Load
     pair = load_compiled_pair(config, options.draft, batches=True)
     load = Load(new_tokens=config.decode.max_new_tokens, repeats=config.decode.problems)
@@ -476,7 +476,7 @@ BENCHMARKS: dict[str, tuple[Callable, str]] = {  # name -> function, summary
     "steps": (bench_steps, "a target call by number of tokens, dtype and kernels"),
     "profile": (bench_profile, "operations of a draft step and a verify call"),
     "busy": (bench_busy, "decoding beside busy processes, with fixed and adapted numbers of threads"),
-    "serve": (bench_server, "throughput and latency of the server by number of clients, prompt and reuse"),
+    "serve": (bench_server, "throughput and latency of the server, vLLM and llama.cpp by number of clients and prompt"),
     "loss": (bench_loss, "memory and time of the chunked loss"),
     "targets": (bench_targets, "cached targets against online targets"),
     "trainers": (bench_trainers, "training in kdcode and in TRL: speed, memory and the drafts"),

@@ -2,6 +2,7 @@
 
 `make test-engines` installs the engines.
 """
+import asyncio
 import os
 import re
 import subprocess
@@ -9,18 +10,21 @@ import sys
 from pathlib import Path
 
 import gguf
+import httpx
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kdcode.bench_serve import Clients, Load, Prompts
 from kdcode.config import DecodeSettings, TeacherSettings
 from kdcode.data import humaneval_problems
-from kdcode.decode import complete, load_draft
+from kdcode.decode import complete, load_draft, prompt_ids
 from kdcode.eagle import EagleStudent, load_student
 from kdcode.engines import (
-    drop_end_token, engine_files, find_program, method_name, PROGRAMS, start_engines, target_calls)
+    draft_variants, drop_end_token, engine_command, engine_files, find_program, LlamaCpp, method_name, PROGRAMS,
+    run_engine, start_engines, target_calls, VLLM)
 from kdcode.export import export_gguf, export_head, export_llama
 from kdcode.files import shipped_drafts
 from kdcode.teacher import load_teacher
@@ -61,6 +65,28 @@ def test_the_student_drafts_in(engine, pair, ours, tmp_path):
     assert tokens / target_calls(counts, tokens, len(drafted)) == pytest.approx(ours[1], rel=.1)
     # llama.cpp multiplies 4-bit blocks, so its output is compared with its own
     assert drafted == (ours[0] if engine == "vLLM" else outputs[method_name(engine, False)])
+
+
+@pytest.mark.parametrize("engine", PROGRAMS)
+def test_a_stream_counts_the_tokens_of(engine, pair, tmp_path):
+    """As `kdcode bench serve` sends requests: as many tokens as the engine returns, with and without the draft."""
+    if find_program(engine) is None: pytest.skip(f"{engine} is not installed; make engines")
+    teacher, prompt = pair[0], humaneval_problems(1)[0]["prompt"]
+
+    async def ask(url):
+        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
+            clients = Clients(client, "teacher", Prompts(teacher, 5000), Load(), engine)
+            prompts = prompt_ids(teacher, prompt), [{"role": "user", "content": "Write a loop."}]
+            return [await clients.ask(sent, 40) for sent in prompts]
+
+    for files in draft_variants(engine_files(engine, *pair, "smollm2", tmp_path)):
+        command = engine_command(engine, teacher, files, gamma=4, slots=2, context=1024)
+        with run_engine(engine, command, tmp_path/"log") as url:
+            answers = asyncio.run(ask(url))
+            client = (VLLM if engine == "vLLM" else LlamaCpp)(url, teacher)
+            expected = client.complete(prompt, DecodeSettings(max_new_tokens=40)).tokens
+        assert all(answer.complete and answer.text for answer in answers)
+        assert answers[0].tokens == len(expected) == 40 and 0 < answers[1].tokens <= 40
 
 
 def metadata(file) -> dict:

@@ -246,16 +246,3 @@ def test_a_model_without_infilling_tokens_says_so(pair, served):
             assert "no fill-in-the-middle tokens" in response.json()["error"]["message"]
         plain = client.post(PATH, json=request_body(suffix=""))
         assert plain.json()["choices"][0]["text"] == solo_text(pair, request_body(seed=0))
-
-
-def test_the_benchmark_loses_no_request(pair, kdcode, tiny_teacher, tmp_path):
-    pair[1].save_pretrained(tmp_path/"draft")
-    command = ["bench", "serve", "--teacher.name", tiny_teacher, "--draft", tmp_path/"draft", "--name", "load",
-               "--decode.problems", 1, "--decode.max_new_tokens", 3, "--decode.compile", "off"]
-    process = kdcode(*command)
-    assert process.returncode == 0, process.stderr
-    folder = tmp_path/"runs"/"load"/"bench-serve"
-    figures = json.loads((folder/"report.json").read_text())["figures"]
-    wanted = {"tokens_per_second_1", "tokens_per_second_8", "ttft_p50", "ttft_resent_p50", "itl_p50",
-              "itl_p95_with_long_prompt", "lost"}
-    assert wanted <= set(figures) and figures["lost"] == 0 and (folder/"serve.png").exists()
