@@ -559,7 +559,7 @@ class ChatCompletionFormat(ChatLogprobs):
             return delta.text, [], reason
         parser = self.parsers.setdefault(index, ToolCallParser(self.tool_format))
         content, parts = parser.feed(delta.text, last=reason is not None)
-        is_cut = parser.read == parser._read_arguments  # by a stop string
+        is_cut = parser.brackets.count > 0  # by a stop string
         return content, parts, "tool_calls" if reason == "stop" and parser.calls and not is_cut else reason
 
     def choice(self, index: int, delta: TextDelta, finish_reason: str | None) -> dict[str, Any]:

@@ -13,13 +13,13 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'DRAFT_HELP', 'DRAFT', 
            'plan_on_machine', 'run_plan', 'bench_decode', 'bench_lengths', 'bench_tasks', 'bench_engines', 'bench_busy',
            'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets', 'bench_trainers',
            'record_command', 'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record', 'write_student',
-           'grow_student', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage', 'make_parser',
-           'main_help', 'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option', 'explain_error',
-           'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt', 'choose_draft',
-           'check_plain_decoding', 'check_text_length', 'card_limits', 'check_plan', 'other_export', 'check_export',
-           'check_evaluation', 'check_corpus', 'check_infilling', 'check_student', 'check_targets', 'check_training',
-           'check_doctor', 'check_models', 'check_lookup', 'check_files', 'silence_libraries', 'print_error',
-           'announce', 'run_command', 'main']
+           'grow_student', 'print_notes', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve', 'usage',
+           'make_parser', 'main_help', 'short_help', 'full_help', 'help_text', 'option_names', 'suggest_option',
+           'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse', 'read_prompt',
+           'choose_draft', 'check_plain_decoding', 'check_text_length', 'card_limits', 'check_plan', 'other_export',
+           'check_export', 'check_evaluation', 'check_corpus', 'check_infilling', 'check_student', 'check_targets',
+           'check_training', 'check_doctor', 'check_models', 'check_lookup', 'check_files', 'silence_libraries',
+           'print_error', 'announce', 'run_command', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -47,7 +47,7 @@ from kdcode.config import (
 from .files import (
     api_key, bind_socket, check_device, check_draft, check_engine, check_layers, check_lookup_files, check_run,
     check_search, check_stack_token, check_teacher_name, check_trainers, check_training_device, check_weights,
-    check_writable, did_you_mean, draft_config, draft_folder, generated_text_file, is_draft_head, is_hub_id,
+    check_writable, did_you_mean, draft_folder, generated_text_file, is_draft_head, is_hub_id,
     is_made_for, LEGACY_HEAD, model_source, read_prompts, remote_folder, report_files, result_folder, shipped_draft,
     shipped_drafts, source_folder, student_architecture, teacher_fingerprint, teacher_vocabulary)
 from .notebook import time_to_go
@@ -570,16 +570,21 @@ def write_student(
     folder: Path,
     form: Literal["llama", "gguf", "eagle3", "speculators", "int8", "int4"],
 ) -> Path:
-    """Export a student to a folder or file, and return its path."""
-    from kdcode.export import export_gguf, export_head, export_llama
+    """Export a student to a folder or file, print what it loses in other engines, and return its path."""
+    from kdcode.decode import load_draft
+    from kdcode.export import export_gguf, export_head, export_llama, window_notes
     from kdcode.quantise import export_quantised
+    if form == "int8" or form == "int4":
+        return export_quantised(model, folder/form, form)
+    student = load_draft(str(model))
     if form == "llama":
-        return export_llama(model, teacher, folder/"llama")
-    if form == "gguf":
-        return export_gguf(model, teacher, folder/"student.gguf")
-    if form == "eagle3" or form == "speculators":
-        return export_head(model, folder/form, form)
-    return export_quantised(model, folder/form, form)
+        path = export_llama(student, teacher, folder/"llama")
+    elif form == "gguf":
+        path = export_gguf(student, teacher, folder/"student.gguf")
+    else:
+        path = export_head(student, folder/form, form)
+    print_notes(window_notes(student))
+    return path
 
 def grow_student(config: Config, options) -> Path:
     """Extend a student's draft vocabulary to the teacher's vocabulary, train it, and return its folder."""
@@ -598,6 +603,10 @@ def grow_student(config: Config, options) -> Path:
     return folder/"student"
 
 # %% ../nbs/12_cli.ipynb #ffb0d497
+def print_notes(notes: list[str]) -> None:
+    """Print notes, one a line, to standard error."""
+    for note in notes: print(f"note: {note}", file=sys.stderr)
+
 def push_student(config: Config, options) -> None:
     """Push a student and its model card to the hub, or only write the files with `--dry-run`."""
     from kdcode.hub import export_hub
@@ -616,9 +625,6 @@ def run_export(config: Config, options) -> None:
     model = grow_student(config, options) if options.grow_vocabulary else options.model
     path = write_student(model, config.teacher.name, run_folder(config), options.to)
     print(f"student: {display_path(path)}")
-    if options.to in ("llama", "gguf") and (window := draft_config(options.model).get("attention_window")):
-        print(f"note: a plain Llama has no sliding window; after more than {window} tokens it is accepted less often "
-              "than in kdcode", file=sys.stderr)
     following = ["bench", "engines"] if options.to == "gguf" else ["generate", SHORT_PROMPT]
     draft = options.model if options.to == "gguf" else display_path(path)
     print_next(with_teacher(config, *following, "--draft", draft))
@@ -627,7 +633,9 @@ def run_export(config: Config, options) -> None:
 def serve_with_vllm(config: Config, draft: str | None, key: str | None, arguments: list[str]) -> None:
     """Export teacher and student, and replace this process with vLLM."""
     from kdcode.engines import engine_files, find_program, vllm_command, VLLM_ENVIRONMENT
+    from kdcode.export import window_notes
     teacher, student = load_pair(config, draft)
+    print_notes(window_notes(student))
     files = engine_files("vLLM", teacher, student, config.teacher.name, run_folder(config)/"vllm")
     dtype = str(teacher.model.dtype).removeprefix("torch.")
     command = vllm_command(find_program("vLLM"), files, config.decode.gamma, dtype, teacher.name)
@@ -746,8 +754,8 @@ EXPORT_OPTIONS: dict[str, dict[str, dict]] = {
         "--to": {"choices": ["llama", "gguf", "eagle3", "speculators", "int8", "int4", "hub"],
                  "default": "llama", "help": (
             "llama: a folder for transformers, vLLM and llama.cpp's converter; gguf: a file for llama.cpp; eagle3, "
-            "speculators: an EAGLE-3 head for vLLM and other engines; "
-            "int8, int4: a quantised student; hub: a repository on the Hugging Face Hub with a model card")},
+            "speculators: an EAGLE-3 head for vLLM and other engines; these four lose the attention_window of a "
+            "student; int8, int4: a quantised student; hub: a repository on the Hugging Face Hub with a model card")},
         "--grow-vocabulary": {"action": "store_true", "help": (
             "extend a draft vocabulary to the teacher's vocabulary and train the result with the given settings")},
         "--repo": {"type": str, "default": "", "help": "hub: repository, USER/NAME"},

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FUNCTIONS', 'TASKS', 'INFILLING', 'PromptTexts', 'line_task', 'docstring_task', 'editing_task', 'test_task',
            'task_prompts', 'infilling_task', 'teacher_task_prompts', 'draft_hidden_states', 'draft_logits',
-           'matching_drafts', 'replay', 'first_draft_acceptance', 'top1_agreement', 'evaluation_texts', 'long_files',
-           'context_limit']
+           'count_matches', 'matching_drafts', 'replay', 'first_draft_acceptance', 'top1_agreement', 'evaluation_texts',
+           'long_files', 'context_limit']
 
 # %% ../nbs/08_draft_eval.ipynb #56e468ef
 import ast
@@ -242,6 +242,7 @@ def draft_logits(
         steps = [draft(input_ids=known, use_cache=False).logits[..., :teacher.vocabulary_size]]
     return steps * gamma if len(steps) == 1 else steps
 
+# %% ../nbs/08_draft_eval.ipynb #5b1c7e20
 def _greedy_draft_ids(
     draft: PreTrainedModel,
     logits: Tensor,  # (time, draft vocabulary)
@@ -250,6 +251,17 @@ def _greedy_draft_ids(
     best, draft_ids = logits.argmax(-1), getattr(draft, "draft_ids", None)
     return best if draft_ids is None else draft_ids[best]
 
+def count_matches(
+    draft: PreTrainedModel,
+    steps: list[Tensor],  # of `draft_logits`
+    ids: Tensor,          # (time,), the text
+) -> Tensor:              # (time,), integers from 0 to γ
+    """Return for each position how many greedy draft tokens after it match the text, up to the first mismatch."""
+    matches = torch.zeros(len(steps), len(ids), dtype=torch.bool, device=ids.device)
+    for i, logits in enumerate(steps[:len(ids) - 1]):  # no token follows the last one
+        matches[i, :len(ids) - i - 1] = _greedy_draft_ids(draft, logits[0, i:-1]) == ids[i + 1:]
+    return matches.int().cumprod(0).sum(0)
+
 @torch.no_grad()
 def matching_drafts(
     teacher: Teacher,
@@ -257,11 +269,8 @@ def matching_drafts(
     ids: Tensor,             # (time,), a text
     gamma: int,              # draft tokens per round
 ) -> Tensor:                 # (time,), integers from 0 to γ
-    """Return for each position how many greedy draft tokens after it match the text, up to the first mismatch."""
-    matches = torch.zeros(gamma, len(ids), dtype=torch.bool, device=ids.device)
-    for i, logits in enumerate(draft_logits(teacher, draft, ids[None], gamma)):
-        matches[i, :len(ids) - i - 1] = _greedy_draft_ids(draft, logits[0, i:-1]) == ids[i + 1:]
-    return matches.int().cumprod(0).sum(0)
+    """Return `count_matches` of a draft model on a text."""
+    return count_matches(draft, draft_logits(teacher, draft, ids[None], gamma), ids)
 
 # %% ../nbs/08_draft_eval.ipynb #8c78912e
 PromptTexts = list[tuple[list[int], list[int]]]  # token ids of prompts and of the texts after them

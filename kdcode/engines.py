@@ -38,8 +38,9 @@ from .config import Config, ConfigError, DecodeSettings
 from .data import humaneval_problems
 from .decode import prompt_ids
 from .eagle import EagleStudent
-from .export import (
-    as_llama, export_gguf, export_head, export_llama, export_teacher, llama_cpp_obstacle, open_head)
+from kdcode.export import (
+    as_llama, export_gguf, export_head, export_llama, export_teacher, llama_cpp_obstacle, open_head,
+    window_notes)
 from .files import find_program, model_source, PROGRAMS
 from .report import Report
 from .result import Statistics
@@ -465,7 +466,6 @@ def comparison_rows(
 
 # %% ../nbs/09b_engines.ipynb #d5934d9d
 WARM_UP_TOKENS = 16
-FIGURE_PREFIXES = {"vLLM": "vllm", "llama.cpp": "llama_cpp"}
 
 def bench_engines(
     teacher: Teacher,
@@ -486,7 +486,8 @@ def bench_engines(
              for engine, obstacle in obstacles.items() if not obstacle}
     with start_engines(teacher, files, settings.gamma, folder) as engines:
         rows = _measure(teacher, student, engines, settings, config.seed, progress)
-    report = Report(command, config, engine_figures(rows), rows, benchmark_notes(settings, obstacles))
+    notes = benchmark_notes(settings, obstacles) + window_notes(student)
+    report = Report(command, config, engine_figures(rows), rows, notes)
     report.save(folder)
     return report
 
@@ -505,6 +506,8 @@ def _measure(teacher, student, engines, settings, seed, progress) -> list[dict]:
     return comparison_rows(decoded, counts, calls, teacher)
 
 # %% ../nbs/09b_engines.ipynb #94ce8e3a
+FIGURE_PREFIXES = {"vLLM": "vllm", "llama.cpp": "llama_cpp"}
+
 def engine_figures(rows: list[dict]) -> dict[str, float]:
     """Return the figures of a report: each method over `generate`, and each engine with its draft."""
     figures = {f"speedup, {row['method']}": row["speedup over `generate`"] for row in rows}

@@ -25,7 +25,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 from .config import ConfigError
 from .decode import load_draft
 from .eagle import EagleStudent, LegacyEagleStudent
-from .export import as_llama, atomic_folder, export_llama, EXPORT_MARKER, llama_cpp_obstacle, open_tokenizer
+from .export import (
+    as_llama, atomic_folder, export_llama, EXPORT_MARKER, llama_cpp_obstacle, open_tokenizer, window_notes)
 from .files import shipped_drafts
 from .report import markdown_table
 from .student import Student
@@ -297,10 +298,11 @@ def _introduction(student: PreTrainedModel, hub_id: str) -> str:
             f"It has {config.num_hidden_layers} layers of width {config.hidden_size}, "
             f"{student.num_parameters() / 1e6:.1f} million parameters and a vocabulary of {vocabulary} ids.{features}")
 
-def _limits_section(hub_id: str, licence: str, inherited: bool) -> str:
-    """Return the section "Limits": the student's use and its licence."""
+def _limits_section(hub_id: str, licence: str, inherited: bool, notes: list[str]) -> str:
+    """Return the section "Limits": the student's use, some notes and its licence."""
     source = ", the teacher's" if inherited else ""
     return ("## Limits\n\n* The student is meant for drafting; its own text is poor.\n"
+            + "".join(f"* {note}\n" for note in notes) +
             f"* Licence: {licence}{source}. See the page of {hub_id} for the teacher's terms. "
             "The training data is not included.")
 
@@ -321,7 +323,7 @@ def model_card(
         usage_section(repo, teacher, hub_id, reason, head_usage(student)),
         speedup_section(report),
         training_section(report, hub_id),
-        _limits_section(hub_id, card_licence, inherited=not licence),
+        _limits_section(hub_id, card_licence, not licence, [] if reason else window_notes(student)),
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -14,7 +14,7 @@ __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_L
            'trained_options', 'best_by_form', 'plot_options', 'plain_settings', 'distill_settings',
            'write_distill_file', 'verdict_note', 'limits_note', 'memory_note', 'training_note', 'plan_figures',
            'write_plan', 'teacher_config', 'both_forms', 'forms_note', 'plan_for_card', 'published_acceptance',
-           'check_shape', 'card_draft', 'draft_matches', 'draft_confidences', 'logits_with', 'ReplayedDrafter',
+           'check_shape', 'card_draft', 'matches_and_confidences', 'logits_with', 'ReplayedDrafter',
            'SimulatedAdaptiveDrafter', 'Simulation', 'accepted_tokens', 'replay_text', 'most_calls', 'calls_shown',
            'greedy_texts', 'teacher_texts', 'seconds_per_token', 'predicted_seconds', 'replayed_methods',
            'replay_methods', 'prediction_row', 'assumptions_note', 'draft_note', 'ngram_from', 'prediction_figures',
@@ -52,13 +52,12 @@ from .compiled_step import compile_steps, CompiledModel, print_progress
 from .config import Config, ConfigError, DecodeSettings, make_config, StudentSettings, TeacherSettings
 from .data import humaneval_problems
 from .decode import decoder_graphs, prompt_ids
-from .draft_eval import draft_logits, matching_drafts, PromptTexts
+from .draft_eval import count_matches, draft_logits, PromptTexts
 from .drafters import (
     AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, drafting_model, DraftStop, HybridDrafter, is_adaptive,
     LatencyModel, MAX_PADDING_ROWS, NGramDrafter, reads_are_free, Sequence, UnsureStop)
 from .eagle import EagleStudent, head_config, head_shape, resolve_feature_layers
 from .files import draft_folder, model_source
-from .loss import drop_padding_rows
 from .ngrams import Discounts
 from .notebook import plot_style
 from .provenance import machine, write_atomic
@@ -548,31 +547,20 @@ def card_draft(config: Config, teacher: ModelSize, draft: str, student: PreTrain
 
 # %% ../nbs/09f_plan.ipynb #097bd6e6
 @torch.no_grad()
-def draft_matches(
+def matches_and_confidences(
     teacher: Teacher,
-    student: PreTrainedModel,
-    ids: Tensor,   # (time,), a text
-    gamma: int,    # draft tokens per round
-) -> list[int]:    # by position, from 0 to γ
-    """Return for each position how many greedy draft tokens after it match the text, for any draft model."""
-    if isinstance(student, Student):
-        return matching_drafts(teacher, student, ids, gamma).tolist()
-    logits = drop_padding_rows(student(ids[None]).logits[0], teacher.vocabulary_size)
-    same = (logits[:-1].argmax(-1) == ids[1:]).int()
-    windows = nn.functional.pad(same, (0, gamma)).unfold(0, gamma, 1)  # (time, γ)
-    return windows.cumprod(1).sum(1).tolist()
+    student: PreTrainedModel,  # any draft model
+    ids: Tensor,               # (time,), a text
+    gamma: int,                # draft tokens per round
+) -> tuple[list[int], list[list[float]]]:  # by position; confidences then by draft token, 0 beyond the end of the text
+    """Return `count_matches`, and the student's largest probability for each draft token, from one pass.
 
-@torch.no_grad()
-def draft_confidences(
-    teacher: Teacher,
-    student: PreTrainedModel,
-    ids: Tensor,          # (time,), a text
-    gamma: int,           # draft tokens per round
-) -> list[list[float]]:   # by position, then by draft token; 0 beyond the end of the text
-    """Return the student's largest probability for each draft token, if those before it match the text."""
+    The probability is that of a draft whose tokens before it match the text.
+    """
     steps = draft_logits(teacher, student, ids[None], gamma)
     tops = [(logits[0].amax(-1) - logits[0].logsumexp(-1)).exp() for logits in steps]
-    return torch.stack([nn.functional.pad(top[i:], (0, i)) for i, top in enumerate(tops)], 1).tolist()
+    confidences = torch.stack([nn.functional.pad(top, (0, i))[i:] for i, top in enumerate(tops)], 1)
+    return count_matches(student, steps, ids).tolist(), confidences.tolist()
 
 # %% ../nbs/09f_plan.ipynb #5c8a7e07
 def logits_with(confidence: float) -> Tensor:
@@ -586,9 +574,9 @@ class ReplayedDrafter(Drafter):
     def __init__(
         self,
         text: list[int],     # prompt and generated tokens
-        matches: list[int],  # of `draft_matches`
+        matches: list[int],  # of `matches_and_confidences`
         first: int = 0,      # number of tokens that it needs; an EAGLE head has no features in the first round
-        confidences: list[list[float]] | None = None,  # of `draft_confidences`; None: drafts do not stop early
+        confidences: list[list[float]] | None = None,  # of the same; None: drafts do not stop early
     ):
         self.text, self.matches, self.first, self.confidences = text, matches, first, confidences
         self.steps = 0  # draft steps so far
@@ -755,14 +743,13 @@ def replay_methods(
     """Return the statistics of each method on the texts."""
     methods, largest = replayed_methods(settings), max(settings.gamma, *GAMMAS)
     simulations = {label: Simulation(one, costs) for label, one in methods.items()}
-    total = {label: Statistics() for label in methods}
+    total, stops = {label: Statistics() for label in methods}, reads_are_free(teacher.device)
     for prompt, text in texts:
         ids = torch.tensor(prompt + text, device=teacher.device)
-        matches = draft_matches(teacher, student, ids, largest)
-        confidences = draft_confidences(teacher, student, ids, largest) if reads_are_free(teacher.device) else None
+        matches, confidences = matches_and_confidences(teacher, student, ids, largest)
         first = len(prompt) + 1 if isinstance(student, EagleStudent) and len(prompt) > 1 - student.skipped_tokens else 0
         for label, simulation in simulations.items():
-            replayed = ReplayedDrafter(prompt + text, matches, first, confidences)
+            replayed = ReplayedDrafter(prompt + text, matches, first, confidences if stops else None)
             total[label] += replay_text(simulation, replayed, prompt, text)
     return total
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_TOOL', 'HEADER', 'ToolFormat', 'find_tool_format', 'tools_source', 'call_header', 'partial_stop_length',
-           'WaitingText', 'ToolCallParser', 'join_calls']
+           'WaitingText', 'OpenBrackets', 'ToolCallParser', 'join_calls']
 
 # %% ../nbs/07f_tools.ipynb #14fcf643
 import json
@@ -119,22 +119,42 @@ class WaitingText:
         self.waiting = rest if found else text[len(text) - held:]
         return text[:len(text) - held], bool(found)
 
+# %% ../nbs/07f_tools.ipynb #a4d5c1e5
+@dataclass
+class OpenBrackets:
+    """The open brackets of a JSON object that arrives in pieces."""
+    count: int = 0
+    in_string: bool = False
+    escaped: bool = False
+    """whether the last character of a string was a backslash that belongs to the next one"""
+
+    def end(self, text: str) -> int:
+        """Return where the next piece closes the last bracket; its length if it does not."""
+        for position, character in enumerate(text):
+            if self.in_string:
+                self.in_string = self.escaped or character != '"'
+                self.escaped = character == "\\" and not self.escaped
+                continue
+            self.in_string = character == '"'
+            self.count += (character in "{[") - (character in "}]")
+            if self.count == 0: return position
+        return len(text)
+
 # %% ../nbs/07f_tools.ipynb #6e247485
 class ToolCallParser(WaitingText):
     """Splits the text of an answer into content and tool calls, while it arrives."""
 
     def __init__(self, tool_format: ToolFormat):
-        self.tag, self.closing = tool_format.begin.strip(), "}" + tool_format.end
+        self.tag, self.closing = tool_format.begin.strip(), tool_format.end.strip()
         self.calls = 0     # calls that have begun
+        self.brackets = OpenBrackets()  # of the last call
         self.after_call = False  # whether there was no content since the last call: white space there is none
         self.read = self._read_text
 
     def _read_text(self, last: bool) -> tuple[str, list] | None:
         text, found = self.take(self.tag, last)
-        if self.after_call:
-            text = text.lstrip()
-        if found:
-            self.read = self._read_header
+        if self.after_call: text = text.lstrip()
+        if found: self.read = self._read_header
         self.after_call = self.after_call and not text
         return (text, []) if found or text else None
 
@@ -143,17 +163,23 @@ class ToolCallParser(WaitingText):
         if not header:
             return None
         self.waiting, self.read = self.waiting[header.end():], self._read_arguments
-        self.calls += 1
+        self.calls, self.brackets = self.calls + 1, OpenBrackets(1)
         function = {"name": json.loads(header[1]), "arguments": ""}
         identity = {"index": self.calls - 1, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
         return "", [identity | {"function": function}]
 
     def _read_arguments(self, last: bool) -> tuple[str, list] | None:
-        text, found = self.take(self.closing, last)
-        if found:
-            self.read, self.after_call = self._read_text, True
+        end = self.brackets.end(self.waiting)
+        text, self.waiting = self.waiting[:end], self.waiting[end:]
         part = {"index": self.calls - 1, "function": {"arguments": text}}
-        return ("", [part] if text else []) if found or text else None
+        if not self.brackets.count:
+            self.read = self._read_closing
+        return ("", [part] if text else []) if text or not self.brackets.count else None
+
+    def _read_closing(self, last: bool) -> tuple[str, list] | None:
+        found = self.take(self.closing, last)[1]
+        if found: self.read, self.after_call = self._read_text, True
+        return ("", []) if found else None
 
 # %% ../nbs/07f_tools.ipynb #7b512c16
 def join_calls(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from sqlalchemy.exc import DatabaseError
 from transformers import TrainerCallback
 
 from .config import check_search_space, Config, ConfigError, save_config, SearchSpace, with_overrides
-from .data import Corpus
+from .data import block_lengths, Corpus, length_batches
 from .files import check_search
 from .notebook import plot_style
 from .provenance import write_atomic
@@ -69,12 +69,12 @@ Objective = Callable[[Student, float], float]  # of a student and its acceptance
 
 def with_quarterly_validation(
     config: Config,
-    blocks: int,  # of the training split
+    lengths: list[int],  # of the blocks of the training split
 ) -> Config:
     """Return the configuration with a validation and a log entry after each quarter of its optimizer steps."""
     t = config.train
-    batches = math.ceil(blocks / t.batch_size / t.gradient_accumulation)
-    steps = math.ceil(batches * t.epochs)
+    batches = len(list(length_batches(sorted(lengths), t.batch_size)))
+    steps = math.ceil(math.ceil(batches / t.gradient_accumulation) * t.epochs)
     quarter = math.ceil(min(t.max_steps or steps, steps) / QUARTERS)
     return replace(config, train=replace(t, eval_steps=quarter, logging_steps=quarter, keep_checkpoints=1))
 
@@ -198,13 +198,14 @@ def run_trial(
             shutil.rmtree(folder/"checkpoints", ignore_errors=True)
 
 # %% ../nbs/06c_tune.ipynb #9d40b101
-def trial_config(config: Config, values: dict[str, Any], blocks: int) -> Config:
-    """Return the configuration of a trial, from the values of its fields and the blocks of the training split."""
-    return with_quarterly_validation(with_overrides(config, {"train.upload": None} | values), blocks)
+def trial_config(config: Config, values: dict[str, Any], corpus: Corpus) -> Config:
+    """Return the configuration of a trial, from the values of its fields."""
+    trial = with_overrides(config, {"train.upload": None} | values)
+    return with_quarterly_validation(trial, block_lengths(corpus.train))
 
 def misfit(config: Config, teacher: Teacher, corpus: Corpus, folder: Path) -> str | None:
     """Return why one training step without a trial's values raises a `ConfigError`; None if it doesn't."""
-    one_step = trial_config(config, {"train.max_steps": 1}, len(corpus.train))
+    one_step = trial_config(config, {"train.max_steps": 1}, corpus)
     try:
         with tempfile.TemporaryDirectory() as temporary:
             distill(with_shared_targets(one_step, folder), teacher, corpus, Path(temporary)/"one-step", progress=False)
@@ -237,7 +238,7 @@ class TrialRunner:
         trial.set_user_attr("worker", self.worker)
         run = self.folder/f"trial-{folder_number(trial):04d}"
         try:
-            config = trial_config(self.config, suggest(trial, self.space), len(self.corpus.train))
+            config = trial_config(self.config, suggest(trial, self.space), self.corpus)
             config = with_shared_targets(config, self.folder)
             return run_trial(trial, config, self.teacher, self.corpus, run, self.objective)
         except ConfigError as error:
@@ -290,7 +291,7 @@ def save_search(study: optuna.Study, config: Config, space: SearchSpace, corpus:
         pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
         raise ConfigError(f"no trial of the search in {folder} is complete ({pruned} are pruned); give more --trials, "
                           "or a space with lower learning rates or smaller batches")
-    best = trial_config(config, trial_values(study.best_trial, space), len(corpus.train))
+    best = trial_config(config, trial_values(study.best_trial, space), corpus)
     save_config(replace(best, name=f"{config.name}-best", out=None), folder/"best.yaml")
     write_atomic(folder/"trials.csv", trials_table(study, space).to_csv())
     figure = plot_search(study, space)

@@ -1,4 +1,5 @@
 """The `kdcode` command as a process: output, exit status, files, and recovery after it was killed."""
+import copy
 import io
 import json
 import os
@@ -128,6 +129,23 @@ def test_a_draft_vocabulary_is_grown_for_export(kdcode, tiny_teacher, tmp_path):
         done = kdcode(*export, *words)
         assert done.returncode == 0, done.stderr
     assert "license: mit" in (tmp_path/"runs"/"others"/"hub"/"README.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["llama", "gguf", "eagle3", "speculators", "int8"])
+def test_an_export_says_in_one_line_that_its_window_is_lost(kdcode, pair, tmp_path, form):
+    """Not `int8`, which stays a student."""
+    from kdcode.eagle import EagleStudent
+    teacher, student = pair
+    if form in ("eagle3", "speculators"): student = EagleStudent.from_teacher(teacher.model)
+    for window in (None, 16):
+        student = copy.deepcopy(student)
+        student.config.attention_window = window
+        student.save_pretrained(tmp_path/"student")
+        done = kdcode("export", tmp_path/"student", "--to", form, "--teacher.name", "smollm2")
+        assert done.returncode == 0, done.stderr
+        notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+        assert len(notes) == (window is not None and form != "int8")
+        assert all("the student to its last 16" in note for note in notes)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -15,11 +15,12 @@ from kdcode import cli, plan
 from kdcode.bench import Decoded, decode_interleaved, fixed_gamma_name, kdcode_method, StepCosts
 from kdcode.config import Config, DecodeSettings, load_config
 from kdcode.data import humaneval_problems
+from kdcode.draft_eval import draft_logits
 from kdcode.eagle import EagleStudent
 from kdcode.history import read_report
 from kdcode.plan import (
-    draft_matches, model_size, NGRAM, plan_for_card, predicted_seconds, replay_methods, replay_text, ReplayedDrafter,
-    shape_of, Simulation, teacher_texts)
+    matches_and_confidences, model_size, NGRAM, plan_for_card, predicted_seconds, replay_methods, replay_text,
+    ReplayedDrafter, shape_of, Simulation, teacher_texts)
 from kdcode.result import Statistics
 
 RESULTS = Path(__file__).parent.parent/"results"
@@ -97,13 +98,35 @@ def test_a_replay_has_the_rounds_of_the_decoder(pair, kind, drafter):
         real.tokens, real.calls, real.drafted, real.accepted)
 
 
+def embedding_calls(student, function):
+    """Return how often a function embeds tokens for a student, which each pass does equally often."""
+    calls = []
+    hook = student.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    function()
+    hook.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize("kind", ("independent", "head", "other"))
+def test_a_replay_runs_the_draft_once_over_each_text(pair, kind):
+    teacher, independent = pair
+    students = {"independent": independent, "head": EagleStudent.from_teacher(teacher.model).eval(),
+                "other": LlamaForCausalLM(teacher.model.config).eval()}
+    student, settings = students[kind], DecodeSettings(gamma=8, problems=2, max_new_tokens=20, compile=False)
+    texts, costs = teacher_texts(teacher, settings), StepCosts(1., {1: 10.})
+    once = embedding_calls(student, lambda: [
+        draft_logits(teacher, student, torch.tensor([prompt + text]), 8) for prompt, text in texts])
+    assert once >= len(texts)
+    assert embedding_calls(student, lambda: replay_methods(teacher, student, texts, settings, costs)) == once
+
+
 def test_matches_of_another_position_give_other_rounds(pair):
     """The control of the test above."""
     teacher, student = pair[0], LlamaForCausalLM(pair[0].model.config).eval()
     student.load_state_dict(teacher.model.state_dict())
     settings = DecodeSettings(gamma=3, adaptive=False, problems=1, max_new_tokens=40)
     (prompt, text), = teacher_texts(teacher, settings)
-    matches = draft_matches(teacher, student, torch.tensor(prompt + text), 3)
+    matches, _ = matches_and_confidences(teacher, student, torch.tensor(prompt + text), 3)
     calls = [replay_text(Simulation(settings, StepCosts(1., {1: 10.})), ReplayedDrafter(prompt + text, some), prompt,
                          text).calls for some in (matches, matches[1:] + [0], [0] * len(matches))]
     assert calls[0] < calls[1] or calls[0] < calls[2]

@@ -266,10 +266,20 @@ def check_calls(choice, names):
         validate(json.loads(call.function.arguments), schema)
 
 
+def in_one_line(teacher):
+    """A teacher whose template has no line feeds between the tags and the call."""
+    teacher = copy.copy(teacher)
+    teacher.tokenizer = copy.deepcopy(teacher.tokenizer)
+    teacher.tokenizer.chat_template = TEMPLATE.replace(r"<tool_call>\n{", "<tool_call>{").replace(
+        r"}\n</tool_call>", "}</tool_call>")
+    return teacher
+
+
+@pytest.mark.parametrize("form", [lambda teacher: teacher, in_one_line], ids=["lines", "one line"])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_tool_calls_are_valid_and_streamed(with_tools, served, temperature):
+def test_tool_calls_are_valid_and_streamed(with_tools, served, temperature, form):
     named = {"type": "function", "function": {"name": "get_weather"}}
-    with served(models=with_tools) as (client, _):
+    with served(models=(form(with_tools[0]), with_tools[1])) as (client, _):
         options = {"temperature": temperature}
         required = ask_with_tools(client, tool_choice="required", parallel_tool_calls=False, **options)
         check_calls(required, ("get_weather", "now"))
@@ -281,6 +291,18 @@ def test_tool_calls_are_valid_and_streamed(with_tools, served, temperature):
         if several.finish_reason != "length": check_calls(several, ("get_weather", "now"))
         for free in (ask_with_tools(client, **options), ask_with_tools(client, tool_choice="none", **options)):
             assert free.message.tool_calls is None and free.message.content  # a random model calls no tool by itself
+
+
+def test_a_closing_tag_in_a_string_does_not_end_a_call(with_tools, served):
+    """Without a line feed before the tag, a string may contain the very end of a call."""
+    code = '{"a": {}}</tool_call>'
+    schema = {"type": "object", "properties": {"code": {"const": code}}, "required": ["code"],
+              "additionalProperties": False}
+    run = {"type": "function", "function": {"name": "run", "parameters": schema}}
+    with served(models=(in_one_line(with_tools[0]), with_tools[1])) as (client, _):
+        choice = ask_with_tools(client, tools=[run], tool_choice="required", parallel_tool_calls=False, max_tokens=100)
+    call, = choice.message.tool_calls
+    assert json.loads(call.function.arguments) == {"code": code} and choice.finish_reason == "tool_calls"
 
 
 def test_a_model_that_begins_a_call_completes_it(pair, with_tools, served):
