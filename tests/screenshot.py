@@ -7,6 +7,7 @@ python tests/screenshot.py decode-picture
     decodes an example prompt, and writes the result as a notebook shows it, decode.png, and a report
     to runs/decode-picture; the picture is as wide as a phone, so that it is readable there
 """
+import argparse
 import re
 import shutil
 import socket
@@ -95,10 +96,13 @@ def decode_picture(folder):
     Report("python tests/screenshot.py decode-picture", config, figures, rows, [note], ("decode.png",)).save(folder)
 
 
-def main(name="playground"):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="playground", choices=["playground", "decode-picture"])
+    name = parser.parse_args().name
     folder = ROOT/"runs"/name
     folder.mkdir(parents=True, exist_ok=True)
     {"playground": playground, "decode-picture": decode_picture}[name](folder)
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__": main()
