@@ -61,7 +61,8 @@ def playground(folder):
     """Write a picture of the playground, and a report with the numbers that it shows."""
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
     draft = ROOT/"models"/"smollm2-135m-draft"
-    command = [sys.executable, "-m", "kdcode.cli", "serve", "--serve.port", str(port), "--draft", str(draft)]
+    command = [sys.executable, "-m", "kdcode.cli", "serve", "--serve.port", str(port), "--draft", str(draft),
+               "--decode.compile", "off"]  # else compiling in the background would take a core meanwhile
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout.readline().startswith("serving smollm2")
