@@ -46,7 +46,6 @@ def take_playground_picture(url, file):
     with browser() as chromium:
         page = chromium.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=1.5)
         page.goto(url)
-        page.get_by_label("Prompt").fill(EXAMPLE_PROMPT)
         for tokens in (WARM_UP_TOKENS, TOKENS):
             page.get_by_label("Max. tokens").fill(str(tokens))
             page.get_by_role("button", name="Run").click()
