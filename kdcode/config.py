@@ -693,7 +693,8 @@ _NO_UNION_MEMBER = re.compile(r'Parser key "(?P<key>.+?)": Does not validate .*?
                               r'Errors: .*Given value: (?P<value>.*)')
 
 TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
-              "list[int]": "a list of whole numbers", "list[str]": "a list of texts"}
+              "list[int]": "a list of whole numbers", "list[str]": "a list of texts",
+              "list": "a list, such as '[a, b]'", "list[SourceSettings]": "a list of sources"}
 
 def one_line_error(error: Exception) -> str:
     """Return the message of a parser on one line, in the form `key is value; expected type`."""
@@ -705,6 +706,7 @@ def one_line_error(error: Exception) -> str:
     key = ".".join(part for part in (match.groupdict().get("list"), match["key"]) if part)
     expected = re.sub(r"Literal\[(.+?)\]", r"\1", match["expected"])
     expected = re.sub(r"[\w.]+\.(\w+Settings)", r"\1", expected)
+    expected = re.sub(r"dict\[.*?\]", "a mapping", expected)
     parts = [TYPE_WORDS.get(part, part) for part in expected.split(", ")]
     named = "'" in parts[0] and len(parts) > 1
     return f"{key} is {match['value']}; expected {'one of ' + ', '.join(parts) if named else ' or '.join(parts)}"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MakeConstraint', 'FEWEST_CALLS', 'TokenLogprobs', 'StepOutput', 'verify_drafts', 'check_prompts', 'DecoderState',
            'PromptState', 'SpeculativeDecoder', 'bad_word_ids', 'make_sequences', 'make_decoder', 'decoder_graphs',
-           'speculative_generate', 'RowProcessor', 'custom_generate', 'check_student', 'load_draft', 'unicode',
-           'prompt_ids', 'complete', 'TextStream', 'open_stream', 'stream', 'estimate_speedup']
+           'speculative_generate', 'RowProcessor', 'custom_generate', 'check_student', 'load_draft', 'prompt_ids',
+           'complete', 'TextStream', 'open_stream', 'stream', 'estimate_speedup']
 
 # %% ../nbs/07c_decode.ipynb #07151aad
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +32,7 @@ from .drafters import (
     check_vocabularies, Draft, Drafter, drafts_in_int8, is_adaptive, LatencyModel, make_drafter,
     model_tokenizer, Sequence, StopCriteria, target_latency, Timestamp)
 from .eagle import EagleStudent, open_student
-from .files import draft_folder, other_tokenizer
+from .files import draft_folder, other_tokenizer, unicode
 from .ngrams import lookup_files, LookupText
 from .prefix_cache import copy_row, load_row
 from .result import incremental_text, SpeculativeResult
@@ -651,15 +651,6 @@ def load_draft(
     return student.to(teacher.device)
 
 # %% ../nbs/07c_decode.ipynb #c046844a
-def unicode(prompt: str) -> str:
-    """Return the prompt unchanged. Raises `ConfigError` if it cannot be encoded as UTF-8."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"the prompt has bytes that are not UTF-8 text (at character {error.start}); "
-                          f"give it in UTF-8") from None
-    return prompt
-
 def prompt_ids(
     teacher: Teacher,
     prompt: str,

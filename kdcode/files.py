@@ -6,13 +6,13 @@
 __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD', 'TOKENS_SUFFIX', 'WEIGHTS', 'RESULT_NEUTRAL',
            'STACK_TERMS', 'ENDPOINT_VARIABLES', 'S3_COMPATIBILITY', 'PROGRAMS', 'embedded_teacher', 'did_you_mean',
            'is_hub_id', 'hub_problem', 'check_teacher_name', 'model_source', 'teacher_layers', 'check_layers',
-           'check_device', 'check_training_device', 'shipped_drafts', 'shipped_draft', 'draft_folder',
+           'check_device', 'check_threads', 'check_training_device', 'shipped_drafts', 'shipped_draft', 'draft_folder',
            'vocabulary_fingerprint', 'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'may_draft',
            'check_draft', 'draft_config', 'student_architecture', 'is_made_for', 'is_draft_head', 'read_tokens',
-           'check_lookup_files', 'check_weights', 'read_prompts', 'changed_fields', 'with_defaults', 'check_same_run',
-           'check_run', 'check_search', 'check_writable', 'source_folder', 'generated_text_file', 'check_stack_token',
-           'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine', 'trl_python',
-           'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
+           'check_lookup_files', 'check_weights', 'read_prompts', 'unicode', 'changed_fields', 'with_defaults',
+           'check_same_run', 'check_run', 'check_search', 'check_writable', 'source_folder', 'generated_text_file',
+           'check_stack_token', 'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine',
+           'trl_python', 'check_trainers', 'is_loopback', 'api_key', 'bind_socket']
 
 # %% ../nbs/00c_files.ipynb #6b67ac30
 import difflib
@@ -121,6 +121,12 @@ def check_device(device: str) -> None:
         raise ConfigError(f"teacher.device is {device!r}; give auto, cpu, cuda, or cuda:1 for the second GPU")
     if device.startswith("cuda") and version.endswith("+cpu"):
         raise ConfigError(f"teacher.device is {device!r}, but PyTorch {version} is a build for CPUs; use auto or cpu")
+
+def check_threads(threads: int | str) -> None:
+    """Raise `ConfigError` for more threads than the machine has CPUs: they would only wait for each other."""
+    cpus = os.cpu_count() or 1
+    if threads != "auto" and int(threads) > cpus:
+        raise ConfigError(f"threads is {threads}, but this machine has {cpus} CPUs; give at most {cpus}, or auto")
 
 def check_training_device(device: str) -> None:
     """Raise `ConfigError` for a GPU other than the first one, which the trainer of `transformers` uses."""
@@ -295,6 +301,16 @@ def read_prompts(file: str) -> list[str]:
         raise ConfigError(f"--prompts is {file}, which has {'a prompt without text' if prompts else 'no prompt'}; "
                           "give at least one prompt, each with text")
     return prompts
+
+# %% ../nbs/00c_files.ipynb #2c7a90de
+def unicode(prompt: str) -> str:
+    """Return the prompt unchanged. Raises `ConfigError` if it cannot be encoded as UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt has bytes that are not UTF-8 text (at character {error.start}); "
+                          f"give it in UTF-8") from None
+    return prompt
 
 # %% ../nbs/00c_files.ipynb #11b99ced
 RESULT_NEUTRAL = {  # fields and sections of a configuration that may change when a run is resumed

@@ -151,8 +151,10 @@ def quiet_libraries() -> None:
 
     import datasets
     import transformers
+    from transformers import modeling_gguf_pytorch_utils
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(tqdm, disable=True)  # no setting turns this bar off
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -61,9 +61,9 @@ from .compiled_step import compile_in_background, print_progress
 from .config import Config, ConfigError, DecodeSettings, ServeSettings
 from .data import text_after, text_ids
 from .decode import (
-    check_prompts, check_student, decoder_graphs, make_sequences, prompt_ids, StepOutput, TokenLogprobs, unicode)
+    check_prompts, check_student, decoder_graphs, make_sequences, prompt_ids, StepOutput, TokenLogprobs)
 from .drafters import Drafter, Sequence
-from .files import is_loopback
+from .files import is_loopback, unicode
 from .grammar import Grammar, GrammarCompiler, GrammarConstraint, json_source
 from .infill import fim_end_ids, find_fim_format, infill_prompt
 from .ngrams import lookup_files

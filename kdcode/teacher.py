@@ -152,6 +152,8 @@ def process_state(device: torch.device):
 def load_error(name: str, error: Exception) -> ConfigError:
     """Return a `ConfigError` that says why a teacher cannot be loaded, and what to do."""
     reason = str(error).strip().splitlines()[0]
+    if isinstance(error, SafetensorError):
+        return ConfigError(f"teacher {name} can't be loaded: a file of its weights is damaged ({reason}); get it again")
     path = Path(name).expanduser()
     missing = [part for part in ("config.json", "tokenizer") if path.is_dir() and not list(path.glob(f"{part}*"))]
     if missing:
@@ -364,7 +366,7 @@ def load_teacher(
         with working(f"loading teacher {settings.name} in {settings.dtype} …"):
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, settings.dtype), device_map={"": device}, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise load_error(settings.name, error) from None
     rows = model.get_output_embeddings().weight.shape[0]
     if tokens_without_row(tokenizer, rows):

@@ -7,6 +7,7 @@ python tests/screenshot.py decode-picture
     decodes an example prompt, and writes the result as a notebook shows it, decode.png, and a report
     to runs/decode-picture; the picture is as wide as a phone, so that it is readable there
 """
+import argparse
 import re
 import shutil
 import socket
@@ -45,7 +46,6 @@ def take_playground_picture(url, file):
     with browser() as chromium:
         page = chromium.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=1.5)
         page.goto(url)
-        page.get_by_label("Prompt").fill(EXAMPLE_PROMPT)
         for tokens in (WARM_UP_TOKENS, TOKENS):
             page.get_by_label("Max. tokens").fill(str(tokens))
             page.get_by_role("button", name="Run").click()
@@ -60,7 +60,8 @@ def playground(folder):
     """Write a picture of the playground, and a report with the numbers that it shows."""
     with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
     draft = ROOT/"models"/"smollm2-135m-draft"
-    command = [sys.executable, "-m", "kdcode.cli", "serve", "--serve.port", str(port), "--draft", str(draft)]
+    command = [sys.executable, "-m", "kdcode.cli", "serve", "--serve.port", str(port), "--draft", str(draft),
+               "--decode.compile", "off"]  # else compiling in the background would take a core meanwhile
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout.readline().startswith("serving smollm2")
@@ -95,10 +96,13 @@ def decode_picture(folder):
     Report("python tests/screenshot.py decode-picture", config, figures, rows, [note], ("decode.png",)).save(folder)
 
 
-def main(name="playground"):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="playground", choices=["playground", "decode-picture"])
+    name = parser.parse_args().name
     folder = ROOT/"runs"/name
     folder.mkdir(parents=True, exist_ok=True)
     {"playground": playground, "decode-picture": decode_picture}[name](folder)
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__": main()

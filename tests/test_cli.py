@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -223,6 +224,16 @@ def output(capsys, *words):
     (["distil"], "did you mean distill?"),
     (["--versio"], "did you mean --version?"),
     (["distill", "--train.lr", "1"], "did you mean --train.learning_rate?"),
+    (["distill", "--train.steps", "9"], "did you mean --train.max_steps?"),
+    (["generate", "x", "--max-tokens", "9"], "did you mean --decode.max_new_tokens?"),
+    (["generate", "x", "--temp", "1"], "did you mean --decode.temperature?"),
+    (["generate", "x", "--decode.temp", "1"], "did you mean --decode.temperature?"),
+    (["generate", "--prompt", "x"], "has no option --prompt; write it in quotes"),
+    (["generate", "x\udcff"], "the prompt has bytes that are not UTF-8 text (at character 1)"),
+    (["generate", "x", "--threads", "99999"], "threads is 99999, but this machine has"),
+    (["generate", "x", "--decode.stop", "5"], "decode.stop is 5; expected a list, such as '[a, b]'"),
+    (["distill", "--data.source", "my/code"], "'teacher', a list of sources"),
+    (["distill", "--loss.divergence", "kl"], "'lk_hybrid', a mapping"),
     (["distill", "--config", "/"], "give a YAML file"),
     (["export", "smollm2", "--to", "gguf"], "a head of an earlier version"),
     (["--name", "x", "distill"], "options follow the command"),
@@ -298,6 +309,54 @@ def test_a_folder_that_is_no_model_is_found_at_once(capsys, monkeypatch, tmp_pat
     (tmp_path/"config.json").write_text("{}")
     status, _, error = output(capsys, "generate", "x", "--draft", str(tmp_path))
     assert (status, "no model_type" in error, error.count("\n")) == (2, True, 0), error
+
+
+@pytest.mark.parametrize("words", [["--version"], ["distill", "--help-all"]])
+def test_the_reader_of_a_pipe_may_stop(words, tmp_path):
+    """As `kdcode ... 2>&1 | head -1` does: no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    log = tmp_path/"python.log"
+    program = f"from kdcode.cli import main\nstatus = main({words})\nopen({str(log)!r}, 'w').write(str(status))"
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=write, timeout=300)
+    os.close(write)
+    assert (done.returncode, log.read_text()) == (0, "1")  # also at Python's exit, where it flushes both
+
+
+@pytest.mark.parametrize("command, kept", [("generate", False), ("serve", False), ("distill", True)])
+def test_an_interrupted_command_says_what_is_kept(capsys, monkeypatch, command, kept):
+    def interrupt(arguments): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "run_command", interrupt)
+    status, _, error = output(capsys, command)
+    assert (status, error.startswith("kdcode: interrupted"), "work is saved" in error) == (130, True, kept), error
+
+
+def test_examples_of_the_help_pass_every_check(monkeypatch, tmp_path):
+    """As in a checkout after `make demo`, whose student has a draft vocabulary."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
+    monkeypatch.setattr(cli, "bind_socket", lambda settings: None)
+    for folder in ("configs", "models"): (tmp_path/folder).symlink_to(Path(__file__).parent.parent/folder)
+    run = tmp_path/"runs"/"quickstart"
+    for folder in (run/"student", run/"bench-decode", tmp_path/"my"/"code"): folder.mkdir(parents=True)
+    config = {"model_type": "kdcode-student", "architectures": ["Student"], "draft_vocab_size": 16_384}
+    (run/"student"/"config.json").write_text(json.dumps(config))
+    for file in ("student/model.safetensors", "bench-decode/report.json", "bench-decode/report.md"): (run/file).touch()
+    lines = [line for examples in cli.EXAMPLES.values() for line in examples if "USER/TEACHER" not in line]
+    assert len(lines) > 15
+    for line in lines:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(SHORT_PROMPT.encode())))
+        _, config, options = cli.parse(shlex.split(line.partition(" <")[0])[1:])
+        cli.check_files(config, options)
+
+
+@pytest.mark.parametrize("words", [["generate", "x", "--draft"], ["doctor", "--draft"], ["eval", "--draft"],
+                                   ["export", "--to", "int8"], ["distill", "--student.start"]])
+def test_a_student_without_weights_is_found_at_once(capsys, monkeypatch, tmp_path, words):
+    monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
+    (tmp_path/"config.json").write_text('{"model_type": "llama"}')
+    status, _, error = output(capsys, *words, str(tmp_path))
+    assert (status, "no weights" in error, error.count("\n")) == (2, True, 0), error
 
 
 def test_help_keeps_the_case_of_names(capsys):

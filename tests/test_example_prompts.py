@@ -42,6 +42,15 @@ def test_an_example_prompt_gets_a_correct_function(embedded_pair, name):
     assert run_program(f"{program}\n\n{CHECKS[name]}\n", isolation()) == "passed", program
 
 
+def test_the_readmes_python_runs_from_top_to_bottom(tiny_teacher):
+    """Each block uses the names of those before it; a model of the hub is replaced by a tiny one."""
+    readme = (Path(__file__).parent.parent/"README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    program = re.sub(r'"Qwen/[^"]+"', repr(str(tiny_teacher)), "".join(blocks))
+    assert len(blocks) > 2 and str(tiny_teacher) in program
+    exec(program, {})
+
+
 LESSON_PROMPT = "def fibonacci(n):\n"
 LESSONS = sorted((Path(__file__).parent.parent/"nbs"/"tutorials").glob("*.ipynb"))
 

@@ -571,6 +571,7 @@ def test_baselines_are_named_as_in_the_readme(visit, stub):
     expect(page.locator("#headline-unit")).to_have_text("speedup over kdcode without drafting")
     readme = (PAGE.parent.parent/"README.md").read_text().replace("`", "")
     assert page.locator("#baselines").text_content() in readme
+    expect(page.get_by_text("so the same prompt is faster the second time")).to_be_visible()
 
 
 @pytest.mark.parametrize("model", ["smollm2", "qwen2.5-coder-1.5b"])
