@@ -6,7 +6,7 @@
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'WITHOUT_RUN', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'PLAN_OPTIONS',
            'DECODING_OPTIONS', 'EXPORT_OPTIONS', 'OPTIONS', 'CORPUS_SETTINGS', 'DECODING_SETTINGS', 'COMMON_SETTINGS',
            'SECTIONS', 'EXAMPLES', 'DEFAULTS', 'ALIASES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps',
-           'ProgressBar', 'display_path', 'garbage_collection_paused', 'load_teachers', 'load_corpus',
+           'ProgressBar', 'display_path', 'garbage_collection_paused', 'note_unchecked', 'load_teachers', 'load_corpus',
            'load_corpus_and_teachers', 'print_next', 'with_teacher', 'print_report', 'train_student', 'run_distill',
            'run_targets', 'TrialProgress', 'run_tune', 'default_draft', 'load_pair', 'load_compiled_pair',
            'decoding_summary', 'context_note', 'print_stream', 'run_generate', 'shipped_student', 'load_graphs',
@@ -102,6 +102,15 @@ def garbage_collection_paused() -> Iterator[None]:
             gc.freeze()
         gc.enable()
 
+# %% ../nbs/12_cli.ipynb #f21293b0
+def note_unchecked(corpus):
+    """Return a corpus; say once on standard error for which evaluation problems it could not be checked."""
+    from kdcode.callbacks import warn_once
+    unchecked = corpus.statistics.get("unchecked", [])
+    if unchecked and os.environ.get("RANK", "0") == "0":
+        warn_once(f"the corpus is not checked for problems of {' and '.join(unchecked)}, which could not be loaded")
+    return corpus
+
 # %% ../nbs/12_cli.ipynb #f21293b3
 def load_teachers(config: Config, steps: Steps, loaded: dict[str, tuple]) -> tuple:
     """Return the teacher in its decoding dtype and in its labelling dtype; store both in `loaded`."""
@@ -130,8 +139,8 @@ def load_corpus(config: Config, folder: Path, steps: Steps, labelling_teacher=No
     with process_state(pick_device(config.teacher.device)).main_process_first():
         name = config.teacher.tokenizer or config.teacher.name
         tokenizer = labelling_teacher.tokenizer if labelling_teacher else load_tokenizer(name)
-        return build_corpus(
-            config.data, tokenizer, folder/"corpus", config.seed, ProgressBar("token"), documents, author)
+        return note_unchecked(build_corpus(
+            config.data, tokenizer, folder/"corpus", config.seed, ProgressBar("token"), documents, author))
 
 def load_corpus_and_teachers(config: Config, folder: Path, steps: Steps, loaded: dict | None = None) -> tuple:
     """Return the corpus, the teacher in its decoding dtype and the teacher in its labelling dtype (two steps)."""

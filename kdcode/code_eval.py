@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import ConfigError
-from .data import Document, humaneval_problems, text_ids
+from .data import Document, humaneval_problems, mbpp_rows, text_ids
 from .loss import drop_padding_rows, log_probs
 from .sandbox import run_program
 from .teacher import load_teacher, Teacher
@@ -76,14 +75,6 @@ def _parse_problem(line: str, number: int, source: str) -> dict:
     return problem
 
 # %% ../nbs/08b_code_eval.ipynb #88a84738
-def _mbpp_rows() -> Iterable[dict]:
-    """Return the test split of MBPP in its sanitized version. Raises `ConfigError` without the model hub."""
-    try:
-        return load_dataset("google-research-datasets/mbpp", "sanitized", split="test")
-    except Exception as error:
-        raise ConfigError(f"cannot load MBPP from the model hub ({type(error).__name__}); "
-                          "check the network connection, or choose humaneval or a .jsonl file") from None
-
 def read_problems(
     source: str = "humaneval",  # or mbpp, or a .jsonl file, plain or gzipped
     n: int | None = None,       # maximum number of problems; None: all
@@ -92,7 +83,7 @@ def read_problems(
     if source == "humaneval":
         return humaneval_problems(n)
     if source == "mbpp":
-        return [mbpp_problem(row) for row in _mbpp_rows()][:n]
+        return [mbpp_problem(row) for row in mbpp_rows()][:n]
     path = Path(source).expanduser()
     if not path.is_file():
         raise ConfigError(f"eval.problems is {source}; choose humaneval, mbpp or an existing .jsonl file")

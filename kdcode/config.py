@@ -185,7 +185,7 @@ class _MixableSource(Settings):
         return [self.source] if isinstance(self.source, str) else [part.source for part in self.source]
 
 # %% ../nbs/00a_config.ipynb #1a9a1841
-PromptKinds = Literal["line", "function", "class", "test", "script", "chat"]
+PromptKinds = Literal["line", "function", "class", "test", "script", "docstring", "edit", "chat"]
 
 @dataclass(repr=False)
 class SourceAndPromptSettings(_MixableSource):
@@ -195,7 +195,7 @@ class SourceAndPromptSettings(_MixableSource):
     prompt_source: Literal["stdlib", "packages", "folder", "humanized", "the-stack"] = "stdlib"
     """source of the prompts for teacher-generated text"""
     prompt_kind: PromptKinds | list[PromptKinds] = "line"
-    """prompts for teacher-generated text: line (a random one), function, class, test, script, chat, or a list"""
+    """prompts of generated text: line (random), function, class, test, script, docstring, edit, chat, or a list"""
     prompt_tokens: int = bounded(default=32, ge=1)
     """maximum prompt length in tokens, for teacher-generated text"""
     max_new_tokens: int = bounded(default=256, ge=1)

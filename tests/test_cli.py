@@ -42,6 +42,8 @@ def test_demo_writes_all_files(kdcode, tiny_teacher, tmp_path):
     for name in ("config.yaml", "run.json", "report.json", "report.md", "loss.png", "acceptance.png", "history.json",
                  "student/model.safetensors", "corpus/corpus.json"):
         assert (run/name).stat().st_size > 0, name
+    assert done.stderr.count("the corpus is not checked for problems of MBPP, which could not be loaded") == 1
+    assert json.loads((run/"corpus"/"corpus.json").read_text())["statistics"]["unchecked"] == ["MBPP"]
     assert list((run/"tensorboard").glob("events*"))
     report = json.loads((run/"report.json").read_text())
     assert {"command", "date", "commit", "machine", "versions", "config", "figures", "rows"} <= set(report)

@@ -228,7 +228,7 @@ def test_text_with_the_infilling_token(teacher):
     from kdcode.code_eval import text_metrics
     from kdcode.data import Document, encode
     from kdcode.decode import prompt_ids
-    from kdcode.teacher import function_prompt, generate_ids, line_prompt
+    from kdcode.teacher import function_prompt, generate_ids, line_prompt, PromptInput
     import random
     tokenizer, rng = teacher.tokenizer, random.Random(0)
     spaced = tokenizer(" x = 1").input_ids
@@ -237,10 +237,11 @@ def test_text_with_the_infilling_token(teacher):
         assert whole_text(tokenizer, ids) == text * 2
         assert whole_text(tokenizer, prompt_ids(teacher, text)) == text
         assert len(generate_ids(teacher, [text], 2)[0]) <= 2
-        assert line_prompt(Document(text), tokenizer, 99, rng) == text
+        assert line_prompt(PromptInput(Document(text), tokenizer, 99, rng)) == text
         assert text_metrics(teacher, [text])["bits_per_byte"] > 0
     documented = 'def f(x):\n    """<FILL_ME>"""\n'
-    assert function_prompt(Document(documented + "    return x\n"), tokenizer, 99, rng) == documented
+    given = PromptInput(Document(documented + "    return x\n"), tokenizer, 99, rng)
+    assert function_prompt(given) == documented
     assert tokenizer(" x = 1").input_ids == spaced  # an infilling prompt would change how later texts are tokenized
 
 
@@ -248,10 +249,10 @@ def test_line_prompt_keeps_its_indentation(teacher):
     import random
     from kdcode.data import Document
     from kdcode.decode import prompt_ids
-    from kdcode.teacher import line_prompt
+    from kdcode.teacher import line_prompt, PromptInput
     line = "    return x + 1\n"
     for tokens in range(2, 12):
-        prompt = line_prompt(Document(line), teacher.tokenizer, tokens, random.Random(0))
+        prompt = line_prompt(PromptInput(Document(line), teacher.tokenizer, tokens, random.Random(0)))
         assert line.startswith(prompt) and prompt and len(prompt_ids(teacher, prompt)) <= tokens
     assert prompt.startswith("    return")
 
