@@ -223,13 +223,15 @@ class SourceAndPromptSettings(_MixableSource):
 # %% ../nbs/00a_config.ipynb #217a567d
 @dataclass(repr=False)
 class BlockSettings(SourceAndPromptSettings):
-    """Length of the training blocks."""
+    """Training blocks: their length, and the reach of attention in them."""
     block_size: int = bounded(default=256, ge=2)
     """tokens per training block"""
     block_sizes: list[int] = list_field()
     """several block lengths instead of block_size, such as [256, 1024, 4096]"""
     block_shares: list[float] = list_field()
     """relative shares of the tokens in blocks of each length in block_sizes; empty: equal shares"""
+    document_attention: bool = False
+    """whether a token attends to its own document only, and not to earlier documents of its block"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -276,7 +278,7 @@ class DataSettings(BlockSettings):
     max_characters: int = bounded(default=100_000, ge=1)
     """maximum document length in characters; longer documents are left out"""
 
-    added_later = ("block_sizes", "block_shares", "fim_share", "generated_text")
+    added_later = ("block_sizes", "block_shares", "document_attention", "fim_share", "generated_text")
 
 # %% ../nbs/00a_config.ipynb #1ad3518a
 def settings_by_source(

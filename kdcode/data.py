@@ -10,9 +10,9 @@ __all__ = ['LANGUAGE_OVERRIDES', 'RETRY_DELAYS', 'logger', 'SOURCES', 'MBPP', 'G
            'can_be_loaded', 'mbpp_lines', 'unchecked_problems', 'reject_reason', 'text_hash', 'usable_documents',
            'split_of', 'tokenizer_fingerprint', 'different_tokens', 'describe_tokens', 'check_same_tokenizer',
            'text_ids', 'text_after', 'end_of_text_id', 'encode', 'encode_infilling', 'encode_some_infilling', 'Packer',
-           'blocks_by_size', 'BlockSizes', 'block_lengths', 'SplitWriter', 'without_lines', 'write_splits', 'Corpus',
-           'load_corpus', 'build_corpus', 'collate', 'longest_block', 'length_batches', 'count_ids',
-           'most_frequent_ids']
+           'blocks_by_size', 'BlockSizes', 'block_lengths', 'block_features', 'SplitWriter', 'without_lines',
+           'write_splits', 'Corpus', 'load_corpus', 'build_corpus', 'document_positions', 'collate', 'longest_block',
+           'length_batches', 'count_ids', 'most_frequent_ids']
 
 # %% ../nbs/01_data.ipynb #0415152c
 import functools
@@ -529,6 +529,8 @@ class Packer:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.origins: list[str] = []  # of each token
+        self.documents: list[int] = []  # number of each token's document
+        self.count = 0  # of the documents
 
     def add(
         self,
@@ -540,18 +542,21 @@ class Packer:
         self.ids += ids
         self.labels += labels
         self.origins += [origin] * len(ids)
+        self.documents += [self.count] * len(ids)
+        self.count += 1
 
     def take(
         self,
         size: int,
-    ) -> dict | None:  # with `input_ids`, `labels` and `origin`; None: there are fewer tokens
+    ) -> dict | None:  # with `input_ids`, `labels`, `origin` and `documents` (tokens of each); None: too few tokens
         """Remove the first `size` tokens and return them as a block."""
         if len(self.ids) < size:
             return None
         first, last = self.origins[0], self.origins[size - 1]
         origin = first if first == last else f"{first} … {last}"
-        block = {"input_ids": self.ids[:size], "labels": self.labels[:size], "origin": origin}
-        for tokens in (self.ids, self.labels, self.origins):
+        documents = list(Counter(self.documents[:size]).values())
+        block = {"input_ids": self.ids[:size], "labels": self.labels[:size], "origin": origin, "documents": documents}
+        for tokens in (self.ids, self.labels, self.origins, self.documents):
             del tokens[:size]
         return block
 
@@ -631,6 +636,18 @@ class _SplitStatistics:
             "sha256": self.hash.hexdigest()[:16],
         }
 
+# %% ../nbs/01_data.ipynb #c31238a0
+def block_features(
+    shares: dict[int, float],  # fraction of the tokens by block length
+    documents: bool,           # whether a block has the number of tokens of each document
+) -> Features:
+    """Return the columns of a corpus."""
+    ids = List(Value("int32"), length=next(iter(shares)) if len(shares) == 1 else -1)
+    features = Features(input_ids=ids, labels=ids, origin=Value("string"), language=Value("string"))
+    if documents:
+        features["documents"] = List(Value("int32"))
+    return features
+
 # %% ../nbs/01_data.ipynb #c31238a5
 class SplitWriter:
     """Writes the blocks of one split to an Arrow file, a given number from each source."""
@@ -639,10 +656,10 @@ class SplitWriter:
         self,
         path: Path,
         shares: dict[int, float],  # fraction of the tokens by block length
+        documents: bool = False,   # whether to write the number of tokens of each document
     ):
-        ids = List(Value("int32"), length=next(iter(shares)) if len(shares) == 1 else -1)
-        features = Features(input_ids=ids, labels=ids, origin=Value("string"), language=Value("string"))
-        self.file = ArrowWriter(features=features, path=str(path), writer_batch_size=64)
+        self.features = block_features(shares, documents)
+        self.file = ArrowWriter(features=self.features, path=str(path), writer_batch_size=64)
         self.shares, self.statistics, self.sizes = shares, _SplitStatistics(), BlockSizes({})
 
     def begin(self, tokens: int) -> None:
@@ -662,7 +679,8 @@ class SplitWriter:
         packer = self.packers[document.language]
         packer.add(ids, labels, document.origin)
         while not self.full and (block := packer.take(self.sizes.size)):
-            self.file.write(block | {"language": document.language})
+            row = block | {"language": document.language}
+            self.file.write({name: row[name] for name in self.features})
             self.statistics.add_block(block["input_ids"], document.language)
             self.sizes.step()
 
@@ -748,7 +766,8 @@ def write_splits(
     sources, shares = settings_by_source(settings), settings.token_shares
     wanted = [blocks_by_size(tokens, shares) for part in sources for tokens in (part.tokens, part.validation_tokens)]
     total = sum(size * count for counts in wanted for size, count in counts.items())
-    writers = {split: SplitWriter(folder/f"{split}.arrow", shares) for split in ("train", "validation")}
+    writers = {split: SplitWriter(folder/f"{split}.arrow", shares, settings.document_attention)
+               for split in ("train", "validation")}
 
     def report():
         if progress:
@@ -767,7 +786,10 @@ def write_splits(
 # %% ../nbs/01_data.ipynb #6082d099
 @dataclass(repr=False)
 class Corpus:
-    """Training and validation blocks: `input_ids` and `labels` (time,), not shifted, `origin` and `language`."""
+    """Training and validation blocks: `input_ids` and `labels` (time,), not shifted, `origin` and `language`.
+
+    For attention within documents also `documents`, the number of tokens of each document.
+    """
     train: Dataset
     validation: Dataset
     statistics: dict
@@ -852,19 +874,32 @@ def build_corpus(
     return load_corpus(folder, recipe)
 
 # %% ../nbs/01_data.ipynb #4bca8cae
+def document_positions(
+    rows: list[dict],  # blocks with `documents`
+) -> Tensor:           # (batch, time), int64
+    """Return the position of each token in its document; for the first document, in its part of the block."""
+    return torch.tensor([[t for length in row["documents"] for t in range(length)] for row in rows])
+
 def collate(
     rows: list[dict],  # blocks of a corpus, all of the same length
 ) -> dict:             # `input_ids` and `labels`: (batch, time), int64; `origin` and `language`: lists
-    """Return a batch. `labels[:, t]` is the label of the token after `input_ids[:, t]`, -100 at the last position."""
+    """Return a batch. `labels[:, t]` is the label of the token after `input_ids[:, t]`, -100 at the last position.
+
+    For attention within documents also `position_ids` (batch, time), and -100 at the last position of each document.
+    """
     labels = torch.tensor([row["labels"] for row in rows])
     shifted = torch.full_like(labels, -100)
     shifted[:, :-1] = labels[:, 1:]
-    return {
+    batch = {
         "input_ids": torch.tensor([row["input_ids"] for row in rows]),
         "labels": shifted,
         "origin": [row["origin"] for row in rows],
         "language": [row["language"] for row in rows],
     }
+    if "documents" in rows[0]:
+        batch["position_ids"] = document_positions(rows)
+        shifted[:, :-1][batch["position_ids"][:, 1:] == 0] = -100
+    return batch
 
 # %% ../nbs/01_data.ipynb #5cb0bce7
 def longest_block(corpus: Corpus) -> int:

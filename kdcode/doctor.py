@@ -82,7 +82,8 @@ class RecordedTeacher(Teacher):
         if missing: kept |= dict(zip(missing, super().hidden_states(input_ids, missing).chunk(len(missing), -1)))
         return kept
 
-    def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,),
+                      position_ids: Tensor | None = None) -> Tensor:
         layers = self.layers or which
         kept = self.record_layers(input_ids, layers)
         return torch.cat([kept[layer] for layer in layers], -1).roll(self.shift, 1)
@@ -385,7 +386,8 @@ class ContextTeacher(Teacher):
         super().__init__(teacher.model, teacher.tokenizer, teacher.name)
         self.before = before
 
-    def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,),
+                      position_ids: Tensor | None = None) -> Tensor:
         whole = torch.cat([torch.tensor([self.before], dtype=torch.long, device=input_ids.device), input_ids], 1)
         return super().hidden_states(whole, which)[:, len(self.before):]
 

@@ -23,8 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from .student import (
     Attention, build_attention_mask, check_draft_ids, check_llama_teacher, check_start, copy_layer, dense_weight,
-    KVCache, LLAMA_FIELDS, make_norm, new_student, position_table, resolve_layers, select_positions, Student,
-    student_config, StudentBase, StudentConfig, StudentLayer, StudentModel, StudentOutput, unpack_weights)
+    document_mask, KVCache, LLAMA_FIELDS, make_norm, new_student, position_table, resolve_layers, select_positions,
+    Student, student_config, StudentBase, StudentConfig, StudentLayer, StudentModel, StudentOutput, unpack_weights)
 
 # %% ../nbs/02a_eagle.ipynb #6b7034e2
 class SharedModule:
@@ -169,12 +169,18 @@ def training_time_test_mask(
     time: int,
     device: torch.device | str = "cpu",
     window: int | None = None,  # of sliding attention
-) -> Tensor:    # (1, 1, time, step × time), True where a position may attend
+    positions: Tensor | None = None,  # (batch, time), of the pairs' tokens in their documents; None: one document
+) -> Tensor:    # (batch or 1, 1, time, step × time), True where a position may attend
     """Return the attention mask of a step of the training-time test."""
     row, column = torch.arange(time, device=device)[:, None], torch.arange(time, device=device)
     verified = (column <= row - step + 1) & (column > row - (window or time))
     drafted = [column == row - step + j for j in range(2, step + 1)]
-    return torch.cat([verified, *drafted], 1)[None, None]
+    mask = torch.cat([verified, *drafted], 1)[None, None]
+    if positions is None:
+        return mask
+    within = document_mask(positions) & (positions > 0)[:, None, None]  # the first token of a document has no pair
+    own = F.pad(torch.eye(time, dtype=torch.bool, device=device), ((step - 1) * time, 0))  # a softmax needs something
+    return mask & within.repeat(1, 1, 1, step) | own
 
 # %% ../nbs/02a_eagle.ipynb #cff02a07
 RENAMED = {"model.midlayer.": "layers.0.", "midlayer.": "layers.0.", "model.": ""}  # prefixes of tensor names
@@ -418,20 +424,25 @@ class TrainableHead(EagleBody):
         input_ids: Tensor,  # (batch, time)
         features: Tensor,   # (batch, time, layers × teacher width), the teacher's, of the same positions
         steps: int,         # tokens to draft after each position
+        position_ids: Tensor | None = None,  # (batch, time), from 0 in each document of a block; None: one document
     ) -> list[Tensor]:      # one (batch, time, hidden) per step
         """Return the states of each step; step n drafts the n-th token after the verified prefix.
 
-        Those of step n at position t predict token t + 1; the first n positions of step n have no meaning.
+        Those of step n at position t predict token t + 1; the first n positions of step n have no meaning, in each
+        document.
         Source: Li et al. 2025 (EAGLE-3), section 3.2.
         """
         cache, states, outputs, skip = None, self.fuse_features(features), [], self.skipped_tokens
         for step in range(1, steps + 1):
             cache = TrainingTimeTestCache(cache)
-            mask = None if step == 1 else training_time_test_mask(
-                step, input_ids.shape[1] - skip, input_ids.device, self.config.attention_window)
+            mask = None if step == 1 and position_ids is None else training_time_test_mask(
+                step, input_ids.shape[1] - skip, input_ids.device, self.config.attention_window,
+                None if position_ids is None else position_ids[:, skip:])
             shifted = F.pad(states[:, :-1], (0, 0, 1, 0))
             states = self.hidden_states(input_ids[:, skip:], cache, mask, features=shifted[:, skip:])
             states = F.pad(states, (0, 0, skip, 0))  # index t again belongs to token t
+            if position_ids is not None:
+                states = states.masked_fill(position_ids[..., None] < skip, 0)
             outputs.append(states)
         return outputs
 
@@ -439,7 +450,7 @@ class TrainableHead(EagleBody):
         """Return logits as `Student.forward`, or `head_outputs`, one for each step, if there is a `head`."""
         if head is None:
             return super().forward(input_ids, *args, features=features, **kwargs)
-        states = self.training_time_test(input_ids, features, steps)
+        states = self.training_time_test(input_ids, features, steps, kwargs.get("position_ids"))
         return StudentOutput(head_outputs=[head(self.norm(state), self.lm_head.weight) for state in states])
 
 # %% ../nbs/02a_eagle.ipynb #d686ef5c

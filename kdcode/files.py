@@ -493,6 +493,9 @@ def check_trainers(config: Config) -> None:
         raise ConfigError(f"student.feature_layers is {student.feature_layers}, {why}; set it to []")
     if student.architecture != "llama":
         raise ConfigError(f"student.architecture is {student.architecture}, {why}; set it to llama")
+    if config.data.document_attention:
+        raise ConfigError("data.document_attention is true, but TRL's GKDTrainer attends to whole blocks; set it to "
+                          "false")
     config.data.check_one_length()
 
 # %% ../nbs/00c_files.ipynb #4afcfd5e

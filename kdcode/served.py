@@ -234,7 +234,8 @@ class ServedTeacher(TextTeacher):
         raise ConfigError(f"teacher {self.server.url} answers without log-probabilities of the prompt by token id, "
                           "which targets need; serve it with vLLM (llama.cpp has none)")
 
-    def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,),
+                      position_ids: Tensor | None = None) -> Tensor:
         """Return the log-probabilities after each token of `input_ids` (batch, time) for `head`: (batch, time, 2k).
 
         The last position has no tokens. Raises `ConfigError` for other hidden states than the last one.

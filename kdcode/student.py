@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LEGACY_KEYS', 'SCALE', 'LLAMA_FAMILY', 'LLAMA_FIELDS', 'read_legacy_keys', 'StudentConfig', 'attention',
            'rotary_angles', 'sinusoidal_table', 'rotary_table', 'apply_rotary', 'to_device', 'RowLengths', 'KVCache',
-           'Attention', 'SwiGLU', 'GELUMLP', 'make_norm', 'StudentLayer', 'build_attention_mask', 'position_table',
-           'select_positions', 'StudentModel', 'scatter_logits', 'ids_to_rows', 'DraftVocabularyMixin', 'pack_weights',
-           'unpack_weights', 'Int8LoadingMixin', 'dense_weight', 'rope_parameters', 'check_llama_teacher',
-           'teacher_shape', 'narrow_shape', 'student_config', 'copy_module', 'copy_layer', 'principal_directions',
-           'head_with_norm', 'teacher_projection', 'copy_embeddings', 'resolve_layers', 'check_draft_ids',
-           'check_start', 'new_student', 'FromTeacherMixin', 'llama_config', 'StudentBase', 'StudentOutput', 'Student']
+           'Attention', 'SwiGLU', 'GELUMLP', 'make_norm', 'StudentLayer', 'build_attention_mask', 'document_mask',
+           'position_table', 'select_positions', 'StudentModel', 'scatter_logits', 'ids_to_rows',
+           'DraftVocabularyMixin', 'pack_weights', 'unpack_weights', 'Int8LoadingMixin', 'dense_weight',
+           'rope_parameters', 'check_llama_teacher', 'teacher_shape', 'narrow_shape', 'student_config', 'copy_module',
+           'copy_layer', 'principal_directions', 'head_with_norm', 'teacher_projection', 'copy_embeddings',
+           'resolve_layers', 'check_draft_ids', 'check_start', 'new_student', 'FromTeacherMixin', 'llama_config',
+           'StudentBase', 'StudentOutput', 'Student']
 
 # %% ../nbs/02_student.ipynb #04352128
 import math
@@ -315,6 +316,14 @@ def build_attention_mask(
     # Padding positions attend to themselves: a softmax over nothing would be NaN.
     diagonal = torch.eye(new, past + new, dtype=torch.bool, device=device).roll(past, -1)
     return causal & padding.bool()[:, None, None] | diagonal
+
+# %% ../nbs/02_student.ipynb #4961447b
+def document_mask(
+    position_ids: Tensor,  # (batch, time), from 0 in each document of a block
+) -> Tensor:               # (batch, 1, time, time), True where a position may attend
+    """Return the mask of causal attention within documents."""
+    documents = (position_ids == 0).cumsum(1)
+    return (documents[:, :, None] == documents[:, None]).tril()[:, None]
 
 # %% ../nbs/02_student.ipynb #d24fdb5e
 def position_table(config: StudentConfig, like: Tensor) -> Tensor:

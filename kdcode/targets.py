@@ -6,8 +6,8 @@
 __all__ = ['LABEL_TOLERANCE', 'FLOAT16_MAX', 'TARGETS_FORMAT', 'TeacherLabels', 'check_head', 'check_labels', 'top_k_targets',
            'sampled_targets', 'shard_schema', 'targets_to_row', 'row_time', 'row_to_targets', 'row_to_features',
            'shard_path', 'file_hash', 'write_shard', 'check_shard', 'targets_fingerprint', 'check_fingerprint',
-           'shard_generator', 'block_targets', 'write_targets', 'TargetCache', 'with_shared_targets',
-           'load_start_student', 'draft_vocabulary', 'check_blocks', 'make_targets']
+           'shard_generator', 'block_targets', 'check_document_attention', 'write_targets', 'TargetCache',
+           'with_shared_targets', 'load_start_student', 'draft_vocabulary', 'check_blocks', 'make_targets']
 
 # %% ../nbs/05_targets.ipynb #a1c0c4f5
 import hashlib
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from .config import Config, ConfigError, TargetsSettings
 from .data import (
-    block_lengths, Corpus, length_batches, longest_block, most_frequent_ids, tokenizer_fingerprint)
+    block_lengths, collate, Corpus, length_batches, longest_block, most_frequent_ids, tokenizer_fingerprint)
 from .eagle import LegacyEagleStudent, load_student, resolve_feature_layers, teacher_depth
 from .infill import check_fim
 from .loss import log_probs, SparseTargets
@@ -60,12 +60,12 @@ class TeacherLabels:
         depth = teacher_depth(teacher.model)
         self.feature_layers = tuple(resolve_feature_layers(list(feature_layers), depth)) if feature_layers else ()
 
-    def hidden_and_features(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden_and_features(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the last hidden states (batch × time, hidden) and the features (batch × time, layers × hidden).
 
         Without feature layers, the features have width 0.
         """
-        states = self.teacher.hidden_states(input_ids, (*self.feature_layers, -1)).flatten(0, 1)
+        states = self.teacher.hidden_states(input_ids, (*self.feature_layers, -1), position_ids).flatten(0, 1)
         width = states.shape[-1] // (len(self.feature_layers) + 1)
         return states[:, -width:], states[:, :-width]
 
@@ -247,6 +247,8 @@ def targets_fingerprint(
         "temperature": config.loss.temperature, "kind": settings.kind}
     if (tokens := corpus.statistics["train"]["tokens"]) != len(corpus.train) * fingerprint["block_size"]:
         fingerprint["tokens"] = tokens  # blocks of several lengths
+    if config.data.document_attention:
+        fingerprint["attention"] = "within documents"
     if settings.kind == "top_k":
         fingerprint["k"] = settings.k
     else:
@@ -300,11 +302,10 @@ def block_targets(
     batch_size: int,            # blocks in one forward pass of the teacher
 ) -> Iterator[tuple[SparseTargets, Tensor]]:  # targets (time, slots) and features (time, layers × hidden), on the CPU
     """Yield the targets and features of each block."""
-    all_ids = blocks.select_columns("input_ids").with_format("torch")
     for numbers in length_batches(block_lengths(blocks), batch_size):
-        input_ids = all_ids[numbers]["input_ids"]
-        tensors = labels.hidden_and_features(input_ids)
-        for hidden, features in zip(*(tensor.split(input_ids.shape[1]) for tensor in tensors)):
+        batch = collate([blocks[number] for number in numbers])
+        tensors = labels.hidden_and_features(batch["input_ids"], batch.get("position_ids"))
+        for hidden, features in zip(*(tensor.split(batch["input_ids"].shape[1]) for tensor in tensors)):
             logits = labels.logits(hidden)
             if settings.kind == "top_k":
                 targets = top_k_targets(logits, settings.k, temperature)
@@ -317,6 +318,17 @@ def _with_progress(blocks: Iterator, done: int, total: int, progress: Callable[[
     for number, block in enumerate(blocks, done + 1):
         yield block
         if progress: progress(number, total)
+
+# %% ../nbs/05_targets.ipynb #d99c61d7
+def check_document_attention(teacher: Teacher) -> None:
+    """Raise `ConfigError` if positions that start anew do not keep a teacher from attending to earlier documents."""
+    ids, positions = torch.arange(8)[None], torch.arange(4).repeat(2)[None]
+    if not isinstance(teacher, ServedTeacher):
+        found, across = (teacher.hidden_states(ids, position_ids=p)[:, 4:].float() for p in (positions, None))
+        alone = teacher.hidden_states(ids[:, 4:]).float()
+        if (found - alone).norm() < (found - across).norm(): return
+    raise ConfigError(f"data.document_attention is true, but teacher {teacher.name} attends to earlier documents of a "
+                      "block, too; set it to false")
 
 # %% ../nbs/05_targets.ipynb #14d89b89
 def write_targets(
@@ -449,13 +461,15 @@ def check_blocks(
     longest: int,  # tokens of the longest block
     teacher: Teacher,
 ) -> None:
-    """Raise `ConfigError` if the teacher can't process a corpus: blocks too long, or unknown FIM tokens."""
+    """Raise `ConfigError` if the teacher can't process a corpus: blocks too long, unknown FIM tokens, attention."""
     limit = teacher.context_size
     if longest > limit:
         raise ConfigError(f"data has blocks of {longest} tokens (data.block_size, data.block_sizes), but the context "
                           f"of teacher {teacher.name} has {limit} positions; give at most {limit}")
     if config.data.fim_share:
         check_fim(teacher.tokenizer, teacher.name, teacher.vocabulary_size)
+    if config.data.document_attention:
+        check_document_attention(teacher)
 
 def make_targets(
     config: Config,      # its targets.kind is not online

@@ -228,15 +228,18 @@ class Teacher(LanguageModel):
             return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,)) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, which: tuple[int, ...] = (-1,),
+                      position_ids: Tensor | None = None) -> Tensor:
         """Return the hidden states `which` of `input_ids` (batch, time), concatenated: (batch, time, which × hidden).
 
         −1 is the last one after the final norm, the input of `head`; i is the output of layer i; 0 is the embedding.
+        With `position_ids` that start at 0 in each document of a block, models attend within documents only.
         """
         last_only = tuple(which) == (-1,)
+        options = {} if position_ids is None else {"position_ids": position_ids.to(self.device)}
         with THREADS.timed(self.device, id(self.model), (input_ids.shape, last_only)):
             output = self.model.get_decoder()(input_ids=input_ids.to(self.device), use_cache=False,
-                                              output_hidden_states=not last_only)
+                                              output_hidden_states=not last_only, **options)
         return output.last_hidden_state if last_only else torch.cat([output.hidden_states[i] for i in which], -1)
 
     def continuations(self, prompts: list[str], *options: float, **named: float) -> list[tuple[str, bool]]:

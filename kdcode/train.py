@@ -225,6 +225,8 @@ class TeacherTrainer(OptimizingTrainer):
         batch = collate(rows)
         if isinstance(self.student, EagleStudent):
             batch["labels"][:, :self.student.skipped_tokens] = -100  # the first token has no pair
+            if "position_ids" in batch:
+                batch["labels"][batch["position_ids"] < self.student.skipped_tokens] = -100
         labels = self.student.to_draft_rows(batch["labels"].to(self.student.device)).cpu()
         return batch | {"labels": labels, "block": torch.tensor([row["block"] for row in rows])}
 
@@ -234,7 +236,7 @@ class TeacherTrainer(OptimizingTrainer):
         if self.targets is not None:
             targets, features = (part.to(ids.device) for part in self.targets.read(inputs["block"].tolist()))
             return lambda start, end: targets[start:end], features.unflatten(0, ids.shape)
-        hidden, features = self.labels.hidden_and_features(ids)
+        hidden, features = self.labels.hidden_and_features(ids, inputs.get("position_ids"))
         return lambda start, end: self.labels.logits(hidden[start:end]), features.unflatten(0, ids.shape)
 
 # %% ../nbs/06b_train.ipynb #a8f96015
@@ -289,7 +291,8 @@ class DistillationTrainer(TeacherTrainer):
                        count=num_items_in_batch, vocabulary_size=size)
         first_step_only = self.state.global_step < self.config.train.single_step_share * self.state.max_steps
         steps = 1 if model.training and first_step_only else self.steps
-        sums = weighted_mean(apply_head(self.student, model, inputs["input_ids"], features, head, steps))
+        sums = weighted_mean(apply_head(self.student, model, inputs["input_ids"], features, head, steps,
+                                        inputs.get("position_ids")))
         step = self.state.global_step
         check_finite(sums.loss, step + 1, inputs["origin"], self.config, Path(self.args.output_dir))
         if model.training:

@@ -8,7 +8,7 @@ __all__ = ['apply_head', 'HeldOutBlocks', 'ValidationSet', 'teacher_log_probs', 
 # %% ../nbs/06_validate.ipynb #ffb2911b
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .data import block_lengths, collate, length_batches
 from .eagle import EagleStudent
 from .loss import acceptance_probability, drop_padding_rows, forward_kl, log_probs
-from .student import Student
+from .student import document_mask, Student
 from .targets import check_head, TeacherLabels
 from .teacher import Teacher
 
@@ -32,9 +32,14 @@ def apply_head(
     features: Tensor,        # (batch, time, feature layers × hidden), the teacher's; unused by a plain `Student`
     head: Callable[[Tensor, Tensor], Any],  # of hidden states (batch, time, hidden) and weight (vocab, hidden)
     steps: int = 1,          # training-time test steps of an `EagleStudent`
+    position_ids: Tensor | None = None,  # (batch, time), from 0 in each document, to attend within documents only
 ) -> list[Any]:              # one result of `head` per step; a single one for a plain `Student`
     """Return the results of `head` on the student's hidden states, one per training-time test step."""
-    options = {"features": features, "steps": steps} if isinstance(student, EagleStudent) else {}
+    options: dict[str, Any] = {"position_ids": position_ids}
+    if isinstance(student, EagleStudent):
+        options |= {"features": features, "steps": steps}
+    elif position_ids is not None:
+        options["attention_mask"] = document_mask(position_ids)
     return model(input_ids, head=head, **options).head_outputs
 
 # %% ../nbs/06_validate.ipynb #077e026f
@@ -51,6 +56,8 @@ class HeldOutBlocks:
     """language of each block"""
     features: list[Tensor]
     """(time, feature layers × hidden), the teacher's hidden states for an `EagleStudent`"""
+    position_ids: list[Tensor] = field(default_factory=list)
+    """(time,), from 0 in each document, to attend within documents only; empty: within blocks"""
 
     def by_language(self, batch_size: int) -> Iterator[tuple[str, list[int]]]:
         """Yield a language and the numbers of some of its blocks of one length, language by language."""
@@ -60,11 +67,13 @@ class HeldOutBlocks:
             for part in length_batches(lengths, batch_size, sorted(numbers, key=lengths.__getitem__)):
                 yield language, part
 
-    def batch(self, numbers: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return input ids, labels, hidden states and features of blocks of one length, (blocks, time, ...)."""
-        parts = self.input_ids, self.labels, self.hidden, self.features
-        ids, labels, hidden, features = (torch.stack([part[i] for i in numbers]).to(device) for part in parts)
-        return ids, labels, hidden, features
+    def batch(self, numbers: list[int], device: torch.device) -> tuple[Tensor | None, ...]:
+        """Return input ids, labels, hidden states, features and position ids of blocks of one length.
+
+        Each is (blocks, time, ...); position ids are None for attention within blocks.
+        """
+        parts = self.input_ids, self.labels, self.hidden, self.features, self.position_ids
+        return tuple(torch.stack([part[i] for i in numbers]).to(device) if part else None for part in parts)
 
 # %% ../nbs/06_validate.ipynb #e848b586
 class ValidationSet(HeldOutBlocks):
@@ -86,13 +95,14 @@ class ValidationSet(HeldOutBlocks):
         for numbers in length_batches(block_lengths(blocks), batch_size):
             batch = collate([blocks[number] for number in numbers])
             states = (part.unflatten(0, batch["input_ids"].shape).cpu()
-                      for part in labels.hidden_and_features(batch["input_ids"]))
+                      for part in labels.hidden_and_features(batch["input_ids"], batch.get("position_ids")))
             hidden, features = states
             found.input_ids += batch["input_ids"]
             found.labels += batch["labels"]
             found.hidden += hidden
             found.languages += batch["language"]
             found.features += features
+            found.position_ids += batch.get("position_ids", [])
         return found
 
 # %% ../nbs/06_validate.ipynb #cd626f34
@@ -146,15 +156,17 @@ def _sum_metrics(
     return sum(position_metrics(student, weight, chunk, *target) for chunk, target in zip(chunks, targets))
 
 def _batch_metrics(student: Student, teacher: Teacher, model, batch: tuple, chunk_size: int, steps: int) -> Tensor:
-    """Return the sums (steps, 6) of a batch: input ids, labels, the teacher's hidden states, features."""
-    input_ids, labels, teacher_hidden, features = batch
+    """Return the sums (steps, 6) of a batch: input ids, labels, the teacher's hidden states, features, position ids."""
+    input_ids, labels, teacher_hidden, features, position_ids = batch
     valid = labels != -100
     if isinstance(student, EagleStudent):
         valid[:, :student.skipped_tokens] = False  # the first token has no pair, so nothing follows from it
+        if position_ids is not None:
+            valid &= position_ids >= student.skipped_tokens
     chunks = zip(labels[valid].split(chunk_size), teacher_hidden[valid].split(chunk_size))
     targets = [(chunk_labels, *teacher_log_probs(student, teacher, chunk)) for chunk_labels, chunk in chunks]
     head = partial(_sum_metrics, student=student, valid=valid, targets=targets, chunk_size=chunk_size)
-    return torch.stack(apply_head(student, model, input_ids, features, head, steps))
+    return torch.stack(apply_head(student, model, input_ids, features, head, steps, position_ids))
 
 # %% ../nbs/06_validate.ipynb #aca80f28
 def _named_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
