@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import subprocess
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from typing import Any
 # %% ../nbs/00_provenance.ipynb #945618e0
 def write_atomic(
     path: str | Path,
-    text: str,
+    content: str | bytes,  # text is written as UTF-8
 ) -> None:
-    """Write `text` to `path` atomically: after a crash the file is either the old one or the new one."""
-    unfinished = Path(f"{path}.{os.getpid()}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    """Write a file atomically: after a crash it is either the old one or the new one."""
+    unfinished = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.unfinished")
+    try:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        unfinished.replace(path)
+    finally: unfinished.unlink(missing_ok=True)  # of a write that failed
 
 # %% ../nbs/00_provenance.ipynb #9b093bbb
 def short_hash(
