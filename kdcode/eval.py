@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from .bench import decode_interleaved, kdcode_method, Method
+from .bench import decode_interleaved, kdcode_method, Method, save_plots
 from kdcode.code_eval import (
     chat_prompt, check_problems, held_out_lines, line_scores, parses, pass_at_k, read_problems, solution, test_program,
     text_metrics)
@@ -481,9 +481,7 @@ def report_models(
     plots = {"models.png": plot_models(figures, config.eval.k[0])}
     if any(f"acceptance_rate_{CONTEXTS[0]}" in found for found in figures.values()):
         plots["contexts.png"] = plot_contexts(figures)
-    for name, figure in plots.items():
-        figure.savefig(folder/name, dpi=150)
-        plt.close(figure)
+    save_plots(folder, plots)
     numbers = {f"{key}, {name}": value for name, found in figures.items() for key, value in found.items()
                if isinstance(value, float)}
     report = Report(command, config, numbers, rows, notes, tuple(plots))
