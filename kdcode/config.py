@@ -6,7 +6,7 @@
 __all__ = ['Sources', 'PromptKinds', 'Divergences', 'DIVERGENCES', 'EXAMPLE_PROMPTS', 'EXAMPLE_PROMPT', 'SHORT_PROMPT',
            'TYPE_WORDS', 'SearchSpace', 'ConfigError', 'bounded', 'list_field', 'Settings', 'TeacherSettings',
            'SourceSettings', 'SourceAndPromptSettings', 'BlockSettings', 'DataSettings', 'settings_by_source',
-           'StudentSettings', 'TargetsSettings', 'LossSettings', 'OptimizerSettings', 'TrainSettings',
+           'whole_part', 'StudentSettings', 'TargetsSettings', 'LossSettings', 'OptimizerSettings', 'TrainSettings',
            'GenerationSettings', 'DecodeSettings', 'EvalSettings', 'ServeSettings', 'Config', 'html_table',
            'field_docs', 'settings_html', 'config_html', 'add_config', 'one_line_error', 'check_keys',
            'UniqueKeyLoader', 'read_yaml', 'config_parser', 'resolve', 'make_config', 'load_config', 'save_config',
@@ -309,6 +309,13 @@ def settings_by_source(
         settings, source=part.source, path=part.path, suffixes=part.suffixes, language=part.language,
         tokens=train_units * unit, validation_tokens=validation_units * unit)
         for part, train_units, validation_units in zip(mixture, train, validation)]
+
+# %% ../nbs/00a_config.ipynb #be885cb0
+def whole_part(share: float, count: int) -> int:
+    """Return ⌊`share` · `count`⌋, where a product that differs from a whole number by rounding only is that number."""
+    product = share * count
+    nearest = round(product)
+    return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.floor(product)
 
 # %% ../nbs/00a_config.ipynb #76cd72d4
 @dataclass(repr=False)
