@@ -583,12 +583,12 @@ def training_record(draft: str) -> TrainingRecord:
     folder = draft_folder(draft)
     if folder is None: return TrainingRecord()
     try:
-        saved = yaml.safe_load((folder.parent/"config.yaml").read_text())
+        saved = yaml.safe_load((folder.parent/"config.yaml").read_text(encoding="utf8"))
         steps = json.loads((folder.parent/"report.json").read_text())["figures"]["step"]
         data, train = saved["data"], saved["train"]
         sizes = data.get("block_sizes") or [data["block_size"]]
         return TrainingRecord(steps * train["batch_size"] * train["gradient_accumulation"] * min(sizes), max(sizes))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return TrainingRecord()
 
 # %% ../nbs/09g_doctor.ipynb #d0ee8fc7
