@@ -82,8 +82,11 @@ def after_spaces(text: str, spaces: str) -> str:
     return text.removeprefix(spaces) if text.startswith(spaces) else text.lstrip(" \t")
 
 def served_model(client: "OpenAI") -> str:
-    """Return the name of the server's model."""
-    return client.models.list().data[0].id
+    """Return the name of the server's model. Raises `openai.OpenAIError` if it has none."""
+    from openai import OpenAIError
+    models = client.models.list().data
+    if not models: raise OpenAIError(f"the server at {client.base_url} has no model; start kdcode serve there")
+    return models[0].id
 
 # %% ../nbs/11c_assistant.ipynb #2e898132
 URL = "http://127.0.0.1:8000/v1"  # of kdcode serve

@@ -63,7 +63,7 @@ from .drafters import drafting_model, drafts_in_int8
 from .eagle import EagleStudent
 from .files import model_source
 from .loss import chunked_distillation_loss
-from .notebook import plot_style
+from .notebook import plot_style, save_plot
 from .provenance import available_cpus
 from .report import bootstrap_interval, markdown_table, Report
 from .result import Statistics
@@ -655,8 +655,7 @@ def sampling_name(settings: DecodeSettings) -> str:
 def save_plots(folder: Path, figures: dict[str, Figure]) -> tuple[str, ...]:
     """Save and close figures; return their file names."""
     for name, figure in figures.items():
-        figure.savefig(folder/name, dpi=150)
-        plt.close(figure)
+        save_plot(figure, folder/name)
     return tuple(figures)
 
 def _benchmark_methods(

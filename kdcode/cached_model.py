@@ -442,7 +442,6 @@ def trial_ids(model: PreTrainedModel) -> list[int]:
     return [i % model.config.get_text_config().vocab_size for i in range(3, 12)]
 
 @torch.no_grad()
-@torch.no_grad()
 def solo_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Return the logits (time, vocab) of one sequence, computed at once, in float32."""
     return model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()

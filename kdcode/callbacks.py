@@ -7,7 +7,7 @@ __all__ = ['FSDP_WEIGHTS', 'CHECKPOINT_FILES', 'LOSS_CURVES', 'SAMPLE_TOKENS', '
            'warn_damaged', 'checkpoint_step', 'is_whole', 'damaged_file', 'find_checkpoint', 'history_table',
            'plot_history', 'SampleText', 'mlflow_enabled', 'MLflowTracking', 'latest_metrics', 'progress_line',
            'TerminalProgress', 'LineProgress', 'NotebookProgress', 'progress_callback', 'StopRequested', 'StopOnSignal',
-           'StopIfEnded', 'upload', 'UploadQueue', 'Uploader']
+           'StopIfEnded', 'upload', 'WaitingPaths', 'UploadQueue', 'Uploader']
 
 # %% ../nbs/06a_callbacks.ipynb #d9d1e950
 import json
@@ -342,7 +342,8 @@ class StopOnSignal(TrainerCallback):
 
     def restore(self) -> None:
         """Install the previous signal handlers again."""
-        for number, handler in self.previous.items(): signal.signal(number, handler)
+        for number, handler in self.previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python
         self.previous = {}
 
     def receive(self, number, frame) -> None:
@@ -375,46 +376,73 @@ def upload(files: fsspec.AbstractFileSystem, path: Path, target: str) -> None:
     for part in sorted(parts, key=lambda part: (part.name == "trainer_state.json", part)):
         files.put_file(str(part), f"{target}/{part.relative_to(path).as_posix()}")
 
+# %% ../nbs/06a_callbacks.ipynb #6f8a1a3e
+class WaitingPaths:
+    """Paths that wait for their upload, by name. One thread adds paths, another one uploads them."""
+
+    def __init__(self):
+        self.entries: dict[str, list[Path]] = {}  # a list of one path, new each time that it is queued
+        self.lock, self.has_worker = threading.Lock(), False
+
+    def add(self, path: Path) -> bool:
+        """Add or replace a path, and return whether there is no thread yet that will upload it."""
+        with self.lock:
+            self.entries[path.name] = [path]
+            idle, self.has_worker = not self.has_worker, True
+            return idle
+
+    def newest(self, failed: set[str]) -> list[Path] | None:
+        """Return the newest entry whose name has not failed; without one, the thread that asks must end."""
+        with self.lock:
+            left = [entry for name, entry in self.entries.items() if name not in failed]
+            self.has_worker = bool(left)
+            return left[-1] if left else None
+
+    def remove(self, entry: list[Path]) -> None:
+        """Remove an entry, unless its path was queued again in the meantime."""
+        with self.lock:
+            if self.entries.get(entry[0].name) is entry: del self.entries[entry[0].name]
+
 # %% ../nbs/06a_callbacks.ipynb #335b59fb
 class UploadQueue:
     """Files and folders that a background thread uploads. Raises `ConfigError` for a URL that can't be opened."""
 
     def __init__(self, url: str):
         self.files, self.root = remote_folder(url)
-        self.waiting, self.thread = {}, None  # local paths by name
+        self.waiting, self.thread = WaitingPaths(), None
 
     def add(self, path: Path) -> None:
         """Queue a file or a folder, and start the thread unless it is running."""
-        self.waiting[path.name] = path
-        if self.thread is None or not self.thread.is_alive():
+        if self.waiting.add(path):
             self.thread = threading.Thread(target=self.work, daemon=True)
             self.thread.start()
 
     def work(self) -> None:
         """Upload the queued paths, the newest first; those that fail stay in the queue."""
         failed = set()
-        while names := [name for name in list(self.waiting) if name not in failed]:  # `add` runs in another thread
-            if not self.try_upload(names[-1]): failed.add(names[-1])
+        while entry := self.waiting.newest(failed):
+            if not self.try_upload(entry): failed.add(entry[0].name)
 
-    def try_upload(self, name: str) -> bool:
+    def try_upload(self, entry: list[Path]) -> bool:
         """Upload one queued path and return whether it worked; if not, print the reason to stderr."""
-        try:
-            upload(self.files, self.waiting[name], f"{self.root}/{name}")
-            del self.waiting[name]
+        name = entry[0].name
+        try: upload(self.files, entry[0], f"{self.root}/{name}")
         except Exception as error:
             print(f"upload of {name} failed ({type(error).__name__}: {str(error)[:200]}); the local copy stays, "
                   "and the upload is tried again with the next checkpoint", file=sys.stderr)
-        return name not in self.waiting
+            return False
+        self.waiting.remove(entry)
+        return True
 
     def finish(self, *paths: Path) -> bool:
         """Queue the paths, wait for all uploads, retry those that failed, and return whether all worked."""
         for path in paths: self.add(path)
         if self.thread: self.thread.join()
         self.work()
-        if self.waiting:
-            folder = os.path.relpath(next(iter(self.waiting.values())).parent)
-            print(f"train.upload has no copy of {', '.join(self.waiting)}; they are in {folder}", file=sys.stderr)
-        return not self.waiting
+        if left := self.waiting.entries:
+            folder = os.path.relpath(next(iter(left.values()))[0].parent)
+            print(f"train.upload has no copy of {', '.join(left)}; they are in {folder}", file=sys.stderr)
+        return not self.waiting.entries
 
 # %% ../nbs/06a_callbacks.ipynb #bf395cdd
 class Uploader(UploadQueue, TrainerCallback):

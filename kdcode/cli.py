@@ -550,13 +550,14 @@ def run_experiment(config: Config, options) -> None:
     from kdcode import experiment
     from kdcode.report import markdown_table
     folder = run_folder(config)
-    prepared: dict[str, tuple] = {}
+    prepared: dict[tuple, tuple] = {}
     teachers: dict[str, tuple] = {}
 
     def prepare(variant: Config) -> tuple:
-        key = short_hash([asdict(variant.teacher), asdict(variant.data)])[:8]
+        name = short_hash([asdict(variant.teacher), asdict(variant.data)])[:8]
+        key = name, variant.teacher.is_served and variant.targets.k  # a served teacher gives so many probabilities
         if key not in prepared:
-            prepared[key] = load_corpus_and_teachers(variant, folder/f"data-{key}", Steps(2), teachers)
+            prepared[key] = load_corpus_and_teachers(variant, folder/f"data-{name}", Steps(2), teachers)
         return prepared[key]
 
     report = experiment.run_experiment(
@@ -636,8 +637,8 @@ def run_export(config: Config, options) -> None:
     path = write_student(model, config.teacher.name, run_folder(config), options.to)
     print(f"student: {display_path(path)}")
     following = ["bench", "engines"] if options.to == "gguf" else ["generate", SHORT_PROMPT]
-    draft = options.model if options.to == "gguf" else display_path(path)
-    print_next(with_teacher(config, *following, "--draft", draft))
+    draft = model if options.to == "gguf" else path
+    print_next(with_teacher(config, *following, "--draft", display_path(draft)))
 
 # %% ../nbs/12_cli.ipynb #0beec085
 def serve_with_vllm(config: Config, draft: str | None, key: str | None, arguments: list[str]) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['Sources', 'PromptKinds', 'Divergences', 'DIVERGENCES', 'EXAMPLE_PROMPTS', 'EXAMPLE_PROMPT', 'SHORT_PROMPT',
            'TYPE_WORDS', 'SearchSpace', 'ConfigError', 'bounded', 'list_field', 'Settings', 'TeacherSettings',
            'SourceSettings', 'SourceAndPromptSettings', 'BlockSettings', 'DataSettings', 'settings_by_source',
-           'StudentSettings', 'TargetsSettings', 'LossSettings', 'OptimizerSettings', 'TrainSettings',
+           'whole_part', 'StudentSettings', 'TargetsSettings', 'LossSettings', 'OptimizerSettings', 'TrainSettings',
            'GenerationSettings', 'DecodeSettings', 'EvalSettings', 'ServeSettings', 'Config', 'html_table',
            'field_docs', 'settings_html', 'config_html', 'add_config', 'one_line_error', 'check_keys',
            'UniqueKeyLoader', 'read_yaml', 'config_parser', 'resolve', 'make_config', 'load_config', 'save_config',
@@ -281,6 +281,15 @@ class DataSettings(BlockSettings):
     added_later = ("block_sizes", "block_shares", "document_attention", "fim_share", "generated_text")
 
 # %% ../nbs/00a_config.ipynb #1ad3518a
+def _unit_counts(tokens: int, unit: int, weights: list[float]) -> list[int]:
+    """Return the number of units of each source, by weight, at least one, together at most `tokens`."""
+    wanted = [tokens / unit * weight / sum(weights) for weight in weights]
+    counts = [max(1, round(count)) for count in wanted]
+    while sum(counts) > tokens // unit:
+        several = [i for i, count in enumerate(counts) if count > 1]
+        counts[max(several, key=lambda i: counts[i] - wanted[i])] -= 1  # the one that was rounded up most
+    return counts
+
 def settings_by_source(
     settings: DataSettings,
 ) -> list[DataSettings]:  # one source each, with its part of `tokens` and `validation_tokens`
@@ -295,15 +304,20 @@ def settings_by_source(
                               f"tokens for each source; give at least {minimum}")
     if isinstance(settings.source, str):
         return [settings]
-    weights = sum(part.weight for part in mixture)
-
-    def tokens_of(part, tokens):
-        return max(1, round(tokens / unit * part.weight / weights)) * unit
-
+    weights = [part.weight for part in mixture]
+    train = _unit_counts(settings.tokens, unit, weights)
+    validation = _unit_counts(settings.validation_tokens, unit, weights)
     return [replace(
         settings, source=part.source, path=part.path, suffixes=part.suffixes, language=part.language,
-        tokens=tokens_of(part, settings.tokens),
-        validation_tokens=tokens_of(part, settings.validation_tokens)) for part in mixture]
+        tokens=train_units * unit, validation_tokens=validation_units * unit)
+        for part, train_units, validation_units in zip(mixture, train, validation)]
+
+# %% ../nbs/00a_config.ipynb #be885cb0
+def whole_part(share: float, count: int) -> int:
+    """Return ⌊`share` · `count`⌋, where a product that differs from a whole number by rounding only is that number."""
+    product = share * count
+    nearest = round(product)
+    return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.floor(product)
 
 # %% ../nbs/00a_config.ipynb #76cd72d4
 @dataclass(repr=False)
@@ -759,7 +773,8 @@ def _yaml_problem(error: Any) -> str:
 def read_yaml(path: str | Path) -> Any:
     """Return the content of a YAML file; an empty file is an empty mapping. Raise `ConfigError` if it is not valid."""
     try:
-        return yaml.load(Path(path).read_text(), UniqueKeyLoader) or {}
+        content = yaml.load(Path(path).read_text(encoding="utf8"), UniqueKeyLoader)
+        return {} if content is None else content
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give a YAML file with settings") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -787,10 +802,11 @@ def make_config(
     arguments: list[str] = (),           # command-line options; they take precedence, e.g. `["--loss.alpha", "0.3"]`
 ) -> Config:
     """Return a validated `Config`. Raise `ConfigError` for an unknown key, a wrong type or a value out of range."""
-    check_keys(data or {})
+    data = {} if data is None else data
+    check_keys(data)
     parser = config_parser()
     try:
-        namespace = parser.parse_object(copy.deepcopy(data or {}))
+        namespace = parser.parse_object(copy.deepcopy(data))
         return resolve(parser, parser.parse_args(list(arguments), namespace=namespace))
     except ArgumentError as error:
         message = one_line_error(error)
@@ -876,7 +892,9 @@ def read_experiment(path: str | Path) -> Experiment:
     """Return the experiment of a YAML file. Raise `ConfigError` for a missing key or an invalid value."""
     data = read_yaml(path)
     keys = [f.name for f in dataclasses.fields(Experiment)]
-    if not isinstance(data, dict) or set(data) != set(keys):
+    if not isinstance(data, dict):
+        raise ConfigError(f"experiment {path} is {data!r}; it needs {', '.join(keys)}")
+    if set(data) != set(keys):
         raise ConfigError(f"experiment {path} has the keys {', '.join(map(str, data))}; it needs {', '.join(keys)}")
     _check_variants(path, data["variants"])
     _check_seeds(path, data["seeds"])
@@ -917,7 +935,7 @@ def check_search_space(
 ) -> SearchSpace:
     """Return the validated search space. Raise `ConfigError` for an unknown field or an invalid value."""
     if not isinstance(space, dict) or not space:
-        raise ConfigError("the search space is empty; give for example train.learning_rate: "
+        raise ConfigError(f"the search space is {space or 'empty'}; give for example train.learning_rate: "
                           "{low: 0.0003, high: 0.003, log: true}")
     return {name: _check_range(str(name), allowed, config) for name, allowed in space.items()}
 

@@ -47,10 +47,11 @@ from pygments.lexers import find_lexer_class_for_filename
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .config import ConfigError, DataSettings, settings_by_source
+from .config import ConfigError, DataSettings, settings_by_source, whole_part
 from .files import check_stack_token, source_folder, STACK_TERMS, vocabulary_fingerprint
 from .infill import beginning_ids, check_fim, fim_marks, middle_end_id, order_parts, part_encoding
 from .notebook import watched_bar
+from .provenance import read_object
 
 # %% ../nbs/01_data.ipynb #eb4e0532
 @dataclass(frozen=True)
@@ -566,7 +567,7 @@ def blocks_by_size(
     shares: dict[int, float],  # fraction of the tokens by block length; `DataSettings.token_shares`
 ) -> dict[int, int]:
     """Return the number of blocks of each length, at least one."""
-    return {size: max(1, int(tokens * share / size)) for size, share in shares.items()}
+    return {size: max(1, whole_part(share / size, tokens)) for size, share in shares.items()}
 
 class BlockSizes:
     """Lengths of successive blocks, until there are enough of each.
@@ -821,14 +822,14 @@ def load_corpus(
 ) -> Corpus | None:  # None: missing, incomplete, or built from another recipe
     """Return the memory-mapped corpus of a folder if it is complete and was built from `recipe`."""
     try:
-        saved = json.loads((folder/"corpus.json").read_text())
-        complete = all((folder/name).stat().st_size == size for name, size in saved["files"].items())
-    except (OSError, ValueError, KeyError):
+        saved = read_object(folder/"corpus.json")
+        files = [folder/f"{split}.arrow" for split in ("train", "validation")]
+        complete = all(saved["files"][file.name] == file.stat().st_size for file in files)
+        if not complete or saved["recipe"] != recipe:
+            return None
+        return Corpus(*(Dataset.from_file(str(file)) for file in files), saved["statistics"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not complete or saved["recipe"] != recipe:
-        return None
-    train, validation = (Dataset.from_file(str(folder/f"{split}.arrow")) for split in ("train", "validation"))
-    return Corpus(train, validation, saved["statistics"])
 
 def _install(new: Path, folder: Path, recipe: dict, statistics: dict) -> None:
     """Move the files of a new corpus into `folder`; an interruption leaves no `corpus.json`, so no valid corpus."""

@@ -43,7 +43,7 @@ from .drafters import model_tokenizer
 from .eagle import EagleStudent, resolve_feature_layers, teacher_depth
 from .eval import context_texts, CONTEXTS, CONTINUATION
 from .files import draft_folder
-from .notebook import plot_style
+from .notebook import plot_style, save_plot
 from .plan import calls_shown, greedy_texts, linear_weights, machine_bytes, most_calls, shape_of
 from .provenance import short_hash
 from .report import Report
@@ -585,12 +585,12 @@ def training_record(draft: str) -> TrainingRecord:
     folder = draft_folder(draft)
     if folder is None: return TrainingRecord()
     try:
-        saved = yaml.safe_load((folder.parent/"config.yaml").read_text())
+        saved = yaml.safe_load((folder.parent/"config.yaml").read_text(encoding="utf8"))
         steps = json.loads((folder.parent/"report.json").read_text())["figures"]["step"]
         data, train = saved["data"], saved["train"]
         sizes = data.get("block_sizes") or [data["block_size"]]
         return TrainingRecord(steps * train["batch_size"] * train["gradient_accumulation"] * min(sizes), max(sizes))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return TrainingRecord()
 
 # %% ../nbs/09g_doctor.ipynb #d0ee8fc7
@@ -670,9 +670,7 @@ def doctor_note(pair: Pair, findings: list[Finding]) -> str:
 
 def report_doctor(pair: Pair, findings: list[Finding], config: Config, folder: Path, command: str) -> Report:
     """Write the table and the plot into a folder, and return the report."""
-    figure = plot_pair(pair, findings)
-    figure.savefig(folder/"doctor.png", dpi=150)
-    plt.close(figure)
+    save_plot(plot_pair(pair, findings), folder/"doctor.png")
     faults = {f"explained, {finding.check}": finding.explained for finding in findings if finding.is_fault}
     figures = {"acceptance_rate": pair.as_is, "tokens_per_call": pair.statistics().tokens_per_call,
                "faults": len(faults)} | faults

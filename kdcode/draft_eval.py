@@ -27,7 +27,7 @@ from .decode import prompt_ids
 from .eagle import EagleStudent
 from .infill import fim_text, find_fim_format
 from .loss import acceptance_probability, drop_padding_rows, log_probs
-from .provenance import write_atomic
+from .provenance import read_object, write_atomic
 from .result import Statistics
 from .student import Student
 from .targets import check_head, TeacherLabels
@@ -357,10 +357,10 @@ def evaluation_texts(
     inputs = teacher_identity(teacher) | {
         "problems": settings.problems, "max_new_tokens": settings.max_new_tokens, "seed": seed}
     try:
-        stored = json.loads(file.read_text())
+        stored = read_object(file)
     except (OSError, ValueError):
         stored = {}
-    if stored.get("inputs") != inputs:
+    if stored.get("inputs") != inputs or not {"greedy", "sampled"} <= stored.keys():
         generated = functools.partial(generate_ids, teacher, prompts, settings.max_new_tokens, seed=seed)
         stored = {"inputs": inputs, "greedy": list(zip(ids, generated())),
                   "sampled": list(zip(ids, generated(temperature=1.)))}

@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from .bench import decode_interleaved, kdcode_method, Method
+from .bench import decode_interleaved, kdcode_method, Method, save_plots
 from kdcode.code_eval import (
     chat_prompt, check_problems, held_out_lines, line_scores, parses, pass_at_k, read_problems, solution, test_program,
     text_metrics)
@@ -40,7 +40,7 @@ from .decode import load_draft, prompt_ids, speculative_generate
 from .draft_eval import context_limit, long_files, PromptTexts, replay, top1_agreement
 from .eagle import EagleStudent, is_eagle_config
 from .notebook import plot_style
-from .provenance import machine, short_hash, write_atomic
+from .provenance import machine, read_object, short_hash, write_atomic
 from .report import cached_figures, Report
 from .sandbox import Limits, run_programs
 from .student import Student
@@ -50,6 +50,10 @@ from .teacher import finished_batches, load_teacher, Teacher, teacher_identity, 
 NO_DRAFT_SETTINGS = {  # the n-gram drafter needs no draft model; the rest does not matter without one
     "gamma": 0, "adaptive": False, "drafter": "ngram", "lookup_files": [], "draft_sampling": "sampled",
     "student_weights": "plain"}
+
+def _draft_fingerprint(student: PreTrainedModel | None) -> str | None:
+    """Return what tells drafts apart: their weights, because two checkpoints may have one name."""
+    return None if student is None else weights_fingerprint(student)
 
 def generate_texts(
     model: Teacher,
@@ -65,7 +69,7 @@ def generate_texts(
     chosen = asdict(settings) | ({} if student else NO_DRAFT_SETTINGS)
     chosen.pop("problems")
     header = teacher_identity(model) | {
-        "draft": getattr(student, "name_or_path", None), "prompts": short_hash(prompts), "settings": chosen,
+        "draft": _draft_fingerprint(student), "prompts": short_hash(prompts), "settings": chosen,
         "seed": seed, "batch_size": batch_size}
     done = finished_batches(file, header)
     starts = range(0, len(prompts), batch_size)
@@ -221,8 +225,8 @@ def is_student(name: str) -> bool:
     """Return whether a folder holds a student of kdcode."""
     file = Path(name).expanduser()/"config.json"
     try:
-        config = json.loads(file.read_text())
-        return config["model_type"].startswith("kdcode-") or is_eagle_config(config)
+        config = read_object(file)
+        return str(config["model_type"]).startswith("kdcode-") or is_eagle_config(config)
     except (OSError, ValueError, KeyError):
         return False
 
@@ -342,7 +346,7 @@ def quality_figures(
     folder.mkdir(parents=True, exist_ok=True)
     saved, problems = asdict(config), short_hash(read_problems(config.eval.problems, config.eval.limit))
     inputs = teacher_identity(candidate.model) | {name: saved[name] for name in ("seed", "data", "decode", "eval")}
-    inputs |= {"draft": getattr(student, "name_or_path", None), "isolation": isolation, "problems": problems}
+    inputs |= {"draft": _draft_fingerprint(student), "isolation": isolation, "problems": problems}
     programs = functools.partial(program_figures, candidate.model, student, config, isolation, folder, progress)
     figures = cached_figures(folder/"programs.json", inputs, programs)
     if student is None:
@@ -481,9 +485,7 @@ def report_models(
     plots = {"models.png": plot_models(figures, config.eval.k[0])}
     if any(f"acceptance_rate_{CONTEXTS[0]}" in found for found in figures.values()):
         plots["contexts.png"] = plot_contexts(figures)
-    for name, figure in plots.items():
-        figure.savefig(folder/name, dpi=150)
-        plt.close(figure)
+    save_plots(folder, plots)
     numbers = {f"{key}, {name}": value for name, found in figures.items() for key, value in found.items()
                if isinstance(value, float)}
     report = Report(command, config, numbers, rows, notes, tuple(plots))

@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import (
+    LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer)
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .config import ConfigError
@@ -34,10 +35,21 @@ from .data import tokenizer_fingerprint
 from .decode import load_draft
 from .eagle import ARCHITECTURE, EagleConfig, EagleStudent, LegacyEagleStudent
 from .files import model_source
+from .provenance import write_atomic
 from .student import dense_weight, LLAMA_FIELDS, Student
 from .teacher import load_tokenizer, Teacher, tokens_without_row
 
 # %% ../nbs/10_export.ipynb #be6fb217
+def _check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ConfigError` if a tokenizer is not that of the model's teacher."""
+    fingerprint = getattr(config, "tokenizer_fingerprint", "")
+    if fingerprint and fingerprint != tokenizer_fingerprint(tokenizer):
+        raise ConfigError(f"the student was trained for teacher {config.teacher}, whose tokenizer is not this one "
+                          f"({len(tokenizer)} tokens); give the tokenizer of {config.teacher}")
+    if tokens_without_row(tokenizer, config.vocab_size):
+        raise ConfigError(f"the model has {config.vocab_size} ids but the tokenizer {len(tokenizer)} tokens; give the "
+                          "model's own tokenizer")
+
 def _check_exportable(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ConfigError` if a model cannot become a Llama or has another tokenizer."""
     if not isinstance(student, (Student, LlamaForCausalLM)):
@@ -51,13 +63,7 @@ def _check_exportable(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
                           "student.feature_layers []")
     if getattr(student, "hf_quantizer", None):
         raise ConfigError("the student's weights are in 4 bits and cannot be exported; export the unquantised student")
-    fingerprint = getattr(config, "tokenizer_fingerprint", "")
-    if fingerprint and fingerprint != tokenizer_fingerprint(tokenizer):
-        raise ConfigError(f"the student was trained for teacher {config.teacher}, whose tokenizer is not this one "
-                          f"({len(tokenizer)} tokens); give the tokenizer of {config.teacher}")
-    if tokens_without_row(tokenizer, config.vocab_size):
-        raise ConfigError(f"the model has {config.vocab_size} ids but the tokenizer {len(tokenizer)} tokens; give the "
-                          "model's own tokenizer")
+    _check_tokenizer(config, tokenizer)
 
 def as_llama(
     model: PreTrainedModel | str | Path,  # a student or a Llama, or a name that `load_draft` accepts
@@ -104,7 +110,7 @@ def atomic_folder(
 ) -> Iterator[Path]:  # temporary folder to fill
     """Create a folder whose files all appear when the block ends without an error.
 
-    Raises `ConfigError` if the folder exists and is not an earlier export.
+    Otherwise an earlier export stays. Raises `ConfigError` if the folder exists and is not an earlier export.
     """
     if not _is_replaceable(folder):
         raise ConfigError(f"{folder} exists and is not an earlier export, or has other files in it; "
@@ -112,21 +118,25 @@ def atomic_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     options = {"prefix": f".{folder.name}.", "suffix": ".unfinished", "dir": folder.parent}
     with tempfile.TemporaryDirectory(**options) as temporary:
-        new = Path(temporary)/"new"
+        new, old = Path(temporary)/"new", Path(temporary)/"old"
         new.mkdir()
         yield new
         files = sorted(file.name for file in new.iterdir())
         (new/EXPORT_MARKER).write_text(json.dumps({"files": files}, indent=1) + "\n")
-        if folder.exists():
-            folder.rename(Path(temporary)/"old")
-        new.rename(folder)
+        try:
+            if folder.exists(): folder.rename(old)
+            new.rename(folder)
+        except BaseException:  # Ctrl-C too: the earlier export must not go with the temporary folder
+            if old.exists() and not folder.exists(): old.rename(folder)
+            raise
 
 # %% ../nbs/10_export.ipynb #0739c541
 _LOCAL_SETTINGS = ("is_local", "local_files_only", "name_or_path")  # where the tokenizer was loaded from
 
 def _edit_json(file: Path, edit: Callable[[dict], dict]) -> None:
     """Replace the content of a JSON file by `edit` of it."""
-    file.write_text(json.dumps(edit(json.loads(file.read_text())), indent=2, ensure_ascii=False) + "\n")
+    content = edit(json.loads(file.read_text(encoding="utf8")))
+    write_atomic(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 def compatible_tokenizer_config(settings: dict) -> dict:
     """Return tokenizer_config.json in a form that all versions of `transformers` can read, without local paths."""
@@ -421,9 +431,16 @@ def llama_cpp_obstacle(config: EagleConfig) -> str | None:
         return "the head has biases in its attention, as its teacher, and llama.cpp's EAGLE-3 has none"
     return None
 
-def gguf_head(head: PreTrainedModel | str | Path) -> EagleStudent:
-    """Return a head for a GGUF file. Raises `ConfigError` if llama.cpp cannot run it, or as `open_head` does."""
+def gguf_head(
+    head: PreTrainedModel | str | Path,  # or a name as for `export_head`
+    tokenizer: PreTrainedTokenizerBase,  # the teacher's
+) -> EagleStudent:
+    """Return a head for a GGUF file.
+
+    Raises `ConfigError` if llama.cpp cannot run it, the tokenizer is not its teacher's, or as `open_head` does.
+    """
     head = open_head(head)
+    _check_tokenizer(head.config, tokenizer)
     if reason := llama_cpp_obstacle(head.config):
         raise ConfigError(f"{reason}; export it for vLLM with --to eagle3")
     if not head.config.feature_layers:
@@ -502,7 +519,7 @@ def export_gguf(
     student = load_draft(str(student)) if isinstance(student, (str, Path)) else student
     is_head = isinstance(student, EagleStudent)
     with atomic_file(file) as unfinished:
-        model = gguf_head(student) if is_head else as_llama(student, open_tokenizer(tokenizer))
+        model = (gguf_head if is_head else as_llama)(student, open_tokenizer(tokenizer))
         writer = gguf.GGUFWriter(unfinished, "eagle3" if is_head else "llama")
         write_shape(writer, model, file.stem, kind)
         if is_head: write_head_shape(writer, model.config)

@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD'
            'is_hub_id', 'hub_problem', 'check_teacher_name', 'model_source', 'teacher_layers', 'check_layers',
            'check_device', 'check_threads', 'check_training_device', 'shipped_drafts', 'shipped_draft', 'draft_folder',
            'vocabulary_fingerprint', 'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'may_draft',
-           'check_draft', 'draft_config', 'student_architecture', 'is_made_for', 'is_draft_head', 'read_tokens',
+           'draft_config', 'check_draft', 'student_architecture', 'is_made_for', 'is_draft_head', 'read_tokens',
            'check_lookup_files', 'check_weights', 'read_prompts', 'unicode', 'changed_fields', 'with_defaults',
            'check_same_run', 'check_run', 'check_search', 'check_writable', 'source_folder', 'generated_text_file',
            'check_stack_token', 'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine',
@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 from .config import Config, ConfigError, home, ServeSettings
-from .provenance import short_hash
+from .provenance import read_object, short_hash
 
 # %% ../nbs/00c_files.ipynb #84853f7d
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,7 +72,7 @@ def check_teacher_name(name: str) -> None:
         if not (path/"config.json").exists():
             raise ConfigError(f"teacher.name is {name}, a folder without config.json; {EXPECTED_TEACHER}")
         return
-    hint = did_you_mean(name, ["smollm2"])
+    hint = "" if "/" in name else did_you_mean(name, ["smollm2"])
     if not is_hub_id(name) or hint:
         raise ConfigError(f"teacher.name is {name}, but there is no such file or folder; {hint or EXPECTED_TEACHER}")
     if problem := hub_problem(name):
@@ -102,9 +102,11 @@ def teacher_layers(name: str) -> int | None:
     if name == "smollm2":
         return EMBEDDED_LAYERS
     file = Path(name).expanduser()/"config.json"
-    try: config = json.loads(file.read_text())
+    try: config = read_object(file)
     except (OSError, ValueError): return None  # loading the teacher reports it
-    return config.get("text_config", config).get("num_hidden_layers")
+    text_config = config.get("text_config")
+    layers = (text_config if isinstance(text_config, dict) else config).get("num_hidden_layers")
+    return layers if isinstance(layers, int) else None
 
 def check_layers(field: str, layers: Iterable[int], teacher: str) -> None:
     """Raise `ConfigError` if a setting names a layer that the teacher does not have."""
@@ -214,6 +216,15 @@ def may_draft(config: dict[str, Any], teacher: str) -> bool:
     made, known = config.get("tokenizer_fingerprint"), teacher_fingerprint(teacher)
     return not made or not known or made == known
 
+def draft_config(name: str) -> dict[str, Any]:
+    """Return the content of a student's config.json, as in `draft_folder`; empty for one on the hub.
+
+    Raises `ConfigError` if it is damaged.
+    """
+    folder = draft_folder(name)
+    try: return read_object(folder/"config.json") if folder else {}
+    except ValueError: raise ConfigError(f"{folder/'config.json'} is damaged; give another student") from None
+
 def check_draft(
     draft: str,    # as in `draft_folder`
     teacher: str,  # as in `model_source`
@@ -221,8 +232,7 @@ def check_draft(
     """Raise `ConfigError` if there is no student, or its configuration says that it is for another tokenizer."""
     folder = draft_folder(draft)
     if folder is None: return
-    try: config = json.loads((folder/"config.json").read_text())
-    except ValueError: raise ConfigError(f"{folder/'config.json'} is damaged; give another student") from None
+    config = draft_config(draft)
     if "model_type" not in config:
         raise ConfigError(f"{folder/'config.json'} is not that of a model (it has no model_type); give another student")
     if not may_draft(config, teacher):
@@ -230,11 +240,6 @@ def check_draft(
 
 # %% ../nbs/00c_files.ipynb #ef3fde83
 LEGACY_HEAD = "EagleStudent"  # the architecture of heads of an earlier form, which draft in kdcode only
-
-def draft_config(name: str) -> dict[str, Any]:
-    """Return the content of a student's config.json, as in `draft_folder`; empty for one on the hub."""
-    folder = draft_folder(name)
-    return json.loads((folder/"config.json").read_text()) if folder else {}
 
 def student_architecture(name: str) -> str:
     """Return the architecture in the configuration of a student, as in `draft_folder`; empty if it is unknown."""
@@ -291,7 +296,7 @@ def read_prompts(file: str) -> list[str]:
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]  # JSON may contain U+2028, where splitlines splits
         prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else [text]
     except OSError: raise ConfigError(f"--prompts is {file}, which is not a file that can be read; give one") from None
     except (ValueError, KeyError, TypeError):
@@ -365,7 +370,7 @@ def check_run(
     if not saved.exists(): return
     if not resume:
         raise ConfigError(f"{folder} holds a run already; continue it with --resume, or choose another --name")
-    check_same_run(saved.read_text(), config, folder)
+    check_same_run(saved.read_text(encoding="utf8"), config, folder)
 
 def check_search(config: Config, folder: Path) -> None:
     """Raise `ConfigError` if a folder holds a run or another search, or if there are several processes."""
@@ -375,7 +380,7 @@ def check_search(config: Config, folder: Path) -> None:
     if not (folder/"config.yaml").exists(): return
     if not (folder/"study.db").exists():
         raise ConfigError(f"{folder} holds a run and no search; choose another --name")
-    check_same_run((folder/"config.yaml").read_text(), config, folder)
+    check_same_run((folder/"config.yaml").read_text(encoding="utf8"), config, folder)
 
 # %% ../nbs/00c_files.ipynb #156595fc
 def check_writable(folder: Path) -> None:
@@ -441,7 +446,7 @@ def report_files(folder: Path) -> list[str]:
         if not (folder/name).is_file():
             raise ConfigError(f"{folder} has no {name}; give the folder of a finished run, such as runs/quickstart "
                               "(written by kdcode demo, distill, bench, experiment and eval)")
-    images = re.findall(r"!\[.*?\]\(([^()/\\]+)\)", (folder/"report.md").read_text())
+    images = re.findall(r"!\[.*?\]\(([^()/\\]+)\)", (folder/"report.md").read_text(encoding="utf8"))
     for name in images:
         if not (folder/name).is_file():
             raise ConfigError(f"{folder}/report.md shows {name}, which does not exist; run its command again")

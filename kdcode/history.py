@@ -11,8 +11,6 @@ __all__ = ['PACKAGES', 'TYPES', 'LABELS', 'report_rows', 'parse_report', 'join_r
 import itertools
 import json
 import math
-import os
-import shutil
 import subprocess
 from datetime import datetime
 from pathlib import Path
@@ -106,12 +104,6 @@ def read_history(file: str | Path) -> pd.DataFrame:
                       "or build it again with from_git") from None
 
 # %% ../nbs/09d_history.ipynb #8cb7db76
-def _copy_atomic(source: Path, target: Path) -> None:
-    """Copy a file. A crash leaves the old file or the new one, never a part."""
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
-    shutil.copyfile(source, unfinished)
-    unfinished.replace(target)
-
 def record(
     folder: str | Path,   # of a finished run
     results: str | Path,  # folder of all results, with history.csv
@@ -131,7 +123,7 @@ def record(
         raise ConfigError(f"name is {name!r}, which cannot be a folder in {results.name}/ ({error.strerror}); "
                           "choose another name") from None
     for file in files:
-        _copy_atomic(folder/file, target/file)
+        write_atomic(target/file, (folder/file).read_bytes())
     write_history(after, table)
     return len(after) - len(before)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import LossSettings
+from .config import LossSettings, whole_part
 
 # %% ../nbs/03_loss.ipynb #18089f13
 def log_probs(
@@ -217,7 +217,7 @@ def token_weights(
     Source: after AdaSPEC, 2025.
     """
     if share == 1: return torch.ones_like(divergence)
-    n = math.ceil(share * len(divergence))
+    n = -whole_part(-share, len(divergence))  # rounded up
     selected = divergence.detach().topk(n).indices
     return torch.zeros_like(divergence).index_fill(0, selected, len(divergence) / max(n, 1))
 

@@ -11,7 +11,7 @@ __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_L
            'break_even', 'ModelSize', 'shape_of', 'linear_weights', 'model_size', 'weight_bytes', 'draft_settings',
            'draft_shape', 'roofline_costs', 'expected_acceptance', 'ngram_share', 'Recipe', 'training_hours',
            'duration', 'training_bytes', 'decoding_bytes', 'verdict', 'DraftOption', 'option_row', 'ngram_option',
-           'trained_options', 'best_by_form', 'plot_options', 'plain_settings', 'distill_settings',
+           'trained_options', 'best_by_form', 'plot_options', 'plain_settings', 'text_settings', 'distill_settings',
            'write_distill_file', 'verdict_note', 'limits_note', 'memory_note', 'training_note', 'plan_figures',
            'write_plan', 'teacher_config', 'both_forms', 'forms_note', 'plan_for_card', 'published_acceptance',
            'check_shape', 'card_draft', 'matches_and_confidences', 'logits_with', 'ReplayedDrafter',
@@ -24,11 +24,10 @@ __all__ = ['MOST_DRAFTED', 'NF4_BYTES', 'HEAD', 'INDEPENDENT', 'NGRAM', 'DRAFT_L
 
 # %% ../nbs/09f_plan.ipynb #052c3c1b
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -49,7 +48,8 @@ from .bench import (
     NO_DRAFT, save_plots, step_costs, StepCosts, STUDENT_DRAFT, WARM_UP_TOKENS)
 from .cached_model import call_times, machine_limits, roofline_ms
 from .compiled_step import compile_steps, CompiledModel, print_progress
-from .config import Config, ConfigError, DecodeSettings, make_config, StudentSettings, TeacherSettings
+from .config import (
+    Config, ConfigError, DataSettings, DecodeSettings, make_config, StudentSettings, TeacherSettings)
 from .data import humaneval_problems
 from .decode import decoder_graphs, prompt_ids
 from .draft_eval import count_matches, draft_logits, PromptTexts
@@ -60,7 +60,7 @@ from .eagle import EagleStudent, head_config, head_shape, resolve_feature_layers
 from .files import draft_folder, model_source
 from .ngrams import Discounts
 from .notebook import plot_style
-from .provenance import machine, write_atomic
+from .provenance import machine, read_object, write_atomic
 from .report import Report
 from .result import Statistics
 from .sampling import expected_tokens, predicted_speedup
@@ -368,15 +368,27 @@ def plain_settings(settings: Any) -> dict[str, Any]:
     """Return the changed fields of a section, ready for YAML."""
     changed = settings.changed()
     if isinstance(changed.get("source"), list):
-        changed["source"] = [part.changed() for part in changed["source"]]
+        changed["source"] = [{"source": part.source} | part.changed() for part in changed["source"]]
     return changed
 
+def text_settings(data: DataSettings, tokens: int) -> dict[str, Any]:
+    """Return the settings of a corpus: text of the teacher, and human-written code from the source of a plan."""
+    changed = {"tokens": tokens} | plain_settings(data)
+    source = changed.pop("source", "folder" if data.path else TEXT["prompt_source"])
+    if isinstance(source, list) or source == "teacher":
+        return TEXT | changed | {"source": source}
+    own = ("path", "suffixes", "language") if source == "folder" else ("suffixes", "language")
+    part = {"source": source, "weight": 2} | {name: changed[name] for name in own if name in changed}
+    prompts = TEXT["prompt_source"] if source == "ds-coder" else source  # ds-coder holds answers, and no prompts
+    return TEXT | {"source": [TEXT["source"][0], part], "prompt_source": prompts} | changed
+
+# %% ../nbs/09f_plan.ipynb #1bd85897
 def distill_settings(config: Config, option: DraftOption, name: str) -> dict[str, Any]:
     """Return the settings that train an option, with the teacher and the corpus of a plan."""
     recipe = RECIPES[option.form]
-    data = TEXT | {"tokens": recipe.tokens} | plain_settings(config.data)
     loss = {"alpha": 0., "divergence": HEAD_LOSS if option.form == HEAD else INDEPENDENT_LOSS}
-    return {"name": name, "teacher": plain_settings(config.teacher), "data": data,
+    return {"name": name, "teacher": plain_settings(config.teacher),
+            "data": text_settings(config.data, recipe.tokens),
             "student": plain_settings(option.settings), "targets": {"kind": "top_k"}, "loss": loss,
             "train": HEAD_TRAINING if option.form == HEAD else INDEPENDENT_TRAINING,
             "decode": {"gamma": max(option.gamma, 1), "student_weights": "auto"}}
@@ -517,9 +529,11 @@ def published_acceptance(draft: str) -> tuple[float, str]:
     """
     folder = draft_folder(draft)
     card, report = (folder/"README.md", folder.parent/"report.json") if folder else (Path(), Path())
-    if card.is_file() and (found := re.search(r"^\| acceptance rate α \| (0?\.\d+|1\.0*) \|", card.read_text(), re.M)):
+    card_text = card.read_text(encoding="utf8") if card.is_file() else ""
+    if (found := re.search(r"^\| acceptance rate α \| (0?\.\d+|1\.0*) \|", card_text, re.M)):
         return float(found[1]), str(card)
-    if report.is_file() and (rate := json.loads(report.read_text()).get("figures", {}).get("acceptance_rate")):
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is no report, or it is damaged
+        rate = float(read_object(report)["figures"]["acceptance_rate"])
         return rate, f"{report} (held-out text at temperature 1)"
     raise ConfigError(f"neither a model card nor a report gives the acceptance rate of {draft}; run kdcode plan with "
                       "--draft, but without --bandwidth and --flops, where the teacher runs: it measures the rate")
@@ -531,8 +545,9 @@ def check_shape(teacher: ModelSize, draft: str, student: PreTrainedModel) -> Non
     if abs(config.vocab_size - teacher.vocabulary) >= MAX_PADDING_ROWS:
         raise ConfigError(f"the draft in {draft} has {config.vocab_size} ids and the teacher {teacher.vocabulary}; it "
                           "was made for another teacher")
-    if isinstance(student, EagleStudent) and config.hidden_size != teacher.width:
-        raise ConfigError(f"the head in {draft} takes hidden states of {config.hidden_size} channels, and the teacher "
+    width = getattr(config, "target_hidden_size", None) or config.hidden_size
+    if isinstance(student, EagleStudent) and width != teacher.width:
+        raise ConfigError(f"the head in {draft} takes hidden states of {width} channels, and the teacher "
                           f"has {teacher.width}; it was made for another teacher")
 
 # %% ../nbs/09f_plan.ipynb #cfe2b9f1

@@ -107,16 +107,23 @@ def mean_cross_entropy(
     student: Student,
     texts: PromptTexts,  # token ids of prompts and of the texts after them
 ) -> float:              # nats per token
-    """Return the mean cross-entropy over the texts' tokens that the student can predict."""
+    """Return the mean cross-entropy over the texts' tokens that the student can predict.
+
+    A text's first token counts only after a prompt. Raises `ValueError` if there is no token to predict.
+    """
     logits, labels = [], []
     for prompt, text in texts:
+        start = max(len(prompt), 1)
         ids = torch.tensor([prompt + text], device=teacher.device)
-        hidden = draft_hidden_states(teacher, student, ids, 1)[0][0, len(prompt) - 1:-1]
+        if ids.shape[1] <= start: continue
+        hidden = draft_hidden_states(teacher, student, ids, 1)[0][0, start - 1:-1]
         found = student.draft_logits(hidden)
         if student.draft_ids is None:
             found = drop_padding_rows(found, teacher.vocabulary_size)
         logits.append(found)
-        labels.append(student.to_draft_rows(ids[0, len(prompt):]))
+        labels.append(student.to_draft_rows(ids[0, start:]))
+    if not any((rows >= 0).any() for rows in labels):
+        raise ValueError("the texts have no token that the student can predict; give other texts")
     return F.cross_entropy(torch.cat(logits).float(), torch.cat(labels)).item()
 
 # %% ../nbs/10a_quantise.ipynb #4a494965

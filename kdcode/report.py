@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from scipy.stats import bootstrap
 
 from .config import Config, html_table, SearchSpace
-from .provenance import machine, provenance, write_atomic
+from .provenance import machine, provenance, read_object, write_atomic
 from .train import best_validation
 from .tune import trials_table
 
@@ -155,10 +155,10 @@ def cached_figures(
 ) -> dict[str, float]:
     """Return the figures in `file` if they were measured for `inputs`; otherwise measure and store them."""
     try:
-        stored = json.loads(file.read_text())
+        stored = read_object(file)
     except (OSError, ValueError):
         stored = {}
-    if stored.get("inputs") == inputs:
+    if stored.get("inputs") == inputs and isinstance(stored.get("figures"), dict):
         return stored["figures"]
     figures = measure()
     write_atomic(file, json.dumps({"inputs": inputs, "figures": figures}))

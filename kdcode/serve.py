@@ -1015,7 +1015,7 @@ def add_service_routes(app: FastAPI, service: Service) -> None:
     @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, responses=error_responses(403))
     async def playground() -> Response:
-        page = (resources.files("kdcode")/"playground.html").read_text()
+        page = (resources.files("kdcode")/"playground.html").read_text(encoding="utf8")
         policy = content_security_policy(page)
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
 

@@ -35,7 +35,7 @@ from .eagle import LegacyEagleStudent, load_student, resolve_feature_layers, tea
 from .infill import check_fim
 from .loss import log_probs, SparseTargets
 from .notebook import progress_bar
-from .provenance import short_hash, write_atomic
+from .provenance import read_object, short_hash, write_atomic
 from .served import CONCURRENT_REQUESTS, ServedTeacher
 from .student import dense_weight, Student
 from .teacher import Teacher, teacher_identity
@@ -267,7 +267,7 @@ def check_fingerprint(
 ) -> None:
     """Raise `ConfigError` if the targets in a folder have another fingerprint, or none."""
     try:
-        saved = json.loads((folder/"targets.json").read_text())
+        saved = read_object(folder/"targets.json")
     except (OSError, ValueError):
         raise ConfigError(f"{folder} holds no targets: its targets.json can't be read; "
                           "remove that folder to write the targets again") from None
@@ -278,9 +278,10 @@ def check_fingerprint(
     different = [f"{key} {saved.get(key)!r} (now {fingerprint.get(key)!r})" for key in fingerprint | saved
                  if saved.get(key) != fingerprint.get(key)]
     if different:
-        dtype = f"set teacher.label_dtype to {saved['dtype']}, " if saved.get("dtype") != fingerprint["dtype"] else ""
+        dtype = saved.get("dtype", fingerprint["dtype"])
+        advice = f"set teacher.label_dtype to {dtype}, " if dtype != fingerprint["dtype"] else ""
         raise ConfigError(f"the targets in {folder} were made for other settings: {', '.join(different)}; "
-                          f"{dtype}choose another --name or targets.folder, or remove that folder")
+                          f"{advice}choose another --name or targets.folder, or remove that folder")
 
 # %% ../nbs/05_targets.ipynb #0721759a
 def shard_generator(

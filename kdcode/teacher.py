@@ -37,6 +37,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ from transformers import (
     TopKLogitsWarper, TopPLogitsWarper)
 
 from .cached_model import without_cudnn_attention
-from .config import cache_folder, ConfigError, DataSettings, TeacherSettings
+from .config import cache_folder, ConfigError, DataSettings, TeacherSettings, whole_part
 from .data import Document, read_source, text_after, text_ids, tokenizer_fingerprint, usable_documents
 from .files import embedded_teacher, generated_text_file, model_source
 from .notebook import working
@@ -725,20 +726,34 @@ def length_sorted_batches(
 
 def is_greedy_batch(number: int, share: float) -> bool:
     """Return whether a batch (counted from 0) belongs to the `share` of batches with greedy decoding."""
-    return int((number + 1) * share) > int(number * share)
+    return whole_part(share, number + 1) > whole_part(share, number)
 
 # %% ../nbs/04_teacher.ipynb #92589800
 def finished_batches(
     file: Path,    # after the first line, each line is `[key, results]`, with one result for each prompt
     header: dict,  # the expected first line
 ) -> dict[str, list]:
-    """Return the finished batches of a file by their keys, and rewrite the file so that it holds only these."""
-    try: lines = file.read_bytes().split(b"\n")[:-1]  # an incomplete line has no newline
-    except OSError: lines = []
-    if not lines or json.loads(lines[0]) != header:
-        lines = [json.dumps(header).encode()]
-    write_atomic(file, b"".join(line + b"\n" for line in lines).decode())
-    return dict(map(json.loads, lines[1:]))
+    """Return the finished batches of a file by their keys, and rewrite the file so that it holds only these.
+
+    Batches in a damaged line are left out, and so are all of them if the first line is another or damaged.
+    """
+    try: first, *lines = file.read_bytes().split(b"\n")[:-1]  # an incomplete line has no newline
+    except (OSError, ValueError): first, lines = b"", []
+    finished = dict(filter(None, map(_batch_of, lines))) if _json_or_none(first) == header else {}
+    content = [header, *([key, results] for key, results in finished.items())]
+    write_atomic(file, "".join(json.dumps(line) + "\n" for line in content))
+    return finished
+
+def _json_or_none(line: bytes) -> Any:
+    """Return the value in a line; None if it is not JSON."""
+    try: return json.loads(line)
+    except ValueError: return None
+
+def _batch_of(line: bytes) -> tuple[str, list] | None:
+    """Return key and results in a line; None if it holds something else."""
+    value = _json_or_none(line)
+    whole = isinstance(value, list) and [type(part) for part in value] == [str, list]
+    return (value[0], value[1]) if whole else None
 
 # %% ../nbs/04_teacher.ipynb #f1ba2e92
 GENERATION_FIELDS = ("prompt_source", "prompt_kind", "prompt_tokens", "max_new_tokens", "temperature", "greedy_share",

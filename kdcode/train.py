@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import matplotlib.pyplot as plt
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -48,6 +47,7 @@ from .files import check_run, check_same_run, remote_folder
 from .data import block_lengths, collate, Corpus, length_batches, longest_block, tokenizer_fingerprint
 from .eagle import EagleStudent, load_student
 from .loss import Chunk, chunked_distillation_loss, LossSums
+from .notebook import save_plot
 from .provenance import provenance, write_atomic
 from .served import ServedTeacher
 from .student import pack_weights, Student
@@ -558,10 +558,9 @@ def finish_run(trainer: DistillationTrainer, folder: Path) -> Student:
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers weights that FSDP has sharded
     if trainer.is_world_process_zero():
         write_atomic(folder/"history.json", json.dumps(trainer.state.log_history, indent=1))
-        figure = plot_history(trainer.state.log_history)
-        figure.savefig(folder/"loss.png", dpi=150)
-        plt.close(figure)
+        save_plot(plot_history(trainer.state.log_history), folder/"loss.png")
         unfinished = folder/"student.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         student.save_pretrained(unfinished, state_dict=pack_weights(weights, trainer.config.train.save_dtype))
         unfinished.replace(folder/"student")
         if uploader := find_callback(trainer, Uploader): uploader.finish(folder/"student")

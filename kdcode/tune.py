@@ -36,7 +36,7 @@ from transformers import TrainerCallback
 from .config import check_search_space, Config, ConfigError, save_config, SearchSpace, with_overrides
 from .data import block_lengths, Corpus, length_batches
 from .files import check_search
-from .notebook import plot_style
+from .notebook import plot_style, save_plot
 from .provenance import write_atomic
 from .student import Student
 from .targets import with_shared_targets
@@ -294,9 +294,7 @@ def save_search(study: optuna.Study, config: Config, space: SearchSpace, corpus:
     best = trial_config(config, trial_values(study.best_trial, space), corpus)
     save_config(replace(best, name=f"{config.name}-best", out=None), folder/"best.yaml")
     write_atomic(folder/"trials.csv", trials_table(study, space).to_csv())
-    figure = plot_search(study, space)
-    figure.savefig(folder/"tuning.png", dpi=150)
-    plt.close(figure)
+    save_plot(plot_search(study, space), folder/"tuning.png")
 
 # %% ../nbs/06c_tune.ipynb #b3c10507
 def tune(
