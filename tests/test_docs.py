@@ -487,6 +487,12 @@ def results_of(page):
         [result.querySelector("a").getAttribute("href"), result.querySelector("p.context")?.textContent ?? ""])""")
 
 
+@docs
+@needs_browser
+def test_excerpts_of_a_search_have_no_labels_of_collapsed_cells(visit):
+    assert not [text for _, text in results_of(visit("search.html?q=install")) if "Imports" in text]
+
+
 def words_on(file): return set(soup(file).find("article").text.replace("#", " ").split())
 
 

@@ -35,7 +35,7 @@ function proseOf(html, anchor) {
   const section = anchor && page.getElementById(decodeURIComponent(anchor.slice(1)));
   const part = section || page.querySelector("article") || page.body;
   if (section) section.querySelector("h2, h3, h4")?.remove();  // the result's title
-  const unread = ".headerlink, script, style, h1, pre, table, .cell_output, .page-links, .where, .defines, .toctree-wrapper";
+  const unread = ".headerlink, script, style, summary, h1, pre, table, .cell_output, .page-links, .where, .defines, .toctree-wrapper";
   for (const element of part.querySelectorAll(unread)) element.remove();
   for (const equation of part.querySelectorAll(".math")) equation.replaceWith(plainEquation(equation.textContent));
   return part.textContent.replace(/\s+/g, " ").trim();
