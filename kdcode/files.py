@@ -7,8 +7,8 @@ __all__ = ['EMBEDDED_FILE', 'EXPECTED_TEACHER', 'EMBEDDED_LAYERS', 'LEGACY_HEAD'
            'STACK_TERMS', 'ENDPOINT_VARIABLES', 'S3_COMPATIBILITY', 'PROGRAMS', 'embedded_teacher', 'did_you_mean',
            'is_hub_id', 'hub_problem', 'check_teacher_name', 'model_source', 'teacher_layers', 'check_layers',
            'check_device', 'check_threads', 'check_training_device', 'shipped_drafts', 'shipped_draft', 'draft_folder',
-           'vocabulary_fingerprint', 'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer', 'may_draft',
-           'draft_config', 'check_draft', 'student_architecture', 'is_made_for', 'is_draft_head', 'read_tokens',
+           'draft_config', 'vocabulary_fingerprint', 'teacher_vocabulary', 'teacher_fingerprint', 'other_tokenizer',
+           'may_draft', 'check_draft', 'student_architecture', 'is_made_for', 'is_draft_head', 'read_tokens',
            'check_lookup_files', 'check_weights', 'read_prompts', 'unicode', 'changed_fields', 'with_defaults',
            'check_same_run', 'check_run', 'check_search', 'check_writable', 'source_folder', 'generated_text_file',
            'check_stack_token', 'remote_folder', 'report_files', 'result_folder', 'find_program', 'check_engine',
@@ -174,6 +174,16 @@ def draft_folder(
         raise ConfigError(f"there is no student in {name}: {problem}; give a folder, or unset HF_HUB_OFFLINE")
     return None
 
+# %% ../nbs/00c_files.ipynb #70cb516b
+def draft_config(name: str) -> dict[str, Any]:
+    """Return the content of a student's config.json, as in `draft_folder`; empty for one on the hub.
+
+    Raises `ConfigError` if it is damaged.
+    """
+    folder = draft_folder(name)
+    try: return read_object(folder/"config.json") if folder else {}
+    except ValueError: raise ConfigError(f"{folder/'config.json'} is damaged; give another student") from None
+
 # %% ../nbs/00c_files.ipynb #d32aab1c
 def vocabulary_fingerprint(
     vocabulary: dict[str, int],  # token -> id
@@ -215,15 +225,6 @@ def may_draft(config: dict[str, Any], teacher: str) -> bool:
     """Return whether the config.json of a student may be for a teacher's tokenizer; what is unknown may be."""
     made, known = config.get("tokenizer_fingerprint"), teacher_fingerprint(teacher)
     return not made or not known or made == known
-
-def draft_config(name: str) -> dict[str, Any]:
-    """Return the content of a student's config.json, as in `draft_folder`; empty for one on the hub.
-
-    Raises `ConfigError` if it is damaged.
-    """
-    folder = draft_folder(name)
-    try: return read_object(folder/"config.json") if folder else {}
-    except ValueError: raise ConfigError(f"{folder/'config.json'} is damaged; give another student") from None
 
 def check_draft(
     draft: str,    # as in `draft_folder`

@@ -48,7 +48,7 @@ from .data import block_lengths, collate, Corpus, length_batches, longest_block,
 from .eagle import EagleStudent, load_student
 from .loss import Chunk, chunked_distillation_loss, LossSums
 from .notebook import save_plot
-from .provenance import provenance, write_atomic
+from .provenance import provenance, read_object, write_atomic
 from .served import ServedTeacher
 from .student import pack_weights, Student
 from .targets import (
@@ -368,7 +368,7 @@ def run_stages(folder: Path) -> list[dict[str, Any]]:
     """
     file = folder/"run.json"
     try:
-        last = json.loads(file.read_text()) if file.exists() else {}
+        last = read_object(file) if file.exists() else {}
     except ValueError:
         raise ConfigError(f"{file}, the record of the run's machines and versions, is damaged; delete it, "
                           "and resume the run") from None
@@ -509,7 +509,12 @@ def check_same_corpus(
 ) -> None:
     """Raise `ConfigError` if a checkpoint was trained on other blocks."""
     record = checkpoint/"corpus.json" if checkpoint else None
-    if record and record.exists() and json.loads(record.read_text())["sha256"] != corpus.statistics["train"]["sha256"]:
+    if not record or not record.exists(): return
+    try: trained = read_object(record).get("sha256")
+    except ValueError: trained = None
+    if not trained:
+        raise ConfigError(f"{record} is damaged; delete {checkpoint}, and resume the run")
+    if trained != corpus.statistics["train"]["sha256"]:
         raise ConfigError(f"{checkpoint} was trained on another corpus: the files in data.path, the installed packages "
                           "or the teacher's text have changed since; restore them, or train a new run under another "
                           "--name")

@@ -380,7 +380,7 @@ def bench_trainers(
     config, corpus = comparable(config, steps), replace(corpus, train=blocks)
     work = folder.absolute()/"trainings"
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    work.mkdir(parents=True)
     write_files(config, teacher, corpus, work)
     seconds = write_cache(work)
     trainings = train_all(work, steps, progress)
