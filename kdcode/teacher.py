@@ -37,7 +37,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -744,7 +743,7 @@ def finished_batches(
     write_atomic(file, "".join(json.dumps(line) + "\n" for line in content))
     return finished
 
-def _json_or_none(line: bytes) -> Any:
+def _json_or_none(line: bytes) -> object:
     """Return the value in a line; None if it is not JSON."""
     try: return json.loads(line)
     except ValueError: return None
