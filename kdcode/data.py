@@ -757,7 +757,8 @@ def load_corpus(
         complete = all(saved["files"][file.name] == file.stat().st_size for file in files)
         if not complete or saved["recipe"] != recipe:
             return None
-        return Corpus(*(Dataset.from_file(str(file)) for file in files), saved["statistics"])
+        train, validation = (Dataset.from_file(str(file)) for file in files)
+        return Corpus(train, validation, saved["statistics"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
