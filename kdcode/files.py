@@ -116,6 +116,7 @@ def check_layers(field: str, layers: Iterable[int], teacher: str) -> None:
         raise ConfigError(f"{field} has {wrong[0]}, but teacher {teacher} has {depth} layers; "
                           f"allowed are {-depth} to {depth - 1}")
 
+# %% ../nbs/00c_files.ipynb #d8a7fe3c
 def check_device(device: str) -> None:
     """Raise `ConfigError` for a GPU if PyTorch is a build for CPUs, and for `gpu`, which is no name of a device."""
     version = importlib.metadata.version("torch")

@@ -72,7 +72,7 @@ def command_line(pid):
 def owner(pid):
     """Return the nearest ancestor of a process that runs tests; None for an orphan."""
     while pid := next((int(line.split()[1]) for line in status_of(pid) if line.startswith("PPid:")), 0):
-        if "execnet" in command_line(pid) or "pytest" in command_line(pid): return pid
+        if any(word in command_line(pid) for word in ("execnet", "pytest", "nbdev_test")): return pid
     return None
 
 
