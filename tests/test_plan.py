@@ -237,13 +237,16 @@ def test_a_draft_of_another_teacher_on_a_card(kdcode, pair, tmp_path):
     assert "next: kdcode plan --draft" in done.stderr
 
 
-def test_the_corpus_of_the_command_line_is_kept(tmp_path, capsys):
+def test_code_of_ones_own_is_trained_on_beside_the_teachers_text(tmp_path, capsys):
+    """The acceptance and the hours of a plan are those of a corpus with text of the teacher."""
     folder = config_only(tmp_path/"teacher")
     words = ["plan", "--teacher.name", folder, *CARD, "--out", tmp_path/"run", "--data.source", "folder", "--data.path",
              tmp_path, "--data.tokens", 1000]
     assert cli.main(words) == 0
     data = yaml.safe_load((tmp_path/"run"/"plan"/"distill.yaml").read_text())["data"]
-    assert (data["source"], data["path"], data["tokens"]) == ("folder", str(tmp_path), 1000)
+    assert data["source"] == [{"source": "teacher", "weight": 3},
+                              {"source": "folder", "weight": 2, "path": str(tmp_path)}]
+    assert (data["prompt_source"], data["path"], data["tokens"]) == ("folder", str(tmp_path), 1000)
     shutil.rmtree(tmp_path/"run")
 
 
