@@ -141,9 +141,14 @@ class Pair:
         return _rate(self.statistics(texts, teacher, draft))
 
     @functools.cached_property
+    def counts(self) -> Statistics:
+        """The statistics on `texts`."""
+        return self.statistics()
+
+    @functools.cached_property
     def as_is(self) -> float:
         """The acceptance rate on `texts`."""
-        return self.acceptance()
+        return _rate(self.counts)
 
     @torch.no_grad()
     def first_match(self, teacher: Teacher | None = None) -> float:
@@ -519,23 +524,23 @@ def check_checkpoint(pair: Pair, others: list[Finding]) -> Finding:
                    _missing_acceptance(pair, others) if differs else 0.)
 
 # %% ../nbs/09g_doctor.ipynb #438bd23a
-def chance(*found: Statistics) -> float:
+def chance(one: Statistics, other: Statistics) -> float:
     """Return the difference of the acceptance rates on two texts that is more than chance; at least `MARGIN`.
 
     It is 1.96 standard errors. Two tokens, one of them accepted, are added: no rate is certain after a few tokens.
     """
-    counts = [(sum(one.accepted) + 1, sum(one.verified) + 2) for one in found]
+    counts = [(sum(found.accepted) + 1, sum(found.verified) + 2) for found in (one, other)]
     variance = sum(accepted / verified * (1 - accepted / verified) / verified for accepted, verified in counts)
     return max(MARGIN, 1.96 * math.sqrt(variance))
 
 def check_text(pair: Pair) -> Finding | None:
     """Compare the acceptance on the user's prompts with that on HumanEval's. None without prompts of a user."""
     if pair.reference is None: return None
-    found = pair.statistics(), pair.statistics(pair.reference)
-    own, reference = map(_rate, found)
-    return Finding("text", f"{own:.2f} after your prompts, {reference:.2f} after HumanEval's", "about the same",
+    found = pair.statistics(pair.reference)
+    reference = _rate(found)
+    return Finding("text", f"{pair.as_is:.2f} after your prompts, {reference:.2f} after HumanEval's", "about the same",
                    "train the draft on text that the teacher generates after prompts like yours (data.source teacher, "
-                   "data.prompt_source folder)", reference - own, chance(*found))
+                   "data.prompt_source folder)", reference - pair.as_is, chance(pair.counts, found))
 
 # %% ../nbs/09g_doctor.ipynb #cbf04e0a
 CURVE = {24_576: .144, 49_152: .168, 98_304: .263, 200_704: .306, 401_408: .358, 802_816: .383, 9_600_000: .713}
@@ -644,7 +649,7 @@ def open_pair(
 @plot_style
 def plot_pair(pair: Pair, findings: list[Finding]) -> Figure:
     """Return a plot of the acceptance rate by draft position, and by context length if it was measured."""
-    found = pair.statistics()
+    found = pair.counts
     curve = next((finding.curve for finding in findings if finding.curve), {})
     figure, axes = plt.subplots(1, 1 + bool(curve), figsize=(3.2 + 2.8 * bool(curve), 2.6), sharey=True,
                                 squeeze=False, layout="constrained")
@@ -672,7 +677,7 @@ def report_doctor(pair: Pair, findings: list[Finding], config: Config, folder: P
     """Write the table and the plot into a folder, and return the report."""
     save_plot(plot_pair(pair, findings), folder/"doctor.png")
     faults = {f"explained, {finding.check}": finding.explained for finding in findings if finding.is_fault}
-    figures = {"acceptance_rate": pair.as_is, "tokens_per_call": pair.statistics().tokens_per_call,
+    figures = {"acceptance_rate": pair.as_is, "tokens_per_call": pair.counts.tokens_per_call,
                "faults": len(faults)} | faults
     rows = [finding.row() for finding in findings]
     report = Report(command, config, figures, rows, [doctor_note(pair, findings)], ("doctor.png",))
