@@ -6,13 +6,13 @@
 __all__ = ['BLOCK', 'MARGIN', 'TRAINED', 'CONTEXT', 'SAMPLING', 'MISSED', 'COPY_BYTES', 'CURVE', 'CHECKS', 'DOCTOR_CONTEXTS',
            'LONG_PROMPTS', 'RecordedTeacher', 'TrainingRecord', 'draft_context', 'fitting_texts', 'Pair', 'Finding',
            'teacher_rows', 'with_rows', 'check_tokenizer', 'default_template', 'changed_prompts', 'check_beginning',
-           'neighbouring_layers', 'best_layers', 'check_feature_layers', 'other_residual', 'state_variants',
-           'check_state', 'covered_by', 'step_cost', 'fastest_vocabulary', 'check_draft_vocabulary', 'ContextTeacher',
-           'cropped_acceptance', 'check_context', 'generation_params', 'pair_params', 'describe_params',
-           'sampled_acceptance', 'check_sampling', 'noisy_share', 'check_numerics', 'other_checkpoint',
-           'check_checkpoint', 'chance', 'check_text', 'tokens_like', 'rate_after', 'check_training', 'diagnose',
-           'training_record', 'continuations_of', 'texts_to_examine', 'pair_texts', 'open_pair', 'plot_pair',
-           'doctor_note', 'report_doctor']
+           'first_match', 'neighbouring_layers', 'best_layers', 'check_feature_layers', 'other_residual',
+           'state_variants', 'check_state', 'covered_by', 'step_cost', 'fastest_vocabulary', 'check_draft_vocabulary',
+           'ContextTeacher', 'cropped_acceptance', 'check_context', 'generation_params', 'pair_params',
+           'describe_params', 'sampled_acceptance', 'check_sampling', 'noisy_share', 'check_numerics',
+           'other_checkpoint', 'check_checkpoint', 'chance', 'check_text', 'tokens_like', 'rate_after',
+           'check_training', 'diagnose', 'training_record', 'continuations_of', 'texts_to_examine', 'pair_texts',
+           'open_pair', 'plot_pair', 'doctor_note', 'report_doctor']
 
 # %% ../nbs/09g_doctor.ipynb #0f0c503f
 import copy
@@ -150,17 +150,6 @@ class Pair:
         """The acceptance rate on `texts`."""
         return _rate(self.counts)
 
-    @torch.no_grad()
-    def first_match(self, teacher: Teacher | None = None) -> float:
-        """Return the share of tokens in the first two texts that equal a first draft token: fast, to compare many."""
-        texts = self.texts[:2]
-        ids = [(len(prompt), torch.tensor(prompt + text, device=self.teacher.device)) for prompt, text in texts]
-        if isinstance(self.draft, EagleStudent):  # one forward pass serves every choice of layers
-            every = tuple(range(teacher_depth(self.teacher.model) + 1))
-            for _, row in ids: self.teacher.record_layers(row[None], every)
-        matches = [matching_drafts(teacher or self.teacher, self.draft, row, 1)[start - 1:-1] for start, row in ids]
-        return torch.cat(matches).double().mean().item()
-
 # %% ../nbs/09g_doctor.ipynb #736c52d6
 MARGIN = .05   # of the acceptance rate; smaller differences on the same text are no finding
 TRAINED = .55  # greedy acceptance rate of a draft with enough training: 0.1 below the lowest of the shipped drafts
@@ -280,6 +269,19 @@ def check_beginning(pair: Pair) -> Finding:
                    f"send prompts {best}, or train the draft on prompts as they are sent",
                    rates.get(best, 0) - pair.as_is)
 
+# %% ../nbs/09g_doctor.ipynb #ca5e3e3d
+@torch.no_grad()
+def first_match(
+    pair: Pair,        # of a head
+    teacher: Teacher,  # with the same records, and the features to try
+) -> float:
+    """Return the share of tokens in the first two texts that equal a first draft token: fast, to compare many."""
+    ids = [(len(prompt), torch.tensor(prompt + text, device=pair.teacher.device)) for prompt, text in pair.texts[:2]]
+    every = tuple(range(teacher_depth(pair.teacher.model) + 1))  # one forward pass serves every choice of layers
+    for _, row in ids: pair.teacher.record_layers(row[None], every)
+    matches = [matching_drafts(teacher, pair.draft, row, 1)[start - 1:-1] for start, row in ids]
+    return torch.cat(matches).double().mean().item()
+
 # %% ../nbs/09g_doctor.ipynb #ca5e3e3e
 def neighbouring_layers(layers: tuple[int, ...], depth: int) -> list[tuple[int, ...]]:
     """Return other orders of feature layers, those with one or all layers moved by one, and the usual choice."""
@@ -292,11 +294,11 @@ def neighbouring_layers(layers: tuple[int, ...], depth: int) -> list[tuple[int, 
 def best_layers(pair: Pair, rounds: int = 4) -> tuple[int, ...]:
     """Return the choice of feature layers whose first draft tokens match most, by local search."""
     layers = best = tuple(pair.draft.config.feature_layers)
-    tried = {layers: pair.first_match()}
+    tried = {layers: first_match(pair, pair.teacher)}
     for _ in range(rounds):
         start = best
         for choice in neighbouring_layers(start, teacher_depth(pair.teacher.model)):
-            if choice not in tried: tried[choice] = pair.first_match(pair.teacher.altered(choice))
+            if choice not in tried: tried[choice] = first_match(pair, pair.teacher.altered(choice))
         best = max(tried, key=tried.get)
         if tried[best] < tried[layers] + MARGIN / 2: return layers
         if best == start: break
