@@ -18,9 +18,9 @@ from transformers import (
     BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
     Qwen2Config, Qwen2ForCausalLM)
 
-from kdcode import decode, drafters
+from kdcode import cached_model, decode, drafters
 from kdcode.batching import Batch
-from kdcode.cached_model import CachedModel
+from kdcode.cached_model import CachedModel, LinearKernel
 from kdcode.compiled_step import (
     compile_in_background, compile_steps, CompiledModel, grouped_attention, is_on_disk, mark_on_disk, READY, REFUSED,
     StaticModel, StepKind, use_compiler_cache, user_code_folder)
@@ -363,6 +363,17 @@ def test_number_of_threads_changes():
                 torch.set_num_threads(n)
                 assert difference(model) < 1e-4
     finally: torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_other_kernels_are_measured_after_compilation(transposed):
+    """As with another number of threads; the graph goes on."""
+    kernels = [{n: LinearKernel(n, choice) for n in range(1, 9)} for choice in (transposed, not transposed)]
+    model = tiny()
+    with mock.patch.object(cached_model, "kernels_for", lambda layers: kernels[0]): assert compile_steps(model, [STEP])
+    with (mock.patch.object(cached_model, "kernels_for", lambda layers: kernels[1]),
+          mock.patch.object(CompiledModel, "stance", "fail_on_recompile")):
+        assert difference(model) < 1e-4
 
 
 @torch.no_grad()
