@@ -11,8 +11,8 @@ __all__ = ['TRANSPOSED', 'ATTENTION', 'STEP_SPAN', 'PADDED_COUNTS', 'MOST_TOKENS
            'use_compiler_cache', 'discard_code', 'lasting_guards', 'compiler', 'graph_marker', 'is_on_disk',
            'mark_on_disk', 'uncached_graphs', 'all_tensors', 'Storage', 'storage_kind', 'take_storage', 'free_storage',
            'ReusedCache', 'share_cuda_graphs', 'run_step', 'StaticState', 'step_inputs', 'StaticModel', 'hook_ids',
-           'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings', 'perturbed_embedding', 'plain_logits',
-           'compile_step', 'first_line', 'check_graph', 'add_graph', 'compile_steps', 'usual_kinds', 'load_steps',
+           'print_progress', 'CompiledModel', 'mark_sizes', 'compiler_settings', 'plain_logits', 'compile_step',
+           'first_line', 'check_graph', 'add_graph', 'compile_steps', 'usual_kinds', 'load_steps',
            'compile_in_background']
 
 # %% ../nbs/02c_compiled_step.ipynb #740b0dd5
@@ -44,7 +44,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cached_model import (
     additive_mask, CachedModel, deviation, feature_inputs, is_int8, Kernels, least_tolerance, NOISE_FACTOR, pad_tokens,
-    split_logits, tuned_kernels, wanted_positions, without_cudnn_attention)
+    perturbed_embedding, split_logits, tuned_kernels, wanted_positions, without_cudnn_attention)
 from .config import cache_folder
 from .provenance import processor_hash, short_hash, write_atomic
 from .student import KVCache, Student, to_device
@@ -580,19 +580,6 @@ def compiler_settings() -> Iterator[None]:
     inductor = torch._inductor.config.patch({"cpp.dynamic_threads": True})
     with dynamo, inductor:
         yield
-
-@contextmanager
-def perturbed_embedding(model: PreTrainedModel) -> Iterator[None]:
-    """Change each number that comes out of a model's embedding by a rounding step, up or down, in a `with` block."""
-    thread = threading.get_ident()  # others may use the model meanwhile
-    def perturb(module, inputs, output):
-        if threading.get_ident() != thread:
-            return output
-        signs = torch.arange(output.numel(), device=output.device).view_as(output) % 3 - 1
-        return output + output * signs * torch.finfo(output.dtype).eps
-    handle = model.get_input_embeddings().register_forward_hook(perturb)
-    try: yield
-    finally: handle.remove()
 
 # %% ../nbs/02c_compiled_step.ipynb #b2dcab33
 def plain_logits(state: CachedModel, ids: list[list[int]], count: int) -> list[Tensor]:
