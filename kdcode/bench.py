@@ -13,11 +13,11 @@ __all__ = ['ASSISTANT_OPTIONS', 'Method', 'GENERATE', 'STUDENT_DRAFT', 'NO_DRAFT
            'predicted_run_speedup', 'speedup_interval', 'speedup_figures', 'latency_figures', 'decode_figures',
            'timing_columns', 'decode_rows', 'explain_speed', 'interval_note', 'plot_acceptance', 'plot_speedup',
            'first_difference', 'logit_noise', 'explain_differences', 'sampling_name', 'save_plots', 'bench_decode',
-           'length_prompts', 'bench_lengths', 'prompt_speedups', 'speedup_range', 'task_row', 'plot_tasks',
-           'bench_tasks', 'busy_processes', 'busy_row', 'bench_busy', 'loss_tensors', 'plain_distillation_loss',
-           'loss_step', 'peak_memory', 'largest_batches', 'bench_loss', 'train_step', 'step_seconds', 'bench_targets',
-           'teacher_variants', 'llama_cpp_times', 'plot_steps', 'time_graphs', 'graph_seconds', 'compile_figures',
-           'bench_steps', 'bench_profile']
+           'length_prompts', 'bench_lengths', 'prompt_speedups', 'speedup_range', 'task_groups', 'task_row',
+           'plot_tasks', 'bench_tasks', 'busy_processes', 'busy_row', 'bench_busy', 'loss_tensors',
+           'plain_distillation_loss', 'loss_step', 'peak_memory', 'largest_batches', 'bench_loss', 'train_step',
+           'step_seconds', 'bench_targets', 'teacher_variants', 'llama_cpp_times', 'plot_steps', 'time_graphs',
+           'graph_seconds', 'compile_figures', 'bench_steps', 'bench_profile']
 
 # %% ../nbs/09a_bench.ipynb #65218b79
 import copy
@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -821,11 +821,25 @@ def prompt_speedups(
     pairs = zip(_seconds_per_token(decoded["generate"]), _seconds_per_token(decoded[method]))
     return [baseline / own for baseline, own in pairs]
 
-def speedup_range(speedups: list[float]) -> str | None:
-    """Return the 95% bootstrap interval of a mean as text; None for a single prompt."""
-    return "{:.2f} to {:.2f}".format(*bootstrap_interval(speedups)) if len(speedups) > 1 else None
+def speedup_range(speedups: list[float], groups: list[Hashable] | None = None) -> str | None:
+    """Return the 95% bootstrap interval of a mean as text; None for a single group.
 
-def task_row(task: str, decoded: dict[str, Decoded], greedy: bool) -> dict[str, Any]:
+    Prompts of a group, such as those of several tasks about one function, are resampled together.
+    """
+    members: dict[Hashable, list[float]] = {}
+    for group, speedup in zip(groups or range(len(speedups)), speedups): members.setdefault(group, []).append(speedup)
+    if len(members) < 2: return None
+    sums, counts = ([function(one) for one in members.values()] for function in (sum, len))
+    interval = bootstrap_interval(sums, counts, statistic=lambda s, n, axis: s.sum(axis) / n.sum(axis))
+    return "{:.2f} to {:.2f}".format(*interval)
+
+def task_groups(prompts: dict[str, list[dict]]) -> list[Hashable]:
+    """Return the group of each prompt of `teacher_task_prompts`: one for each HumanEval problem and each function."""
+    return [(task == "completion", number) for task, one in prompts.items() for number in range(len(one))]
+
+def task_row(
+    task: str, decoded: dict[str, Decoded], greedy: bool, groups: list[Hashable] | None = None
+) -> dict[str, Any]:
     """Return the row of a task: mean speedups, acceptance rates and the share of identical outputs."""
     methods = [name for name in decoded if name != "generate"]
     drafters = [name for name in methods if name != "no draft"]
@@ -834,7 +848,7 @@ def task_row(task: str, decoded: dict[str, Decoded], greedy: bool) -> dict[str, 
     least = min(one.identical(decoded["generate"]) for one in decoded.values())
     row = {"task": task, "prompts": len(decoded["generate"].texts)} | speedups
     if "hybrid" in methods:
-        row["hybrid, 95% interval"] = speedup_range(prompt_speedups(decoded, "hybrid"))
+        row["hybrid, 95% interval"] = speedup_range(prompt_speedups(decoded, "hybrid"), groups)
     row |= rates
     return row | {"identical outputs": f"{least:.0%}" if greedy else None}
 
@@ -853,17 +867,18 @@ def plot_tasks(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 # %% ../nbs/09a_bench.ipynb #00406185
-def _tasks_notes(config: Config, everything: dict[str, Decoded]) -> list[str]:
+def _tasks_notes(config: Config, everything: dict[str, Decoded], groups: list[Hashable]) -> list[str]:
     """Return the notes of a task benchmark: what a speedup is, and the intervals and times over all prompts."""
     intervals = []
     times = [f"{name} {_p50_ms(one.ttft):.0f} and {_p50_ms(one.tpot):.1f}" for name, one in everything.items()]
     for name in list(BY_TASK.values())[1:]:
         speedups = prompt_speedups(everything, name)
-        intervals.append(f"{name} {statistics.mean(speedups):.2f} ({speedup_range(speedups)})")
+        intervals.append(f"{name} {statistics.mean(speedups):.2f} ({speedup_range(speedups, groups)})")
     limit = f"At most {config.decode.max_new_tokens} new tokens, {sampling_name(config.decode)}."
     return [f"{limit} A speedup is the mean over prompts of (seconds per token of `generate`) / (seconds per token of "
             "the method).",
-            f"Speedups over all prompts, with 95% bootstrap intervals: {', '.join(intervals)}.",
+            f"Speedups over all prompts, with 95% bootstrap intervals: {', '.join(intervals)}. Prompts about one function, "
+            "of several tasks, are resampled together.",
             f"TTFT and TPOT in ms over all prompts: {', '.join(times)}. {LATENCY_NOTE}"]
 
 def _task_methods(teacher: Teacher, student: PreTrainedModel, settings: DecodeSettings, seed: int) -> dict[str, Method]:
@@ -891,11 +906,13 @@ def bench_tasks(
         if progress:
             progress(done, len(prompts))
     everything = {name: functools.reduce(operator.add, (one[name] for one in by_task.values())) for name in methods}
-    rows = [task_row(task, one, settings.temperature == 0) for task, one in (by_task | {"all": everything}).items()]
+    groups = task_groups(prompts)
+    rows = [task_row(task, one, settings.temperature == 0, groups if task == "all" else None)
+            for task, one in (by_task | {"all": everything}).items()]
     figures = {f"{name}, {row['task']}": value for row in rows for name, value in row.items()
                if isinstance(value, float)}
     images = save_plots(folder, {"tasks.png": plot_tasks(rows)})
-    report = Report(command, config, figures, rows, _tasks_notes(config, everything), images)
+    report = Report(command, config, figures, rows, _tasks_notes(config, everything, groups), images)
     report.save(folder)
     return report
 
@@ -984,14 +1001,14 @@ def loss_step(
     """Run forward and backward pass through heads and loss."""
     hidden, weight, teacher_hidden, teacher_weight, labels = tensors
     hidden.grad = weight.grad = None
-    def teacher_logits(start, end):
+    def teacher_logits(tokens):
         with torch.no_grad():
-            return teacher_hidden[start:end] @ teacher_weight.T
+            return teacher_hidden[tokens] @ teacher_weight.T
     if chunk_size:
         settings = LossSettings(chunk_size=chunk_size)
         loss = chunked_distillation_loss(hidden, weight, teacher_logits, labels, settings).loss
     else:
-        loss = plain_distillation_loss(hidden @ weight.T, teacher_logits(0, len(labels)), labels, LossSettings())
+        loss = plain_distillation_loss(hidden @ weight.T, teacher_logits(slice(None)), labels, LossSettings())
     loss.backward()
     return loss.detach()
 

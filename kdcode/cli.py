@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'WITHOUT_RUN', 'DRAFT_HELP', 'DRAFT', 'TRAINING_OPTIONS', 'PLAN_OPTIONS',
            'DECODING_OPTIONS', 'EXPORT_OPTIONS', 'OPTIONS', 'CORPUS_SETTINGS', 'DECODING_SETTINGS', 'COMMON_SETTINGS',
-           'SECTIONS', 'EXAMPLES', 'DEFAULTS', 'ALIASES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'Steps',
-           'ProgressBar', 'display_path', 'garbage_collection_paused', 'note_unchecked', 'load_teachers', 'load_corpus',
-           'load_corpus_and_teachers', 'print_next', 'with_teacher', 'print_report', 'train_student', 'run_distill',
-           'run_targets', 'TrialProgress', 'run_tune', 'default_draft', 'load_pair', 'load_compiled_pair',
-           'decoding_summary', 'context_note', 'print_stream', 'run_generate', 'shipped_student', 'load_graphs',
-           'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode', 'bench_lengths', 'bench_tasks',
-           'bench_engines', 'bench_busy', 'bench_server', 'bench_profile', 'bench_steps', 'bench_loss', 'bench_targets',
-           'bench_trainers', 'record_command', 'run_bench', 'run_eval', 'run_doctor', 'run_experiment', 'run_record',
-           'write_student', 'grow_student', 'print_notes', 'push_student', 'run_export', 'serve_with_vllm', 'run_serve',
-           'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text', 'option_names',
-           'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file', 'parse',
-           'read_prompt', 'choose_draft', 'check_plain_decoding', 'check_text_length', 'card_limits', 'check_plan',
-           'other_export', 'check_llama', 'check_export', 'check_evaluation', 'check_corpus', 'check_infilling',
-           'check_student', 'check_targets', 'check_training', 'check_doctor', 'check_models', 'check_lookup',
-           'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'discard_output', 'main']
+           'SECTIONS', 'EXAMPLES', 'DEFAULTS', 'ALIASES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'CONTINUED',
+           'Steps', 'ProgressBar', 'display_path', 'garbage_collection_paused', 'note_unchecked', 'load_teachers',
+           'load_corpus', 'load_corpus_and_teachers', 'print_next', 'with_teacher', 'print_report', 'train_student',
+           'run_distill', 'run_targets', 'TrialProgress', 'run_tune', 'default_draft', 'load_pair',
+           'load_compiled_pair', 'decoding_summary', 'context_note', 'print_stream', 'run_generate', 'shipped_student',
+           'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode', 'bench_lengths',
+           'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile', 'bench_steps', 'bench_loss',
+           'bench_targets', 'bench_trainers', 'record_command', 'run_bench', 'run_eval', 'run_doctor', 'run_experiment',
+           'run_record', 'write_student', 'grow_student', 'print_notes', 'push_student', 'run_export',
+           'serve_with_vllm', 'run_serve', 'usage', 'make_parser', 'main_help', 'short_help', 'full_help', 'help_text',
+           'option_names', 'suggest_option', 'explain_error', 'load_configuration', 'check_command', 'read_config_file',
+           'parse', 'read_prompt', 'choose_draft', 'check_plain_decoding', 'check_text_length', 'card_limits',
+           'check_plan', 'other_export', 'check_llama', 'check_export', 'check_evaluation', 'check_corpus',
+           'check_infilling', 'check_student', 'check_targets', 'check_training', 'check_doctor', 'check_models',
+           'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command',
+           'discard_output', 'keeps_work', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -1338,10 +1339,16 @@ def discard_output() -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere.fileno(), stream.fileno())  # else Python fails again when it flushes them at its exit
 
+CONTINUED = ("demo", "distill", "targets", "tune", "experiment", "eval")  # continue what an interrupted run finished
+
+def keeps_work(arguments: list[str]) -> bool:
+    """Return whether a command keeps what it has finished if it is interrupted, and continues from there."""
+    return bool({*arguments[:1]} & {*CONTINUED}) or "--grow-vocabulary" in arguments
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the `kdcode` command, and return its exit status: 0, 1 (failed), 2 (invalid) or 130 (interrupted)."""
     arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
-    saved = "" if {*arguments[:1]} & {*WITHOUT_RUN} else "; finished work is saved"
+    saved = "; finished work is saved" if keeps_work(arguments) else ""
     try:
         if text := help_text(arguments):
             print(text)

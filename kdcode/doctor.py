@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCK', 'MARGIN', 'TRAINED', 'CONTEXT', 'SAMPLING', 'MISSED', 'COPY_BYTES', 'CURVE', 'CHECKS', 'DOCTOR_CONTEXTS',
            'LONG_PROMPTS', 'RecordedTeacher', 'TrainingRecord', 'draft_context', 'fitting_texts', 'Pair', 'Finding',
-           'teacher_rows', 'with_rows', 'check_tokenizer', 'default_template', 'changed_prompts', 'check_beginning',
-           'first_match', 'neighbouring_layers', 'best_layers', 'check_feature_layers', 'other_residual',
-           'state_variants', 'check_state', 'covered_by', 'step_cost', 'fastest_vocabulary', 'check_draft_vocabulary',
-           'ContextTeacher', 'cropped_acceptance', 'check_context', 'generation_params', 'pair_params',
-           'describe_params', 'sampled_acceptance', 'check_sampling', 'noisy_share', 'check_numerics',
-           'other_checkpoint', 'check_checkpoint', 'chance', 'check_text', 'tokens_like', 'rate_after',
-           'check_training', 'diagnose', 'training_record', 'continuations_of', 'texts_to_examine', 'pair_texts',
-           'open_pair', 'plot_pair', 'doctor_note', 'report_doctor']
+           'chance', 'teacher_rows', 'with_rows', 'check_tokenizer', 'default_template', 'changed_prompts',
+           'check_beginning', 'first_match', 'neighbouring_layers', 'best_layers', 'check_feature_layers',
+           'other_residual', 'state_variants', 'check_state', 'covered_by', 'step_cost', 'fastest_vocabulary',
+           'check_draft_vocabulary', 'ContextTeacher', 'cropped_statistics', 'context_gain', 'check_context',
+           'generation_params', 'drafts_greedily', 'pair_params', 'describe_params', 'sampled_acceptance',
+           'check_sampling', 'noisy_share', 'check_numerics', 'other_checkpoint', 'check_checkpoint', 'check_text',
+           'tokens_like', 'rate_after', 'check_training', 'diagnose', 'training_record', 'continuations_of',
+           'texts_to_examine', 'pair_texts', 'open_pair', 'plot_pair', 'doctor_note', 'report_doctor']
 
 # %% ../nbs/09g_doctor.ipynb #0f0c503f
 import copy
@@ -54,7 +54,10 @@ from .teacher import checkpoint_fingerprint, Teacher
 
 # %% ../nbs/09g_doctor.ipynb #8752f360
 class RecordedTeacher(Teacher):
-    """A teacher that keeps the logits and hidden states of each text, and can return hidden states of other layers."""
+    """A teacher that keeps the hidden states of each text, and can return those of other layers.
+
+    It keeps no logits: with a large vocabulary, those of all texts can need more memory than the model.
+    """
 
     def __init__(
         self,
@@ -70,14 +73,9 @@ class RecordedTeacher(Teacher):
         """Return a teacher with the same records that returns other hidden states."""
         return RecordedTeacher(self, layers, shift, self.recorded)
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        key = "logits", short_hash(input_ids.tolist())
-        if key not in self.recorded: self.recorded[key] = super().logits(input_ids)
-        return self.recorded[key]
-
     def record_layers(self, input_ids: Tensor, which: tuple[int, ...]) -> dict[int, Tensor]:
         """Keep the states of these layers; return all of the text that are kept, by layer."""
-        kept = self.recorded.setdefault(("states", short_hash(input_ids.tolist())), {})
+        kept = self.recorded.setdefault(short_hash(input_ids.tolist()), {})
         missing = tuple(layer for layer in dict.fromkeys(which) if layer not in kept)
         if missing: kept |= dict(zip(missing, super().hidden_states(input_ids, missing).chunk(len(missing), -1)))
         return kept
@@ -168,6 +166,8 @@ class Finding:
     """acceptance rate without the fault − acceptance rate as it is"""
     margin: float = MARGIN
     """what chance explains"""
+    other_engines: bool = False
+    """whether it counts only in engines that read the draft's generation_config.json"""
     curve: dict[int, float] = field(default_factory=dict)
     """acceptance rate by context length, for the plot"""
 
@@ -182,6 +182,17 @@ class Finding:
         return {"check": self.check, "verdict": "FAULT" if fault else "healthy", "measured": self.measured,
                 "should be": self.expected, "acceptance explained": self.explained if fault else math.nan,
                 "what to do": self.remedy if fault else "–"}
+
+# %% ../nbs/09g_doctor.ipynb #b7e2904c
+def chance(*rates: Statistics) -> float:
+    """Return the largest difference that chance explains, of two acceptance rates or of one from a fixed number.
+
+    It is 1.96 standard errors, and at least `MARGIN`. Two tokens, one of them accepted, are added to each rate, because
+    no rate is certain after a few tokens.
+    """
+    counts = [(sum(one.accepted) + 1, sum(one.verified) + 2) for one in rates]
+    variance = sum(accepted / verified * (1 - accepted / verified) / verified for accepted, verified in counts)
+    return max(MARGIN, 1.96 * math.sqrt(variance))
 
 # %% ../nbs/09g_doctor.ipynb #a9e73d37
 def teacher_rows(teacher: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, count: int) -> Tensor:
@@ -208,10 +219,10 @@ CONTEXT, SAMPLING = "context length", "sampling parameters"  # checks that do no
 def _missing_acceptance(pair: Pair, others: list[Finding]) -> float:
     """Return how far the acceptance rate is below that of a trained draft, without what other findings explain.
 
-    Findings on other texts, or on sampled text, explain nothing of it.
+    Findings on other texts, or on sampled text, explain nothing of it, nor do those that are no fault.
     """
-    found = [finding.explained for finding in others if finding.check not in (CONTEXT, SAMPLING)]
-    return TRAINED - pair.as_is - max([0., *found])
+    faults = [finding for finding in others if finding.is_fault and finding.check not in (CONTEXT, SAMPLING)]
+    return TRAINED - pair.as_is - max([0., *(finding.explained for finding in faults)])
 
 def check_tokenizer(pair: Pair) -> Finding:
     """Compare the tokens of both models; undo a difference by translating the draft's ids."""
@@ -383,7 +394,8 @@ def check_draft_vocabulary(pair: Pair) -> Finding | None:
         "draft vocabulary", f"{covered:.1%} of the teacher's tokens are among the draft's {len(ids):,}; all ids would "
         f"add at most {within - pair.as_is:.2f}, and {1 - within:.2f} is lost to other causes",
         f"about {count:,} ids with {share:.1%} of the tokens, the fastest by an estimate",
-        f"train a draft with student.draft_vocabulary {setting} on text like yours", within * share - pair.as_is)
+        f"train a draft with student.draft_vocabulary {setting} on text like yours", within * share - pair.as_is,
+        chance(pair.counts))
 
 # %% ../nbs/09g_doctor.ipynb #e6888e84
 class ContextTeacher(Teacher):
@@ -398,28 +410,45 @@ class ContextTeacher(Teacher):
         whole = torch.cat([torch.tensor([self.before], dtype=torch.long, device=input_ids.device), input_ids], 1)
         return super().hidden_states(whole, which)[:, len(self.before):]
 
-def cropped_acceptance(pair: Pair, texts: PromptTexts, size: int) -> float:
-    """Return the acceptance rate of a draft that sees the last `size` tokens of each prompt."""
+def cropped_statistics(pair: Pair, texts: PromptTexts, size: int) -> Statistics:
+    """Return the statistics of a draft that sees the last `size` tokens of each prompt."""
     parts = [pair.statistics([(prompt[-size:], text)], teacher=ContextTeacher(pair.teacher, prompt[:-size]))
              for prompt, text in texts]
-    return _rate(sum(parts, Statistics()))
+    return sum(parts, Statistics())
+
+def context_gain(whole: Statistics, cropped: Statistics) -> tuple[float, float]:
+    """Return the gain in acceptance rate if the draft sees fewer tokens, and what of it chance explains."""
+    # without verified tokens, the texts are beyond the draft's context, and its rate of 0 is no chance
+    measured = [found for found in (whole, cropped) if sum(found.verified)]
+    return _rate(cropped) - _rate(whole), chance(*measured)
+
+# %% ../nbs/09g_doctor.ipynb #a15f73d2
+def _context_remedy(pair: Pair, longest: int, size: int) -> str:
+    """Return what to do about long prompts, with continuations of up to `longest` tokens.
+
+    A window of `size` tokens helps only a student, and only if its context has enough positions.
+    """
+    needed = max(pair.contexts, default=0) + longest
+    can_have_window = isinstance(pair.draft, Student) and needed <= draft_context(pair.draft)
+    window = f"set attention_window in its config.json to {size}, " if can_have_window else ""
+    return f"{window}train the draft with longer blocks (data.block_sizes), or use it for short prompts"
 
 def check_context(pair: Pair) -> Finding:
     """Let the draft see only as many tokens of long prompts as it was trained on."""
-    known, longest = pair.training.block, max((len(t) for part in pair.contexts.values() for _, t in part), default=0)
-    limit = draft_context(pair.draft)
-    size = int(min(known or BLOCK, limit - longest))
-    is_in_context = isinstance(pair.draft, Student) and max(pair.contexts, default=0) + longest <= limit
-    window = f"set attention_window in its config.json to {size}, " if is_in_context else ""
+    longest = max((len(text) for texts in pair.contexts.values() for _, text in texts), default=0)
+    size = int(min(pair.training.block or BLOCK, draft_context(pair.draft) - longest))
     finding = Finding(CONTEXT, "no long texts to measure on", "as high as with the last tokens only",
-                      f"{window}train the draft with longer blocks (data.block_sizes), or use it for short prompts")
-    shown = []
+                      _context_remedy(pair, longest, size))
+    shown, gains = [], [(0., MARGIN)]
     for length, texts in pair.contexts.items():
-        rate = pair.acceptance(texts, teacher=ContextTeacher(pair.teacher, []))
-        cropped = cropped_acceptance(pair, texts, size) if length > size else rate
-        shown.append(f"{rate:.2f} after {length:,} tokens" + f" ({cropped:.2f} with the last {size})" * (length > size))
-        finding.explained, finding.curve[length] = max(finding.explained, cropped - rate), rate
-    return replace(finding, measured=", ".join(shown) or finding.measured)
+        whole = pair.statistics(texts, teacher=ContextTeacher(pair.teacher, []))
+        cropped = cropped_statistics(pair, texts, size) if length > size else whole
+        gains.append(context_gain(whole, cropped))
+        finding.curve[length] = _rate(whole)
+        compared = f" ({_rate(cropped):.2f} with the last {size})" if length > size else ""
+        shown.append(f"{_rate(whole):.2f} after {length:,} tokens{compared}")
+    gain, margin = max(gains, key=lambda found: found[0] - found[1])  # the length that is farthest above chance
+    return replace(finding, measured=", ".join(shown) or finding.measured, explained=gain, margin=margin)
 
 # %% ../nbs/09g_doctor.ipynb #abe56a7e
 def generation_params(config: GenerationConfig) -> SamplingParams:
@@ -430,6 +459,10 @@ def generation_params(config: GenerationConfig) -> SamplingParams:
     return SamplingParams(temperature, config.top_k or 0, 1. if config.top_p is None else config.top_p,
                           config.min_p or 0., processors)
 
+def drafts_greedily(settings: DecodeSettings) -> bool:
+    """Return whether kdcode drafts greedily for a teacher that samples."""
+    return settings.temperature > 0 and settings.draft_sampling == "greedy"
+
 def pair_params(pair: Pair) -> tuple[SamplingParams, SamplingParams]:
     """Return the sampling parameters of teacher and draft; those of the settings come before those of files."""
     s, own = pair.settings, generation_params(pair.draft.generation_config or GenerationConfig())
@@ -438,7 +471,7 @@ def pair_params(pair: Pair) -> tuple[SamplingParams, SamplingParams]:
         asked = GenerationConfig(do_sample=s.temperature > 0, temperature=s.temperature or None, top_k=s.top_k,
                                  top_p=s.top_p, min_p=s.min_p, repetition_penalty=s.repetition_penalty)
         target = generation_params(asked)
-    if s.draft_sampling == "greedy":
+    if drafts_greedily(s):
         return target, replace(target, temperature=0.)
     return target, own if own.temperature or own.processors else target
 
@@ -467,11 +500,14 @@ def sampled_acceptance(pair: Pair, target: SamplingParams, drafting: SamplingPar
     return torch.cat(rates).mean().item()
 
 def check_sampling(pair: Pair) -> Finding:
-    """Compare the draft's own sampling parameters with the teacher's."""
+    """Compare the draft's own sampling parameters, or the greedy ones of the settings, with the teacher's."""
     target, drafting = pair_params(pair)
     wanted, found = describe_params(target), describe_params(drafting)
-    finding = Finding(SAMPLING, f"both {wanted}", "the same for both", f"give the draft the teacher's: {wanted} "
-                      "(generation_config.json, or the engine's option for draft sampling)")
+    ours = drafts_greedily(pair.settings)
+    remedy = "decode with --decode.draft_sampling sampled" if ours else (
+        "kdcode ignores the draft's generation_config.json; for engines that read it: give the draft the teacher's "
+        f"parameters ({wanted}) there, or by the engine's option for draft sampling")
+    finding = Finding(SAMPLING, f"both {wanted}", "the same for both", remedy, other_engines=not ours)
     if wanted == found: return finding
     best, rate = (sampled_acceptance(pair, target, params) for params in (target, drafting))
     return replace(finding, explained=best - rate, measured=(
@@ -499,7 +535,7 @@ def check_numerics(pair: Pair) -> Finding:
     if teacher.model.dtype == torch.float32:
         pairs = teacher.logits(ids[:, :-1])[0], teacher.logits(ids)[0, :-1]
     else:
-        exact = RecordedTeacher(teacher.to_dtype(torch.float32))
+        exact = teacher.to_dtype(torch.float32)  # a plain teacher, which records nothing
         pairs = teacher.logits(ids)[0], exact.logits(ids)[0]
         gain = top1_agreement(exact, pair.draft, prompts) - top1_agreement(teacher, pair.draft, prompts)
     noise, share = noisy_share(*pairs)
@@ -523,18 +559,9 @@ def check_checkpoint(pair: Pair, others: list[Finding]) -> Finding:
     measured, differs = other_checkpoint(pair)
     return Finding("teacher's checkpoint", measured, "the weights that the draft was made for",
                    "train the draft further for these weights: kdcode distill with student.start",
-                   _missing_acceptance(pair, others) if differs else 0.)
+                   _missing_acceptance(pair, others) if differs else 0., chance(pair.counts))
 
 # %% ../nbs/09g_doctor.ipynb #438bd23a
-def chance(one: Statistics, other: Statistics) -> float:
-    """Return the difference of the acceptance rates on two texts that is more than chance; at least `MARGIN`.
-
-    It is 1.96 standard errors. Two tokens, one of them accepted, are added: no rate is certain after a few tokens.
-    """
-    counts = [(sum(found.accepted) + 1, sum(found.verified) + 2) for found in (one, other)]
-    variance = sum(accepted / verified * (1 - accepted / verified) / verified for accepted, verified in counts)
-    return max(MARGIN, 1.96 * math.sqrt(variance))
-
 def check_text(pair: Pair) -> Finding | None:
     """Compare the acceptance on the user's prompts with that on HumanEval's. None without prompts of a user."""
     if pair.reference is None: return None
@@ -560,9 +587,10 @@ def check_training(pair: Pair, others: list[Finding]) -> Finding:
     missing, tokens = _missing_acceptance(pair, others), pair.training.tokens
     seen = "unknown tokens of training" if tokens is None else (
         f"{tokens:,} tokens of training, {rate_after(tokens):.2f} on our curve")
-    return Finding("training", f"{pair.as_is:.2f} after {seen}; our curve is there at {tokens_like(pair.as_is):,}",
-                   f"at least {TRAINED}, after some millions of tokens",
-                   f"train the draft longer: our curve reaches {TRAINED} at {tokens_like(TRAINED):,} tokens", missing)
+    measured = f"{pair.as_is:.2f} after {seen}; our curve is there at {tokens_like(pair.as_is):,}"
+    return Finding("training", measured if sum(pair.counts.verified) else "no draft token was verified",
+                   f"at least {TRAINED}, after some millions of tokens", "train the draft longer: our curve reaches "
+                   f"{TRAINED} at {tokens_like(TRAINED):,} tokens", missing, chance(pair.counts))
 
 # %% ../nbs/09g_doctor.ipynb #abe1f00c
 CHECKS: tuple[Callable[[Pair], Finding | None], ...] = (
@@ -570,7 +598,10 @@ CHECKS: tuple[Callable[[Pair], Finding | None], ...] = (
     check_sampling, check_numerics, check_text)
 
 def diagnose(pair: Pair, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
-    """Return the findings of all checks: faults first, ordered by the acceptance that they explain."""
+    """Return the findings of all checks: faults that count in kdcode, those of other engines, and the healthy rest.
+
+    Faults are ordered by the acceptance that they explain.
+    """
     found, total = [], len(CHECKS) + 2
     for number, check in enumerate(CHECKS, 1):
         finding = check(pair)
@@ -581,7 +612,7 @@ def diagnose(pair: Pair, progress: Callable[[int, int], None] | None = None) -> 
     if progress: progress(total, total)
     faults = [finding for finding in found if finding.is_fault]
     healthy = [finding for finding in found if not finding.is_fault]
-    return sorted(faults, key=lambda finding: -finding.explained) + healthy
+    return sorted(faults, key=lambda finding: (finding.other_engines, -finding.explained)) + healthy
 
 # %% ../nbs/09g_doctor.ipynb #59da877a
 DOCTOR_CONTEXTS = CONTEXTS[:2]  # tokens; the third length takes minutes on a CPU
@@ -667,13 +698,19 @@ def plot_pair(pair: Pair, findings: list[Finding]) -> Figure:
 
 # %% ../nbs/09g_doctor.ipynb #71ca0956
 def doctor_note(pair: Pair, findings: list[Finding]) -> str:
-    """Return the result in a few words."""
+    """Return the result in a few words, with the first of the faults that count in kdcode."""
     faults = [finding for finding in findings if finding.is_fault]
-    found = f"The draft has an acceptance rate of {pair.as_is:.2f} on {len(pair.texts)} greedy texts"
-    if not faults:
-        return f"{found}, and no check found a fault. kdcode bench decode measures whether it pays."
-    return (f"{found}. Repair first: {faults[0].check}, which explains {faults[0].explained:.2f}. The acceptance that "
-            "findings explain does not add up, so run kdcode doctor again after each repair.")
+    first = next((finding for finding in faults if not finding.other_engines), None)
+    is_measured = sum(pair.counts.verified) > 0
+    found = (f"The draft has an acceptance rate of {pair.as_is:.2f} on {len(pair.texts)} greedy texts" if is_measured
+             else "No draft token was verified; give longer texts, by prompts that the teacher does not answer at once "
+             "or by a larger decode.max_new_tokens")
+    if first is not None:
+        return (f"{found}. Repair first: {first.check}, which explains {first.explained:.2f}. The acceptance that "
+                "findings explain does not add up, so run kdcode doctor again after each repair.")
+    if not is_measured: return f"{found}."
+    kind = "fault that counts in kdcode" if faults else "fault"
+    return f"{found}, and no check found a {kind}. kdcode bench decode measures whether it pays."
 
 def report_doctor(pair: Pair, findings: list[Finding], config: Config, folder: Path, command: str) -> Report:
     """Write the table and the plot into a folder, and return the report."""

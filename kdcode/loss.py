@@ -33,7 +33,8 @@ def log_probs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, but must be above 0; use argmax for greedy decoding")
-    return (logits.float() / temperature).log_softmax(-1)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    return scaled.log_softmax(-1)
 
 # %% ../nbs/03_loss.ipynb #8e4bda3d
 def forward_kl(
@@ -248,7 +249,8 @@ def loss_sums(
         student_logits, teacher, labels = student_logits[valid], teacher[valid], labels[valid]
     T = settings.temperature
     log_q = log_probs(student_logits, T)
-    ce = F.nll_loss(log_q if T == 1 else log_probs(student_logits), labels, reduction="none")
+    with torch.set_grad_enabled(torch.is_grad_enabled() and settings.alpha > 0):
+        ce = F.nll_loss(log_q if T == 1 else log_probs(student_logits), labels, reduction="none")
     divergence = divergence_to_teacher(log_q, teacher, settings)
     loss = settings.alpha * ce + (1 - settings.alpha) * T**2 * divergence
     return LossSums((token_weights(divergence, settings.token_share) * loss).sum(), ce.sum(), divergence.sum())
@@ -278,22 +280,22 @@ class ChunkedHead(torch.autograd.Function):
     """Sum `token_loss` over `hidden @ weight.T` while the logits of one chunk at a time are in memory."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, token_loss, chunk_size):
+    def forward(ctx, hidden, weight, token_loss, chunks):
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         totals = hidden.new_zeros(len(LossSums._fields), dtype=torch.float32)
         head = weight.detach().to(F.linear(hidden[:0], weight).dtype)  # under autocast, converted once for all chunks
-        for start in range(0, len(hidden), chunk_size):
-            end = min(start + chunk_size, len(hidden))
+        for tokens in chunks:
+            states = hidden.detach()[tokens]
             with torch.set_grad_enabled(needs_grad):
-                logits = F.linear(hidden[start:end].detach(), head).requires_grad_(needs_grad)
-                sums = token_loss(logits, start, end)
+                logits = F.linear(states, head).requires_grad_(needs_grad)
+                sums = token_loss(logits, tokens)
             totals += torch.stack(sums).detach()
             if needs_grad:
                 grad_logits, = torch.autograd.grad(sums.loss, logits)
-                grad_hidden[start:end] = grad_logits @ head
-                grad_weight += grad_logits.T @ hidden[start:end]
+                grad_hidden[tokens] = (grad_logits @ head).float()
+                grad_weight += grad_logits.T @ states
         ctx.gradients = (grad_hidden, grad_weight)
         return totals
 
@@ -304,12 +306,12 @@ class ChunkedHead(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 # %% ../nbs/03_loss.ipynb #cf5759b7
-Chunk = Callable[[int, int], Tensor | SparseTargets]  # (start, end) to the teacher's output for these tokens
+Chunk = Callable[[Tensor], Tensor | SparseTargets]  # indices of tokens to the teacher's output for them
 
 def chunked_distillation_loss(
     hidden: Tensor,            # (tokens, hidden), the student's hidden states after its final norm
     weight: Tensor,            # (vocab, hidden), of the student's output head
-    teacher: Chunk,            # returns logits (end - start, vocab) or sparse targets of tokens start to end
+    teacher: Chunk,            # returns logits (tokens, vocab) or sparse targets of some tokens
     labels: Tensor,            # (tokens,); -100 is ignored
     settings: LossSettings = LossSettings(),  # alpha, temperature, divergence, token_share, chunk_size
     count: Tensor | int | None = None,   # valid tokens of the whole optimizer step; None: those of `labels`
@@ -319,9 +321,10 @@ def chunked_distillation_loss(
 
     A `token_share` below 1 selects tokens within each chunk.
     """
-    def token_loss(logits, start, end):
-        return loss_sums(logits, teacher(start, end), labels[start:end], settings, vocabulary_size)
+    def token_loss(logits, tokens):
+        return loss_sums(logits, teacher(tokens), labels[tokens], settings, vocabulary_size)
 
-    sums = ChunkedHead.apply(hidden, weight, token_loss, settings.chunk_size)
+    valid = (labels != -100).nonzero().flatten()
+    sums = ChunkedHead.apply(hidden, weight, token_loss, valid.split(settings.chunk_size))
     loss, ce, divergence = sums / token_count(labels, count)
     return LossSums(loss, ce.detach(), divergence.detach())

@@ -52,7 +52,7 @@ from .config import (
     Config, ConfigError, DataSettings, DecodeSettings, make_config, StudentSettings, TeacherSettings)
 from .data import humaneval_problems
 from .decode import decoder_graphs, prompt_ids
-from .draft_eval import count_matches, draft_logits, PromptTexts
+from .draft_eval import context_limit, count_matches, draft_logits, PromptTexts
 from .drafters import (
     AcceptanceEstimate, AdaptiveDrafter, Draft, Drafter, drafting_model, DraftStop, HybridDrafter, is_adaptive,
     LatencyModel, MAX_PADDING_ROWS, NGramDrafter, reads_are_free, Sequence, UnsureStop)
@@ -594,6 +594,7 @@ class ReplayedDrafter(Drafter):
         confidences: list[list[float]] | None = None,  # of the same; None: drafts do not stop early
     ):
         self.text, self.matches, self.first, self.confidences = text, matches, first, confidences
+        self.context = len(matches)  # the draft's context may end before the text
         self.steps = 0  # draft steps so far
 
     def length(self, position: int, budget: int) -> int:
@@ -610,9 +611,9 @@ class ReplayedDrafter(Drafter):
     def propose(self, sequences: list[Sequence], budgets: list[int]) -> list[Draft]:
         """Return the draft of the only sequence."""
         done = len(sequences[0].tokens)
-        if done < self.first:
+        if not self.first <= done <= self.context:
             return [Draft([])]
-        length = self.length(done - 1, budgets[0])
+        length = self.length(done - 1, min(budgets[0], self.context + 1 - done))
         matched = min(self.matches[done - 1], length)
         return [Draft(self.text[done:done + matched] + [-1] * (length - matched))]
 
@@ -761,7 +762,8 @@ def replay_methods(
     total, stops = {label: Statistics() for label in methods}, reads_are_free(teacher.device)
     for prompt, text in texts:
         ids = torch.tensor(prompt + text, device=teacher.device)
-        matches, confidences = matches_and_confidences(teacher, student, ids, largest)
+        known = ids[:context_limit(teacher, student)]
+        matches, confidences = matches_and_confidences(teacher, student, known, largest)
         first = len(prompt) + 1 if isinstance(student, EagleStudent) and len(prompt) > 1 - student.skipped_tokens else 0
         for label, simulation in simulations.items():
             replayed = ReplayedDrafter(prompt + text, matches, first, confidences if stops else None)
@@ -833,7 +835,7 @@ def plan_draft(
                ngram_from(costs, replayed[DRAFTER_LABELS["ngram"]], settings.gamma)]
     figures = prediction_figures(rows, options[0], baseline, replayed[own])
     images = save_plots(folder, {"speedup.png": plot_options(options)})
-    notes = [draft_note(options[0], baseline[NO_DRAFT] / seconds[own]), assumptions_note(config, texts)]
+    notes = [draft_note(options[0], baseline[NO_DRAFT] / seconds[STUDENT_DRAFT]), assumptions_note(config, texts)]
     report = Report(command, config, figures, rows, notes, images)
     report.save(folder)
     return report

@@ -125,16 +125,22 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that influence a result."""
     return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
 
-def machine() -> dict[str, Any]:
-    """Return the processor, number of usable cores, memory in GiB, GPU, number of CPU threads, and operating system."""
+def machine(
+    device: str = "auto",  # on which a model runs: auto, cpu, cuda or cuda:1
+) -> dict[str, Any]:
+    """Return the processor, number of usable cores, memory in GiB, GPU, number of CPU threads, and operating system.
+
+    The GPU is that of the device: None for `cpu`, although the machine may have one.
+    """
     import torch  # imported late: reading a configuration does not need it
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     memory = min(host, smallest_limit("memory")) / 2**30  # of a pod, on a host with more
+    gpu = device if device.startswith("cuda") else None  # None: the current one
     return {
         "processor": processor(),
         "cores": available_cpus(),
         "memory_gib": None if math.isinf(memory) else round(memory, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(gpu) if device != "cpu" and torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "system": platform.system(),
     }
@@ -160,12 +166,13 @@ def commit() -> str | None:
 # %% ../nbs/00_provenance.ipynb #cfc0adb9
 def provenance(
     config: dict[str, Any],  # the resolved settings as plain values
+    device: str = "auto",    # of `machine`
 ) -> dict[str, Any]:
     """Return the record stored beside every result: date (UTC), commit, machine, versions and configuration."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "machine": machine(),
+        "machine": machine(device),
         "versions": versions(),
         "config": config,
     }

@@ -61,7 +61,7 @@ def _json_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _provenance_lines(command: str, config: Config) -> str:
     """Return the last paragraph of report.md, one line each for command, machine, versions and commit."""
-    about = provenance(config.to_dict())
+    about = provenance(config.to_dict(), config.teacher.device)
     packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"Command: `{command}`", f"Machine: {machine_line(about['machine'])}", f"Versions: {packages}"]
     return "  \n".join([*lines, f"Commit: {about['commit']}, {about['date']}"])
@@ -111,7 +111,8 @@ class Report:
 def report_content(report: Report) -> dict[str, Any]:
     """Return the content of report.json: command, provenance, figures and rows."""
     figures, rows = _json_row(report.figures), [_json_row(row) for row in report.rows]
-    return {"command": report.command} | provenance(report.config.to_dict()) | {"figures": figures, "rows": rows}
+    about = provenance(report.config.to_dict(), report.config.teacher.device)
+    return {"command": report.command} | about | {"figures": figures, "rows": rows}
 
 def report_text(report: Report) -> str:
     """Return name, command, table and notes as plain text for a terminal."""
@@ -121,7 +122,8 @@ def report_text(report: Report) -> str:
 
 def report_html(report: Report) -> str:
     """Return table, notes, command and machine as HTML; backquotes become code."""
-    paragraphs = [*report.notes, f"{report.config.name}: `{report.command}`; {machine_line(machine())}"]
+    here = machine_line(machine(report.config.teacher.device))
+    paragraphs = [*report.notes, f"{report.config.name}: `{report.command}`; {here}"]
     escaped = [re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text)) for text in paragraphs]
     return html_table(formatted_rows(report.rows)) + "".join(f"<p>{text}</p>" for text in escaped)
 

@@ -208,7 +208,7 @@ def write_shard(
 ) -> None:
     """Write a shard and its hash. A crash leaves the complete shard or none under its name."""
     unfinished = path.with_suffix(".unfinished")
-    with pq.ParquetWriter(unfinished, schema, compression="zstd", use_dictionary=False,
+    with pq.ParquetWriter(unfinished, schema, compression="zstd", use_dictionary=False, write_statistics=False,
                           use_byte_stream_split=True) as file:
         for targets, features in blocks:
             file.write_table(targets_to_row(targets, schema, features))

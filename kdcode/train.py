@@ -231,13 +231,13 @@ class TeacherTrainer(OptimizingTrainer):
         return batch | {"labels": labels, "block": torch.tensor([row["block"] for row in rows])}
 
     def teacher_targets(self, inputs: dict) -> tuple[Chunk, Tensor]:
-        """Return a function for the targets of tokens start to end, and the features (batch, time, ...)."""
+        """Return a function for the targets of some tokens, and the features (batch, time, ...)."""
         ids = inputs["input_ids"]
         if self.targets is not None:
             targets, features = (part.to(ids.device) for part in self.targets.read(inputs["block"].tolist()))
-            return lambda start, end: targets[start:end], features.unflatten(0, ids.shape)
+            return targets.__getitem__, features.unflatten(0, ids.shape)
         hidden, features = self.labels.hidden_and_features(ids, inputs.get("position_ids"))
-        return lambda start, end: self.labels.logits(hidden[start:end]), features.unflatten(0, ids.shape)
+        return lambda tokens: self.labels.logits(hidden[tokens]), features.unflatten(0, ids.shape)
 
 # %% ../nbs/06b_train.ipynb #a8f96015
 class LengthBatches(TorchDataset):
@@ -377,7 +377,7 @@ def run_stages(folder: Path) -> list[dict[str, Any]]:
 
 def describe_run(config: Config, folder: Path) -> None:
     """Write `config.yaml`, and `run.json` with commit, machine and versions; earlier stages go under `earlier`."""
-    now, earlier = provenance(config.to_dict()) | {"seed": config.seed}, run_stages(folder)
+    now, earlier = provenance(config.to_dict(), config.teacher.device) | {"seed": config.seed}, run_stages(folder)
     save_config(config, folder/"config.yaml")
     write_atomic(folder/"run.json", json.dumps(now | ({"earlier": earlier} if earlier else {}), indent=1))
 

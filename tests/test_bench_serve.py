@@ -1,89 +1,16 @@
 """`kdcode bench serve` beside vLLM and llama.cpp: fake engines that stream as the real ones do."""
 import asyncio
 import json
-import stat
-import sys
 
 import httpx
 import pytest
 
-from kdcode.bench_serve import JSON_TOKENS, JsonClients, Load, Prompts, SCHEMA
-from kdcode.engines import run_server
+from fake_engine import entries, install, option
+from kdcode import bench_serve
+from kdcode.bench_serve import JSON_TOKENS, JsonClients, Load, measure_engine, Prompts, SCHEMA, ServerBenchmark
+from kdcode.config import Config
+from kdcode.engines import method_name, run_server
 from kdcode.files import PROGRAMS
-
-# Each answers after 50 ms: one token, and then steps of one token, or of two with a draft. vLLM sends an event for each
-# step, llama.cpp one for each token, with the number after the step. Both count only if the request asks for it.
-FAKE_ENGINE = """#!PYTHON
-import http.server, json, os, sys, time
-name, words = sys.argv[0], sys.argv[1:]
-is_vllm = os.path.basename(name) == "vllm"
-drafting = ("--speculative-config" if is_vllm else "--model-draft") in words
-log = os.open(name + ".log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-def record(entry): os.write(log, (json.dumps(entry) + chr(10)).encode())
-record({"arguments": words})
-if os.path.exists(name + ".does-not-start"): sys.exit("no such model")
-
-def count(done, body):
-    if is_vllm: return {"usage": {"completion_tokens": done}} if body.get("stream_options") == {
-        "include_usage": True, "continuous_usage_stats": True} else {}
-    return {"timings": {"predicted_n": done}} if body.get("timings_per_token") is True else {}
-
-def events(body):
-    if "messages" in body: yield {"choices": [{"delta": {"role": "assistant", "content": "" if is_vllm else None}}]}
-    done = 0
-    while done < body["max_tokens"]:
-        step = min(2 if drafting and done else 1, body["max_tokens"] - done)
-        done += step
-        for text in ["ab"[:step]] if is_vllm else "ab"[:step]:
-            choice = {"delta": {"content": text}} if "messages" in body else {"text": text}
-            yield {"choices": [choice]} | count(done, body)
-            if body.get("prompt") == [13]: yield {"error": {"message": "out of memory"}}
-    if is_vllm: yield {"choices": []} | count(done, body)
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *words): pass
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        record({"path": self.path, "body": body})
-        if os.path.exists(name + ".does-not-answer"): return self.send_error(500)
-        time.sleep(.05)
-        self.send_response(200)
-        self.end_headers()
-        for event in [*map(json.dumps, events(body)), "[DONE]"]: self.wfile.write(f"data: {event}\\n\\n".encode())
-
-class Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 64  # more than the clients; a full queue loses connections
-Server(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
-"""
-
-
-def install(folder, engine, fault=""):
-    """Write a fake engine where `make engines` installs the real one, and return its path."""
-    program = folder/".engines"/"bin"/PROGRAMS[engine]
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(FAKE_ENGINE.replace("PYTHON", sys.executable))
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    if fault: program.with_name(f"{program.name}.{fault}").touch()
-    return program
-
-
-def entries(program):
-    """What a fake engine has recorded, in one list for each of its starts."""
-    starts = []
-    for line in program.with_name(program.name + ".log").read_text().splitlines():
-        entry = json.loads(line)
-        if "arguments" in entry: starts.append([])
-        starts[-1].append(entry)
-    return starts
-
-
-def option(start, name):
-    """The value of an option in the command that started a fake engine."""
-    words = start[0]["arguments"]
-    return words[words.index(name) + 1]
 
 
 @pytest.mark.parametrize(("engine", "word", "counts"), [
@@ -159,15 +86,42 @@ def test_the_engines_get_the_same_load(bench, tmp_path):
 
 
 def test_an_engine_that_fails_is_named(bench, tmp_path):
-    """The report has kdcode's figures, and a line for each engine."""
+    """The report has kdcode's figures, and a line for each server."""
     install(tmp_path, "vLLM", "does-not-start")
     install(tmp_path, "llama.cpp", "does-not-answer")
     report, text = bench()
     assert all(list(row) == ["measured", "kdcode"] for row in report["rows"]) and report["figures"]["lost"] == 0
-    vllm, llama_cpp = [line for line in text.splitlines() if "was not measured" in line]
-    assert vllm.startswith("vLLM without drafting was not measured: vllm has exited; ") and "no such model." in vllm
-    assert llama_cpp.startswith("llama.cpp without drafting was not measured: no request got a complete answer; ")
-    assert llama_cpp.endswith("llama.cpp-without-drafting.log.")
+    lines = [line for line in text.splitlines() if "was not measured" in line]
+    assert [line.partition(" was not measured: ")[0] for line in lines] == [
+        method_name(engine, drafting) for engine in PROGRAMS for drafting in (False, True)]
+    for line in lines[:2]: assert " was not measured: vllm has exited; " in line and "no such model." in line
+    for line in lines[2:]: assert " was not measured: no request got a complete answer; " in line
+    assert lines[2].endswith("llama.cpp-without-drafting.log.") and lines[3].endswith("llama.cpp,-student-draft.log.")
+
+
+def test_an_export_that_fails_is_named(pair, tmp_path, monkeypatch):
+    """What was measured before stays: the disk may fill up after kdcode's own measurement."""
+    def fill_the_disk(*arguments): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(bench_serve, "engine_files", fill_the_disk)
+    benchmark = ServerBenchmark(pair[0], Load(), [256], [])
+    assert measure_engine(benchmark, "vLLM", pair[1], Config(), tmp_path) == [
+        "vLLM was not measured: [Errno 28] No space left on device."]
+
+
+def test_a_draft_is_measured_if_the_engine_fails_without_it(pair, tmp_path, monkeypatch):
+    """Here the system refuses to start the program, which is not a mistake in the configuration."""
+    tried = []
+
+    def start(engine, command, log):
+        tried.append(log.name)
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(bench_serve, "run_engine", start)
+    monkeypatch.setenv("KDCODE_HOME", str(tmp_path))
+    install(tmp_path, "vLLM")
+    notes = measure_engine(ServerBenchmark(pair[0], Load(), [256], []), "vLLM", pair[1], Config(), tmp_path)
+    assert tried == ["vLLM-without-drafting.log", "vLLM,-student-draft.log"]
+    assert notes == [f"{method_name('vLLM', drafting)} was not measured: [Errno 13] Permission denied."
+                     for drafting in (False, True)]
 
 
 def test_without_engines_the_benchmark_loses_no_request(bench, tmp_path):

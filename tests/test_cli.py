@@ -325,11 +325,13 @@ def test_the_reader_of_a_pipe_may_stop(words, tmp_path):
     assert (done.returncode, log.read_text()) == (0, "1")  # also at Python's exit, where it flushes both
 
 
-@pytest.mark.parametrize("command, kept", [("generate", False), ("serve", False), ("distill", True)])
+@pytest.mark.parametrize("command, kept", [
+    ("generate", False), ("serve", False), ("bench decode", False), ("plan", False), ("doctor", False),
+    ("export x --to int8", False), ("distill", True), ("eval", True), ("export x --to llama --grow-vocabulary", True)])
 def test_an_interrupted_command_says_what_is_kept(capsys, monkeypatch, command, kept):
     def interrupt(arguments): raise KeyboardInterrupt
     monkeypatch.setattr(cli, "run_command", interrupt)
-    status, _, error = output(capsys, command)
+    status, _, error = output(capsys, *command.split())
     assert (status, error.startswith("kdcode: interrupted"), "work is saved" in error) == (130, True, kept), error
 
 

@@ -13,9 +13,12 @@ from conftest import ROOT
 from kdcode.config import DecodeSettings
 from kdcode.data import humaneval_problems, text_ids
 from kdcode.decode import load_draft, prompt_ids
-from kdcode.doctor import check_draft_vocabulary, diagnose, MARGIN, Pair, RecordedTeacher, TrainingRecord, with_rows
+from kdcode.doctor import (
+    check_context, check_draft_vocabulary, check_numerics, check_sampling, check_training, diagnose, doctor_note,
+    MARGIN, Pair, RecordedTeacher, TrainingRecord, with_rows)
 from kdcode.drafters import TOKENIZERS
 from kdcode.eagle import EagleStudent
+from kdcode.result import Statistics
 from kdcode.student import Student
 from kdcode.teacher import checkpoint_fingerprint, generate_ids, load_teacher, Teacher
 
@@ -168,7 +171,7 @@ def by_frequency(texts):
 def frequent_ids_missing(teacher, texts, load):
     """A head without the most frequent ids."""
     draft, (tokens, _) = load(HEAD), by_frequency(texts)
-    return Pair(teacher, keep_ids(draft, ~torch.isin(draft.draft_ids, tokens[:len(tokens) // 8])), texts)
+    return Pair(teacher, keep_ids(draft, ~torch.isin(draft.draft_ids, tokens[:len(tokens) // 4])), texts)
 
 
 def small_draft_vocabulary(teacher, texts, load):
@@ -178,10 +181,13 @@ def small_draft_vocabulary(teacher, texts, load):
 
 
 def long_pair(teacher, texts, draft):
-    """A draft with a prompt of 400 tokens, solved problems of HumanEval one after the other."""
+    """A draft with a prompt of 500 tokens, solved problems of HumanEval one after the other.
+
+    With 64 new tokens, the loss of acceptance is more than chance.
+    """
     solved = (problem["prompt"] + problem["canonical_solution"] for problem in humaneval_problems()[20:])
-    prompt = teacher.tokenizer.decode(text_ids(teacher.tokenizer, "\n\n".join(solved))[:400])
-    return Pair(teacher, draft, texts, contexts={400: continued(teacher, [prompt], 24)})
+    prompt = teacher.tokenizer.decode(text_ids(teacher.tokenizer, "\n\n".join(solved))[:500])
+    return Pair(teacher, draft, texts, contexts={500: continued(teacher, [prompt], 64)})
 
 
 def short_context(teacher, texts, load):
@@ -291,6 +297,57 @@ def test_ids_that_would_cost_more_than_they_save_are_no_fault(covered, is_fault,
     assert finding.measured.startswith(f"{covered}.0% of the teacher's tokens") and finding.is_fault == is_fault
     assert f"all ids would add at most {.754 - found.as_is:.2f}, and 0.25 is lost to other causes" in finding.measured
     assert .754 - found.as_is > MARGIN  # the rule without the costs would call both a fault
+
+
+def test_nothing_measured_is_no_fault(teacher, texts, load):
+    """The teacher ends its text at once, so no draft token is verified. The control is `no_training` above."""
+    found = Pair(teacher, load(HEAD), [(texts[0][0], [0])])
+    findings = diagnose(found)
+    assert not sum(found.counts.verified) and not [finding for finding in findings if finding.is_fault]
+    assert doctor_note(found, findings).startswith("No draft token was verified; give longer texts")
+
+
+def counted(accepted, verified):
+    """The statistics of verified draft tokens."""
+    return Statistics(accepted=[accepted], verified=[verified], acceptance_sum=accepted)
+
+
+@pytest.mark.parametrize("accepted, verified, is_fault", [(7, 15, False), (0, 15, True), (70, 150, True)])
+def test_few_tokens_do_not_show_missing_training(accepted, verified, is_fault, teacher, texts, load):
+    found = Pair(teacher, load(INDEPENDENT), texts)
+    found.counts = counted(accepted, verified)
+    assert check_training(found, []).is_fault == is_fault
+
+
+@pytest.mark.parametrize("accepted, is_fault", [(74, False), (20, True)])
+def test_long_context_is_a_fault_only_above_chance(accepted, is_fault, teacher, load, monkeypatch):
+    """Two texts of 64 tokens: 81 of 115 draft tokens are accepted if the draft sees the last 256 tokens only."""
+    found = Pair(teacher, load(INDEPENDENT), [], contexts={1024: [([5] * 1024, [6] * 64)]})
+    monkeypatch.setattr(found, "statistics", lambda texts, teacher: counted(81 if teacher.before else accepted, 115))
+    finding = check_context(found)
+    assert finding.is_fault == is_fault
+    assert finding.measured == f"{accepted / 115:.2f} after 1,024 tokens (0.70 with the last 256)"
+
+
+def test_faults_that_kdcode_ignores_come_last(teacher, texts, load):
+    """A draft's generation_config.json counts only in other engines, even if it explains more than other faults."""
+    found = no_window(teacher, texts, load)
+    found.draft.generation_config = GenerationConfig(do_sample=True, temperature=10.)
+    findings = diagnose(found)
+    faults = [finding for finding in findings if finding.is_fault]
+    assert [finding.check for finding in faults] == ["context length", "sampling parameters"]
+    assert faults[1].explained > faults[0].explained and faults[1].remedy.startswith("kdcode ignores")
+    assert "Repair first: context length" in doctor_note(found, findings)
+    note = doctor_note(found, faults[1:])
+    assert "no check found a fault that counts in kdcode" in note and "Repair first" not in note
+
+
+def test_no_logits_are_kept(teacher, texts, load):
+    """Those of all texts can need more memory than the model."""
+    found = noise_of_bfloat16(teacher, texts, load)
+    found.draft.generation_config = GenerationConfig(do_sample=True, temperature=1.)
+    assert check_numerics(found).is_fault and check_sampling(found).explained
+    assert not found.teacher.recorded  # this draft needs no hidden states of the teacher either
 
 
 def test_any_causal_model_is_examined(pair):

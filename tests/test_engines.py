@@ -23,8 +23,8 @@ from kdcode.data import humaneval_problems
 from kdcode.decode import complete, load_draft, prompt_ids
 from kdcode.eagle import EagleStudent, load_student
 from kdcode.engines import (
-    draft_variants, drop_end_token, engine_command, engine_files, find_program, LlamaCpp, method_name, PROGRAMS,
-    run_engine, start_engines, target_calls, VLLM)
+    draft_variants, drop_end_token, engine_command, engine_context, engine_files, find_program, LlamaCpp, method_name,
+    PROGRAMS, run_engine, start_engines, target_calls, VLLM)
 from kdcode.export import export_gguf, export_head, export_llama
 from kdcode.files import shipped_drafts
 from kdcode.teacher import load_teacher
@@ -54,7 +54,9 @@ def test_the_student_drafts_in(engine, pair, ours, tmp_path):
     if find_program(engine) is None: pytest.skip(f"{engine} is not installed; make engines")
     files = {engine: engine_files(engine, *pair, "smollm2", tmp_path)}
     prompts = [problem["prompt"] for problem in humaneval_problems(4)]
-    with start_engines(pair[0], files, SETTINGS.gamma, tmp_path) as engines:
+    context, left_out = engine_context(pair[0], prompts, SETTINGS), {}
+    with start_engines(pair[0], files, SETTINGS.gamma, context, tmp_path, left_out) as engines:
+        assert left_out == {}
         found = {name: [client.complete(prompt, SETTINGS) for prompt in prompts] for name, client in engines.items()}
         counts = engines[method_name(engine, True)].draft_counts()
     assert all(output.ttft > 0 for some in found.values() for output in some)

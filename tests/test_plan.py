@@ -22,6 +22,7 @@ from kdcode.plan import (
     matches_and_confidences, model_size, NGRAM, plan_for_card, predicted_seconds, replay_methods, replay_text,
     ReplayedDrafter, shape_of, Simulation, teacher_texts)
 from kdcode.result import Statistics
+from kdcode.student import Student
 
 RESULTS = Path(__file__).parent.parent/"results"
 SHORT = ("--decode.problems", 2, "--decode.max_new_tokens", 12, "--decode.compile", "off")
@@ -96,6 +97,16 @@ def test_a_replay_has_the_rounds_of_the_decoder(pair, kind, drafter):
     real = decode_interleaved({"": method}, humaneval_problems(3), teacher.device)[""].statistics
     assert (replayed.tokens, replayed.calls, replayed.drafted, replayed.accepted) == (
         real.tokens, real.calls, real.drafted, real.accepted)
+
+
+def test_a_text_may_be_longer_than_the_context_of_the_draft(pair):
+    teacher, _ = pair
+    settings = DecodeSettings(gamma=3, adaptive=False, problems=1, max_new_tokens=40, compile=False)
+    (prompt, text), = texts = teacher_texts(teacher, settings)
+    student = Student.from_teacher(teacher.model, layers=[0]).eval()
+    student.config.max_position_embeddings = len(prompt) + 10
+    replayed = replay_methods(teacher, student, texts, settings, StepCosts(1., {1: 10.}))[fixed_gamma_name(1)]
+    assert replayed.drafted[0] <= 11 < replayed.calls and replayed.tokens == len(text)
 
 
 def embedding_calls(student, function):
