@@ -837,6 +837,7 @@ def task_groups(prompts: dict[str, list[dict]]) -> list[Hashable]:
     """Return the group of each prompt of `teacher_task_prompts`: one for each HumanEval problem and each function."""
     return [(task == "completion", number) for task, one in prompts.items() for number in range(len(one))]
 
+# %% ../nbs/09a_bench.ipynb #bfb67e44
 def task_row(
     task: str, decoded: dict[str, Decoded], greedy: bool, groups: list[Hashable] | None = None
 ) -> dict[str, Any]:
@@ -877,8 +878,8 @@ def _tasks_notes(config: Config, everything: dict[str, Decoded], groups: list[Ha
     limit = f"At most {config.decode.max_new_tokens} new tokens, {sampling_name(config.decode)}."
     return [f"{limit} A speedup is the mean over prompts of (seconds per token of `generate`) / (seconds per token of "
             "the method).",
-            f"Speedups over all prompts, with 95% bootstrap intervals: {', '.join(intervals)}. Prompts about one function, "
-            "of several tasks, are resampled together.",
+            f"Speedups over all prompts, with 95% bootstrap intervals: {', '.join(intervals)}. Prompts about one "
+            "function, of several tasks, are resampled together.",
             f"TTFT and TPOT in ms over all prompts: {', '.join(times)}. {LATENCY_NOTE}"]
 
 def _task_methods(teacher: Teacher, student: PreTrainedModel, settings: DecodeSettings, seed: int) -> dict[str, Method]:

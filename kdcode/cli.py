@@ -8,7 +8,7 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'WITHOUT_RUN', 'DRAFT_H
            'SECTIONS', 'EXAMPLES', 'DEFAULTS', 'ALIASES', 'MISSING', 'PAIR_BENCHMARKS', 'TRAINING', 'CONTINUED',
            'Steps', 'ProgressBar', 'display_path', 'garbage_collection_paused', 'note_unchecked', 'load_teachers',
            'load_corpus', 'load_corpus_and_teachers', 'print_next', 'with_teacher', 'print_report', 'train_student',
-           'run_distill', 'run_targets', 'TrialProgress', 'run_tune', 'default_draft', 'load_pair',
+           'run_distill', 'run_targets', 'TrialProgress', 'run_tune', 'sibling_draft', 'default_draft', 'load_pair',
            'load_compiled_pair', 'decoding_summary', 'context_note', 'print_stream', 'run_generate', 'shipped_student',
            'load_graphs', 'run_demo', 'plan_on_card', 'plan_on_machine', 'run_plan', 'bench_decode', 'bench_lengths',
            'bench_tasks', 'bench_engines', 'bench_busy', 'bench_server', 'bench_profile', 'bench_steps', 'bench_loss',
@@ -19,8 +19,8 @@ __all__ = ['BENCHMARKS', 'COMMANDS', 'WITHOUT_SETTINGS', 'WITHOUT_RUN', 'DRAFT_H
            'parse', 'read_prompt', 'choose_draft', 'check_plain_decoding', 'check_text_length', 'card_limits',
            'check_plan', 'other_export', 'check_llama', 'check_export', 'check_evaluation', 'check_corpus',
            'check_infilling', 'check_student', 'check_targets', 'check_training', 'check_doctor', 'check_models',
-           'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command',
-           'discard_output', 'keeps_work', 'main']
+           'check_lookup', 'check_files', 'silence_libraries', 'print_error', 'announce', 'run_command', 'keeps_work',
+           'discard_output', 'main']
 
 # %% ../nbs/12_cli.ipynb #0d476444
 import argparse
@@ -242,6 +242,11 @@ def run_tune(config: Config, options) -> None:
     print_next(f"kdcode distill --config {shlex.quote(display_path(folder/'best.yaml'))}")
 
 # %% ../nbs/12_cli.ipynb #d2b8df62
+def sibling_draft(folder: Path, kind: str) -> Path | None:
+    """Return the folder of another kind of student shipped beside one, such as `independent`; None if there is none."""
+    found = folder.with_name(f"{folder.name}-{kind}")
+    return found if found.exists() else None
+
 def default_draft(
     config: Config,
     engine: str = "kdcode",  # vLLM cannot run heads of an earlier form
@@ -250,9 +255,9 @@ def default_draft(
     student, path = run_path(config)/"student", shipped_draft(config.teacher.name)
     if path is None or is_made_for(student, config.teacher.name):
         return student if student.exists() else None
-    independent = path.with_name(f"{path.name}-independent")
-    legacy = engine == "vllm" and student_architecture(str(path)) == LEGACY_HEAD
-    return independent if legacy and independent.exists() else path
+    if engine == "vllm" and student_architecture(str(path)) == LEGACY_HEAD:
+        return sibling_draft(path, "eagle3") or sibling_draft(path, "independent") or path
+    return path
 
 # %% ../nbs/12_cli.ipynb #dac8b042
 def load_pair(
@@ -644,13 +649,14 @@ def run_export(config: Config, options) -> None:
 # %% ../nbs/12_cli.ipynb #0beec085
 def serve_with_vllm(config: Config, draft: str | None, key: str | None, arguments: list[str]) -> None:
     """Export teacher and student, and replace this process with vLLM."""
-    from kdcode.engines import engine_files, find_program, vllm_command, VLLM_ENVIRONMENT
+    from kdcode.engines import CONTEXT, engine_files, find_program, vllm_command, VLLM_ENVIRONMENT
     from kdcode.export import window_notes
     teacher, student = load_pair(config, draft)
     print_notes(window_notes(student))
     files = engine_files("vLLM", teacher, student, config.teacher.name, run_folder(config)/"vllm")
     dtype = str(teacher.model.dtype).removeprefix("torch.")
-    command = vllm_command(find_program("vLLM"), files, config.decode.gamma, dtype, teacher.name)
+    command = vllm_command(find_program("vLLM"), files, config.decode.gamma, dtype, teacher.name,
+                           context=min(CONTEXT, teacher.context_size), on_gpu=teacher.device.type == "cuda")
     address = ["--host", config.serve.host, "--port", str(config.serve.port)]
     environment = VLLM_ENVIRONMENT | os.environ | ({"VLLM_API_KEY": key} if key else {})
     os.execve(command[0], [*command, *address, *arguments], environment)
@@ -1116,18 +1122,18 @@ def check_plan(config: Config, options) -> None:
     check_plain_decoding(config, "kdcode plan predicts")
 
 # %% ../nbs/12_cli.ipynb #1acac444
-def other_export(draft: str) -> str:
-    """Return the advice to export the independent student beside a draft head; empty if there is none."""
+def other_export(draft: str, kind: str) -> str:
+    """Return the advice to export another kind of student shipped beside a draft head; empty if there is none."""
     folder = draft_folder(draft)
-    independent = folder.with_name(f"{folder.name}-independent") if folder else None
-    return f"export {display_path(independent)}, or " if independent and independent.exists() else ""
+    sibling = folder and sibling_draft(folder, kind)
+    return f"export {display_path(sibling)}, or " if sibling else ""
 
 def check_llama(options) -> None:
     """Raise `ConfigError` if the configuration of a student says that it cannot become a Llama."""
     config, what = draft_config(options.model), f"student {options.model}"
     if is_draft_head(options.model):
         raise ConfigError(f"{what} needs the hidden states of its teacher and cannot become a Llama; "
-                          f"{other_export(options.model)}train one with student.feature_layers []")
+                          f"{other_export(options.model, 'independent')}train one with student.feature_layers []")
     if config.get("architecture") == "classic":
         raise ConfigError(f"{what} has the classic architecture and cannot become a Llama; train one with "
                           "student.architecture llama")
@@ -1147,7 +1153,7 @@ def check_export(options) -> None:
         check_llama(options)
     if options.to in ("eagle3", "speculators", "gguf") and student_architecture(options.model) == LEGACY_HEAD:
         raise ConfigError(f"student {options.model} is a head of an earlier version, which drafts in kdcode only; "
-                          f"{other_export(options.model)}train an EAGLE-3 head as configs/smollm2-eagle3.yaml does")
+                          + other_export(options.model, "eagle3") + "train one as configs/smollm2-eagle3.yaml does")
 
 # %% ../nbs/12_cli.ipynb #6e2f90c1
 def check_evaluation(config: Config, options) -> None:
@@ -1332,18 +1338,19 @@ def run_command(arguments: list[str]) -> None:
         THREADS.use(config.threads)
     run(config, options)
 
+# %% ../nbs/12_cli.ipynb #40eeb2f9
+CONTINUED = ("demo", "distill", "targets", "tune", "experiment", "eval")  # continue what an interrupted run finished
+
+def keeps_work(arguments: list[str]) -> bool:
+    """Return whether a command keeps what it has finished if it is interrupted, and continues from there."""
+    return bool({*arguments[:1]} & {*CONTINUED}) or "--grow-vocabulary" in arguments
+
 # %% ../nbs/12_cli.ipynb #40eeb2f8
 def discard_output() -> None:
     """Let what is still to be printed vanish: the reader of a pipe, such as head, has stopped."""
     with open(os.devnull, "w") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere.fileno(), stream.fileno())  # else Python fails again when it flushes them at its exit
-
-CONTINUED = ("demo", "distill", "targets", "tune", "experiment", "eval")  # continue what an interrupted run finished
-
-def keeps_work(arguments: list[str]) -> bool:
-    """Return whether a command keeps what it has finished if it is interrupted, and continues from there."""
-    return bool({*arguments[:1]} & {*CONTINUED}) or "--grow-vocabulary" in arguments
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the `kdcode` command, and return its exit status: 0, 1 (failed), 2 (invalid) or 130 (interrupted)."""

@@ -594,7 +594,7 @@ def engine_figures(rows: list[dict]) -> dict[str, float]:
     return figures
 
 FORMAT_NOTE = ("vLLM computes in the teacher's dtype. llama.cpp multiplies the blocks of a GGUF file directly, so its "
-               "output can differ.")
+               "output can differ. On a CPU vLLM runs without compilation (--enforce-eager).")
 
 def not_measured(name: str, reason: str) -> str:
     """Return the sentence of a report about an engine or a method that could not be measured."""

@@ -196,7 +196,8 @@ Curve = dict[int, float]  # acceptance rate by tokens processed in training
 
 CURVES: dict[str, Curve] = {
     HEAD: {24_576: .144, 49_152: .168, 98_304: .263, 200_704: .306, 401_408: .358, 802_816: .383,  # experiments/tokens
-           5_400_000: .625,            # training-smollm2-eagle3, decode-eagle3
+           5_400_000: .625,            # the head before the next one, in results/history.csv
+           8_400_000: .694,            # training-smollm2-eagle3, decode-eagle3
            9_600_000: .713 - .022},    # training-smollm2-draft, decode-shipped-xeon: 0.713 with two layers
     INDEPENDENT: {401_408: .392,   # experiments/feature_layers, 3 layers
                   18_000_000: .65}}  # training-smollm2-independent, decode-independent
@@ -359,10 +360,10 @@ TEXT = {"source": [{"source": "teacher", "weight": 3}, {"source": "packages", "w
         "greedy_share": .5, "min_characters": 20, "validation_tokens": 32_768}
 ANY_TRAINING = {"logging_steps": 20, "save_dtype": "int8"}
 HEAD_TRAINING = ANY_TRAINING | {"epochs": 4, "batch_size": 8, "single_step_share": .5, "optimizer": "muon",
-                                "learning_rate": .003, "eval_steps": 440}
+                                "learning_rate": .003, "eval_steps": 500}
 INDEPENDENT_TRAINING = ANY_TRAINING | {"epochs": 3, "batch_size": 4, "learning_rate": .002, "eval_steps": 800}
-HEAD_LOSS = {"forward_kl": .5, "negative_log_acceptance": .5}
-INDEPENDENT_LOSS = "negative_log_acceptance"  # experiments/divergences
+HEAD_LOSS = {"alpha": 0., "chunk_size": 512, "divergence": {"forward_kl": .5, "negative_log_acceptance": .5}}
+INDEPENDENT_LOSS = {"alpha": 0., "divergence": "negative_log_acceptance"}  # experiments/divergences
 
 def plain_settings(settings: Any) -> dict[str, Any]:
     """Return the changed fields of a section, ready for YAML."""
@@ -386,11 +387,10 @@ def text_settings(data: DataSettings, tokens: int) -> dict[str, Any]:
 def distill_settings(config: Config, option: DraftOption, name: str) -> dict[str, Any]:
     """Return the settings that train an option, with the teacher and the corpus of a plan."""
     recipe = RECIPES[option.form]
-    loss = {"alpha": 0., "divergence": HEAD_LOSS if option.form == HEAD else INDEPENDENT_LOSS}
+    loss, train = ((HEAD_LOSS, HEAD_TRAINING) if option.form == HEAD else (INDEPENDENT_LOSS, INDEPENDENT_TRAINING))
     return {"name": name, "teacher": plain_settings(config.teacher),
             "data": text_settings(config.data, recipe.tokens),
-            "student": plain_settings(option.settings), "targets": {"kind": "top_k"}, "loss": loss,
-            "train": HEAD_TRAINING if option.form == HEAD else INDEPENDENT_TRAINING,
+            "student": plain_settings(option.settings), "targets": {"kind": "top_k"}, "loss": loss, "train": train,
             "decode": {"gamma": max(option.gamma, 1), "student_weights": "auto"}}
 
 def write_distill_file(config: Config, option: DraftOption, file: Path) -> None:

@@ -281,6 +281,7 @@ def output(capsys, *words):
     (["distill", "--train.upload", "nosuch://bucket"], "train.upload is 'nosuch://bucket'"),
     (["bench", "targets", "--targets.kind", "top_k", "--data.block_sizes", "[64,128]"], "use data.block_size"),
     (["export", "smollm2"], "models/smollm2-135m-draft-independent, or train one with student.feature_layers []"),
+    (["export", "smollm2", "--to", "eagle3"], "models/smollm2-135m-draft-eagle3, or train one as configs"),
 ])
 def test_a_mistake_is_explained(capsys, monkeypatch, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)

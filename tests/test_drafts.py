@@ -16,7 +16,7 @@ from kdcode.bench import generate_assisted, generate_baseline
 from kdcode.config import ConfigError, DecodeSettings, load_config
 from kdcode.data import Document, evaluation_lines, humaneval_problems, read_source, usable_documents
 from kdcode.decode import complete
-from kdcode.eagle import EagleStudent
+from kdcode.eagle import EagleStudent, resolve_feature_layers
 from kdcode.files import shipped_drafts
 from kdcode.result import Statistics
 from kdcode.teacher import load_teacher, Teacher, teacher_documents
@@ -27,8 +27,9 @@ DRAFTS = {
     "smollm2-135m-draft": (16e6, "smollm2-draft.yaml"),
     "qwen2.5-coder-1.5b-draft": (40e6, "qwen-draft.yaml"),
 }
+EAGLE3 = {"smollm2-135m-draft-eagle3": (11e6, "smollm2-eagle3.yaml")}  # drafts in vLLM, too
 INDEPENDENT = {"smollm2-135m-draft-independent": (25e6, "smollm2-independent.yaml")}  # needs no hidden states
-ALL_DRAFTS = DRAFTS | INDEPENDENT
+ALL_DRAFTS = DRAFTS | EAGLE3 | INDEPENDENT
 CONFIGS = [load_config(ROOT/"configs"/config) for _, config in ALL_DRAFTS.values()]
 SETTINGS = DecodeSettings(max_new_tokens=48, gamma=3, adaptive=False)
 
@@ -59,7 +60,10 @@ def test_a_draft_matches_its_configuration(name):
     teacher = settings.teacher.name
     if teacher.endswith(".gguf"):
         teacher = Path(teacher).stem
-    assert settings.student.feature_layers == shipped.get("feature_layers", [])
+    wanted, found = settings.student.feature_layers, shipped.get("feature_layers", [])
+    if name in EAGLE3:
+        wanted, found = resolve_feature_layers(wanted, 30), shipped["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert wanted == found
     assert settings.student.draft_vocabulary == shipped["draft_vocab_size"]
     assert teacher == shipped["teacher"]
     card = (folder/"README.md").read_text()
@@ -79,8 +83,9 @@ def assert_useful_draft(teacher, student, settings, *references):
 
 
 @pytest.mark.slow
-def test_the_smollm2_draft_has_a_useful_acceptance_rate(teacher, baseline):
-    student = load_draft("smollm2", teacher)
+@pytest.mark.parametrize("name", ["smollm2", *EAGLE3])
+def test_the_smollm2_draft_has_a_useful_acceptance_rate(teacher, baseline, name):
+    student = load_draft(name if name == "smollm2" else str(ROOT/"models"/name), teacher)
     assert_useful_draft(teacher, student, replace(SETTINGS, student_weights="int8"), baseline)
 
 
