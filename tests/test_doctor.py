@@ -171,7 +171,7 @@ def by_frequency(texts):
 def frequent_ids_missing(teacher, texts, load):
     """A head without the most frequent ids."""
     draft, (tokens, _) = load(HEAD), by_frequency(texts)
-    return Pair(teacher, keep_ids(draft, ~torch.isin(draft.draft_ids, tokens[:len(tokens) // 4])), texts)
+    return Pair(teacher, keep_ids(draft, ~torch.isin(draft.draft_ids, tokens[:len(tokens) // 8])), texts)
 
 
 def small_draft_vocabulary(teacher, texts, load):
